@@ -1,0 +1,40 @@
+"""The one config tree: typed, validated before anything starts, stored with every run."""
+
+from cola_megatron.config.load import ConfigError, dump_config, load_config, preset_names, resolve_config
+from cola_megatron.config.model import DiTConfig, ModelConfig, VAEConfig
+from cola_megatron.config.objective import FlowConfig, ObjectiveConfig, TimeConfig, VAEObjectiveConfig
+from cola_megatron.config.run import DataConfig, ParallelConfig, RunConfig
+from cola_megatron.config.training import (
+    CheckpointConfig,
+    EvaluationConfig,
+    LogConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    VAEUpdateConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "DiTConfig",
+    "EvaluationConfig",
+    "FlowConfig",
+    "LogConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "TimeConfig",
+    "TrainingConfig",
+    "VAEConfig",
+    "VAEObjectiveConfig",
+    "VAEUpdateConfig",
+    "dump_config",
+    "load_config",
+    "preset_names",
+    "resolve_config",
+]

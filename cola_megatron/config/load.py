@@ -1,0 +1,120 @@
+"""From a preset or a YAML file and dotted overrides to a checked RunConfig."""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from cola_megatron.config.run import RunConfig
+from cola_megatron.errors import UserError
+
+
+class ConfigError(UserError, ValueError):
+    """A config that cannot run; the message is one line with the key, the value and what would be right."""
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with the package, smallest model first."""
+    shipped = {entry.name.removesuffix(".yaml") for entry in _presets().iterdir() if entry.name.endswith(".yaml")}
+    order = ["tiny", "small", "base", "paper-2b"]
+    return [name for name in order if name in shipped] + sorted(shipped - set(order))
+
+
+def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Reads a preset (by name) or a YAML file (by path) and applies overrides such as `model.dit.block_size=16`.
+
+    Raises:
+        ConfigError: unknown source, key, type, or an impossible combination.
+    """
+    tree = _read(source)
+    for override in overrides:
+        _apply(tree, override)
+    return resolve_config(tree)
+
+
+def resolve_config(tree: dict[str, Any]) -> RunConfig:
+    """Checks a plain tree and fills in the defaults; raises ConfigError."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved tree as YAML, in the order of the definitions."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _presets():
+    return resources.files("cola_megatron.config") / "presets"
+
+
+def _read(source: str | Path) -> dict[str, Any]:
+    path = Path(source)
+    preset = _presets() / f"{source}.yaml"
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise ConfigError(f"{source}: no such config file")
+        text = path.read_text()
+    elif preset.is_file():
+        text = preset.read_text()
+    else:
+        raise ConfigError(f"{source}: neither a config file nor one of the presets {', '.join(preset_names())}")
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: the top level must be a mapping of keys, not {type(tree).__name__}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{override}: an override has the form section.key=value")
+    try:
+        value = _number(yaml.safe_load(text)) if text else None
+    except yaml.YAMLError:
+        value = text
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{key}: {section} is a value, not a section")
+    tree[last] = value
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads `1e-4` (no dot) as text; people mean a number."""
+    if isinstance(value, str):
+        try:
+            return float(value) if value[:1].isdigit() or value[:1] in "+-." else value
+        except ValueError:
+            return value
+    return value
+
+
+def _one_line(error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            problems.append(f"{key}={problem['input']!r}: unknown key{_suggestion(problem['loc'])}")
+        elif problem["type"] == "value_error":
+            # Ours: it names keys relative to its own section.
+            problems.append(f"{key}.{problem['ctx']['error']}" if key else str(problem["ctx"]["error"]))
+        else:
+            problems.append(f"{key}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+    return "; ".join(problems)
+
+
+def _suggestion(location: tuple) -> str:
+    section: Any = RunConfig
+    for part in location[:-1]:
+        section = section.model_fields[part].annotation
+    near = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(section.model_fields)}"

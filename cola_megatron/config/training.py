@@ -1,0 +1,124 @@
+"""How long, how fast, how precise, and what is kept (published values are the defaults)."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from cola_megatron.config.base import Section
+from cola_megatron.config.objective import Weight
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    learning_rate: PositiveFloat = 1.5e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: Weight = 0.01
+    """On matrices; vectors (biases, norms) are not decayed."""
+    clip: PositiveFloat = 1.0
+    """Bound of the global gradient norm."""
+
+
+class ScheduleConfig(Section):
+    """Linear warm-up, then cosine to the final learning rate at `decay_steps`, constant after."""
+
+    initial_learning_rate: Weight = 1e-6
+    warmup_steps: NonNegativeInt = 5_000
+    decay_steps: PositiveInt = 1_000_000
+    """Step at which the cosine ends: the horizon of the schedule, not of the run."""
+    final_learning_rate: Weight = 1e-5
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ScheduleConfig":
+        if self.warmup_steps >= self.decay_steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be below decay_steps={self.decay_steps}")
+        return self
+
+
+class VAEUpdateConfig(Section):
+    """How stage 2 trains the VAE (paper RQ2)."""
+
+    mode: Literal["joint", "frozen", "interval"] = "joint"
+    """joint: always; frozen: never; interval: joint_steps trained, then frozen_steps frozen, and again."""
+    joint_steps: PositiveInt = 2_000
+    frozen_steps: PositiveInt = 3_000
+    learning_rate_ratio: Annotated[float, Field(gt=0)] = 1.0
+    """VAE learning rate over DiT learning rate."""
+    from_scratch: bool = False
+    """Stage 2 starts a new VAE instead of a stage-1 checkpoint."""
+
+    def trains_at(self, step: int) -> bool:
+        """Whether the VAE is updated in this step (counted from 0)."""
+        if self.mode == "interval":
+            return step % (self.joint_steps + self.frozen_steps) < self.joint_steps
+        return self.mode == "joint"
+
+
+class EvaluationConfig(Section):
+    """Held-out measurements during training."""
+
+    every: PositiveInt = 1_000
+    samples: PositiveInt = 256
+    """Held-out sequences of one measurement (fewer where the split is smaller)."""
+    time_bins: PositiveInt = 10
+    """Bins of t over [0, 1] for the flow-matching loss."""
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and which are kept."""
+
+    every: PositiveInt = 1_000
+    keep_last: PositiveInt = 2
+
+
+class LogConfig(Section):
+    """Metrics go to metrics.jsonl always, and to wandb in the given mode."""
+
+    every: PositiveInt = 10
+    wandb: Literal["off", "offline", "online"] = "offline"
+    wandb_project: str = "cola-megatron"
+
+
+class TrainingConfig(Section):
+    """One run of one stage."""
+
+    steps: PositiveInt = 250_000
+    stop_after: PositiveInt | None = None
+    """Ends this job at that step with a checkpoint, without changing the planned length of the run."""
+    global_batch_size: PositiveInt = 1_408
+    """Sequences in one optimiser step, over all ranks."""
+    micro_batch_size: PositiveInt = 8
+    """Sequences in one forward pass of one rank."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: compute in bfloat16 with float32 master weights."""
+    activation_checkpointing: bool = False
+    """Recompute every transformer layer in the backward pass instead of keeping its activations."""
+    stage_one: Path | None = None
+    """Stage 2 starts its VAE from this stage-1 run folder or published `cola_vae` folder."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest checkpoint of the run folder; never: refuse a folder that has one."""
+    loader_workers: NonNegativeInt = 1
+    """Processes that prepare batches ahead of the step; 0 prepares them in line."""
+    vae_update: VAEUpdateConfig = VAEUpdateConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainingConfig":
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} must be divisible by "
+                f"micro_batch_size={self.micro_batch_size}"
+            )
+        if self.schedule.final_learning_rate > self.optimizer.learning_rate:
+            raise ValueError(
+                f"schedule.final_learning_rate={self.schedule.final_learning_rate} must not exceed "
+                f"optimizer.learning_rate={self.optimizer.learning_rate}"
+            )
+        return self

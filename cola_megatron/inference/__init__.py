@@ -1,0 +1,1 @@
+"""Generation: prompt encoding, key/value caches, guided flow, decoding."""

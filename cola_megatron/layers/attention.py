@@ -1,0 +1,96 @@
+"""Multi-head attention in the two forms of the model; the product itself is one function."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cola_megatron.layers.linear import ColumnLinear, RowLinear
+from cola_megatron.layers.masks import AttentionMask
+from cola_megatron.layers.norms import LayerNorm, ShardedLayerNorm
+from cola_megatron.layers.rotary import RotaryTable
+from cola_megatron.parallel import ProcessGroups
+from cola_megatron.parallel.parameters import Initializer
+
+
+class KeyValueStore(Protocol):
+    """What attention needs of a cache: it takes the new keys and values and answers with all that may be seen."""
+
+    def extend(
+        self, layer: nn.Module, k_SBAD: torch.Tensor, v_SBAD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """Where the queries stand and what they see; the same for every layer of a stack."""
+
+    rotary: RotaryTable
+    mask: AttentionMask
+    cache: KeyValueStore | None = None
+
+
+def attend(q_SBAD: torch.Tensor, k_KBAD: torch.Tensor, v_KBAD: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v over the visible keys; (S, B, A, D) -> (S, B, A * D)."""
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBAD, k_KBAD, v_KBAD))
+    out_BASD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.visible, is_causal=mask.causal)
+    return out_BASD.permute(2, 0, 1, 3).flatten(2)
+
+
+class Attention(nn.Module):
+    """Projections, query/key norm, rotary, product, output projection.
+
+    Args:
+        norm_whole_width: the query/key norm spans all heads (Text VAE); otherwise one head (DiT).
+        rotate: how channels are paired.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        groups: ProcessGroups,
+        qkv_bias: bool,
+        output_bias: bool,
+        norm_eps: float | None,
+        norm_affine: bool = True,
+        norm_whole_width: bool,
+        rotate: Callable[[torch.Tensor, RotaryTable], torch.Tensor],
+        initializer: Initializer,
+    ):
+        super().__init__()
+        self.head_dim, self.rotate, self.norm_whole_width = head_dim, rotate, norm_whole_width
+        width = num_heads * head_dim
+        self.qkv = ColumnLinear(hidden_size, 3 * width, groups=groups, bias=qkv_bias, initializer=initializer)
+        self.output = RowLinear(width, hidden_size, groups=groups, bias=output_bias, initializer=initializer)
+        self.query_norm = self.key_norm = None
+        if norm_eps is not None:
+
+            def norm() -> nn.Module:
+                if norm_whole_width:
+                    return ShardedLayerNorm(width, norm_eps, groups=groups, affine=norm_affine)
+                # Whole on every rank, but each rank norms its own heads only.
+                several_ranks = groups.tensor_parallel_size > 1
+                return LayerNorm(head_dim, norm_eps, groups=groups, affine=norm_affine, partial_gradient=several_ranks)
+
+            self.query_norm, self.key_norm = norm(), norm()
+
+    def forward(self, x_SBH: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """(S, B, H) -> (S, B, H)."""
+        qkv = self.qkv(x_SBH)
+        q, k, v = qkv.unflatten(-1, (-1, 3, self.head_dim)).unbind(-2)
+        if self.query_norm is not None:
+            q, k = self._normed(self.query_norm, q), self._normed(self.key_norm, k)
+        q, k = self.rotate(q, context.rotary), self.rotate(k, context.rotary)
+        if context.cache is not None:
+            k, v = context.cache.extend(self, k, v)
+        return self.output(attend(q, k, v, context.mask))
+
+    def _normed(self, norm: nn.Module, x_SBAD: torch.Tensor) -> torch.Tensor:
+        return norm(x_SBAD.flatten(2)).view(x_SBAD.shape) if self.norm_whole_width else norm(x_SBAD)
+

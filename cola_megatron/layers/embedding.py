@@ -1,0 +1,65 @@
+"""Token embedding and output head, cut over the vocabulary."""
+
+import torch
+from megatron.core.tensor_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
+from torch import nn
+
+from cola_megatron.layers.linear import ColumnLinear
+from cola_megatron.parallel import ProcessGroups, mark_parameter
+from cola_megatron.parallel.parameters import Initializer
+
+
+def padded_vocab_size(vocab_size: int, groups: ProcessGroups) -> int:
+    """The vocabulary rounded up so that every tensor-parallel rank holds the same number of rows."""
+    ranks = groups.tensor_parallel_size
+    return -(-vocab_size // ranks) * ranks
+
+
+class TokenEmbedding(VocabParallelEmbedding):
+    """Rows of an embedding table, cut over the vocabulary."""
+
+    def __init__(self, num_embeddings: int, hidden_size: int, *, groups: ProcessGroups, initializer: Initializer):
+        super().__init__(
+            padded_vocab_size(num_embeddings, groups),
+            hidden_size,
+            init_method=None,
+            config=groups.layer_config,
+            tp_group=groups.tensor_group,
+        )
+        mark_parameter(self.weight, initializer, partition_dim=0, full_size=num_embeddings)
+
+
+class VocabularyHead(nn.Module):
+    """Linear(H, V) whose rows are cut over the vocabulary; padded rows never win."""
+
+    def __init__(
+        self, hidden_size: int, vocab_size: int, *, groups: ProcessGroups, bias: bool, initializer: Initializer
+    ):
+        super().__init__()
+        padded = padded_vocab_size(vocab_size, groups)
+        self.linear = ColumnLinear(
+            hidden_size,
+            padded,
+            groups=groups,
+            bias=bias,
+            initializer=initializer,
+            replicated_input=True,
+            full_output_size=vocab_size,
+        )
+        part = padded // groups.tensor_parallel_size
+        self.padded_rows = max(0, min(part, (groups.tensor_parallel_rank + 1) * part - vocab_size))
+
+    def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
+        """(S, B, H) -> logits (S, B, V on this rank)."""
+        logits_SBV = self.linear(x_SBH)
+        if self.padded_rows:
+            logits_SBV = logits_SBV.clone()
+            logits_SBV[..., -self.padded_rows :] = torch.finfo(logits_SBV.dtype).min
+        return logits_SBV
+
+
+def token_cross_entropy(logits_SBV: torch.Tensor, targets_SB: torch.Tensor) -> torch.Tensor:
+    """-log softmax(logits)[target] in float32, over a vocabulary cut over the ranks; (S, B), nats."""
+    # megatron-core computes in place, so it gets its own copy; `.float()` is that copy except from float32.
+    logits = logits_SBV.clone() if logits_SBV.dtype == torch.float32 else logits_SBV.float()
+    return vocab_parallel_cross_entropy(logits, targets_SB)

@@ -1,0 +1,104 @@
+"""megatron-core's parallel linears in the form the layers use: one output, input in the weight's type, own start.
+
+Fused projections (q, k, v; value and gate) store their output rows as (groups, parts, channels), so that a
+contiguous cut over tensor-parallel ranks gives every rank all parts of its own groups.
+"""
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import nn
+
+from cola_megatron.layers import initializers
+from cola_megatron.parallel import ProcessGroups, mark_parameter
+from cola_megatron.parallel.parameters import Initializer
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """y = x W^T + b with the output channels cut over the tensor-parallel ranks.
+
+    Args:
+        gather_output: every rank gets the whole output.
+        replicated_input: the input is whole on every rank even under sequence parallelism.
+        full_output_size: number of real output channels where `output_size` was padded to divide (vocabulary).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        groups: ProcessGroups,
+        bias: bool,
+        initializer: Initializer,
+        gather_output: bool = False,
+        replicated_input: bool = False,
+        full_output_size: int | None = None,
+    ):
+        super().__init__(
+            input_size,
+            output_size,
+            config=groups.replicated_input_config if replicated_input else groups.layer_config,
+            init_method=None,
+            bias=bias,
+            gather_output=gather_output,
+            tp_group=groups.tensor_group,
+        )
+        mark_parameter(self.weight, initializer, partition_dim=0, full_size=full_output_size)
+        if bias:
+            mark_parameter(self.bias, initializers.zeros, partition_dim=0, full_size=full_output_size)
+        _keep_extra_state_out_of_the_state_dict(self)
+
+    def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
+        """(S, B, input) -> (S, B, output / ranks), or the whole output when gathered."""
+        return super().forward(x_SBH.to(self.weight.dtype))[0]
+
+
+class RowLinear(RowParallelLinear):
+    """y = x W^T + b with the input channels cut over the tensor-parallel ranks; the output is summed over them.
+
+    Args:
+        input_is_parallel: the input already holds this rank's channels only; otherwise it is whole and is cut here
+            (then it must be whole under sequence parallelism too).
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        groups: ProcessGroups,
+        bias: bool,
+        initializer: Initializer,
+        input_is_parallel: bool = True,
+    ):
+        super().__init__(
+            input_size,
+            output_size,
+            config=groups.layer_config if input_is_parallel else groups.replicated_input_config,
+            init_method=None,
+            bias=bias,
+            input_is_parallel=input_is_parallel,
+            skip_bias_add=False,
+            tp_group=groups.tensor_group,
+        )
+        mark_parameter(self.weight, initializer, partition_dim=1)
+        if bias:
+            mark_parameter(
+                self.bias,
+                initializers.zeros,
+                partial_gradient=input_is_parallel and groups.sequence_parallel,
+            )
+        _keep_extra_state_out_of_the_state_dict(self)
+
+    def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
+        """(S, B, input on this rank) -> (S, B, output)."""
+        return super().forward(x_SBH.to(self.weight.dtype))[0]
+
+
+def _keep_extra_state_out_of_the_state_dict(module: nn.Module) -> None:
+    """megatron-core writes `_extra_state: None` for Transformer Engine's sake; DeepSpeed's tools choke on it."""
+
+    def drop(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+        state.pop(f"{prefix}_extra_state", None)
+
+    module._register_state_dict_hook(drop)

@@ -1,0 +1,77 @@
+"""LayerNorm, in float32 whatever the compute type; also over channels that are cut over tensor-parallel ranks."""
+
+import torch
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import nn
+from torch.nn import functional as F
+
+from cola_megatron.layers import initializers
+from cola_megatron.parallel import ProcessGroups, mark_parameter
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) over the last dimension, optionally times weight plus bias.
+
+    Args:
+        partial_gradient: each tensor-parallel rank norms a different part of the input. By default that is so exactly
+            under sequence parallelism.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        *,
+        groups: ProcessGroups,
+        affine: bool = True,
+        partial_gradient: bool | None = None,
+    ):
+        super().__init__()
+        self.size, self.eps = size, eps
+        self.weight = self.bias = None
+        if affine:
+            partial_gradient = groups.sequence_parallel if partial_gradient is None else partial_gradient
+            self.weight = nn.Parameter(torch.empty(size))
+            self.bias = nn.Parameter(torch.empty(size))
+            mark_parameter(self.weight, initializers.ones, partial_gradient=partial_gradient)
+            mark_parameter(self.bias, initializers.zeros, partial_gradient=partial_gradient)
+
+    def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
+        """Any shape that ends in `size`, unchanged; statistics in float32."""
+        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
+        return F.layer_norm(x_SBH.float(), (self.size,), weight, bias, self.eps).to(x_SBH.dtype)
+
+
+class ShardedLayerNorm(nn.Module):
+    """LayerNorm over channels of which every tensor-parallel rank holds a part: the statistics span the ranks."""
+
+    def __init__(self, size: int, eps: float, *, groups: ProcessGroups, affine: bool = True):
+        super().__init__()
+        self.size, self.eps, self.groups = size, eps, groups
+        self.weight = self.bias = None
+        if affine:
+            self.weight = nn.Parameter(torch.empty(size // groups.tensor_parallel_size))
+            self.bias = nn.Parameter(torch.empty(size // groups.tensor_parallel_size))
+            mark_parameter(self.weight, initializers.ones, partition_dim=0)
+            mark_parameter(self.bias, initializers.zeros, partition_dim=0)
+
+    def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
+        """(S, B, size / ranks) -> the same shape."""
+        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
+        if self.groups.tensor_parallel_size == 1:
+            return F.layer_norm(x_SBH.float(), (self.size,), weight, bias, self.eps).to(x_SBH.dtype)
+        x = x_SBH.float()
+        centred = x - self._sum_over_ranks(x.sum(-1, keepdim=True)) / self.size
+        variance = self._sum_over_ranks(centred.square().sum(-1, keepdim=True)) / self.size
+        normed = centred * torch.rsqrt(variance + self.eps)
+        return (normed if weight is None else normed * weight + bias).to(x_SBH.dtype)
+
+    def _sum_over_ranks(self, partial: torch.Tensor) -> torch.Tensor:
+        # Every rank uses the sum, so its gradient is a sum over the ranks as well.
+        group = self.groups.tensor_group
+        return copy_to_tensor_model_parallel_region(
+            reduce_from_tensor_model_parallel_region(partial, group=group), group=group
+        )

@@ -1,0 +1,86 @@
+"""Flow time: its embedding, and the modulation (AdaLN) that depends on it alone.
+
+A sequence holds few distinct times (one per block, and 0 for the clean copy), so everything here is evaluated on the
+table of distinct times (T rows) and then looked up per position: a third of the DiT's parameters is applied T times
+instead of S * B times.
+"""
+
+import math
+
+import torch
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from torch import nn
+from torch.nn import functional as F
+
+from cola_megatron.layers import initializers
+from cola_megatron.layers.linear import ColumnLinear
+from cola_megatron.parallel import ProcessGroups
+
+
+def sinusoid(times_T: torch.Tensor, dim: int) -> torch.Tensor:
+    """[sin(t w_i), cos(t w_i)] with w_i = exp(-ln(10000) i / (dim / 2)); (T,) -> (T, dim), float32."""
+    half = dim // 2
+    exponents = -math.log(10_000.0) * torch.arange(half, device=times_T.device, dtype=torch.float32) / half
+    # t reaches 1000, so one unit in the last place of a frequency shows in the angle: round it alike on every device.
+    frequencies = exponents.double().exp().float()
+    angles = times_T.float()[:, None] * frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Linear-SiLU-Linear-SiLU-Linear on the sinusoid of 1000 t."""
+
+    def __init__(self, sinusoid_dim: int, hidden_size: int, *, groups: ProcessGroups):
+        super().__init__()
+        self.sinusoid_dim = sinusoid_dim
+
+        def linear(input_size: int) -> ColumnLinear:
+            return ColumnLinear(
+                input_size,
+                hidden_size,
+                groups=groups,
+                bias=True,
+                initializer=initializers.normal(0.02),
+                gather_output=True,
+                replicated_input=True,
+            )
+
+        self.input, self.hidden, self.output = linear(sinusoid_dim), linear(hidden_size), linear(hidden_size)
+
+    def forward(self, times_T: torch.Tensor) -> torch.Tensor:
+        """t in [0, 1], (T,) -> (T, 1, H)."""
+        x_T1H = sinusoid(1000.0 * times_T, self.sinusoid_dim)[:, None]
+        return self.output(F.silu(self.hidden(F.silu(self.input(x_T1H)))))
+
+
+class Modulation(nn.Module):
+    """Linear(silu(time embedding)), starting at zero, looked up per position.
+
+    `parts` = 2 gives shift and scale, 1 a gate.
+    """
+
+    def __init__(self, hidden_size: int, parts: int, *, groups: ProcessGroups):
+        super().__init__()
+        self.parts, self.groups = parts, groups
+        self.linear = ColumnLinear(
+            hidden_size,
+            parts * hidden_size,
+            groups=groups,
+            bias=True,
+            initializer=initializers.zeros,
+            gather_output=True,
+            replicated_input=True,
+        )
+
+    def forward(self, silu_time_T1H: torch.Tensor, time_index_SB: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """silu of the time embedding (T, 1, H), rows per position (S, B) -> `parts` tensors (S, B, H)."""
+        table_TH = self.linear(silu_time_T1H)[:, 0]
+        if self.groups.sequence_parallel:
+            # Each rank looks up the rows of its own positions: their gradients are summed over the ranks.
+            table_TH = copy_to_tensor_model_parallel_region(table_TH, group=self.groups.tensor_group)
+        return F.embedding(time_index_SB, table_TH).chunk(self.parts, dim=-1)
+
+
+def modulate(normed_SBH: torch.Tensor, shift_SBH: torch.Tensor, scale_SBH: torch.Tensor) -> torch.Tensor:
+    """x (1 + scale) + shift."""
+    return torch.addcmul(shift_SBH, normed_SBH, 1 + scale_SBH)

@@ -1,0 +1,172 @@
+"""Block-causal diffusion transformer: the velocity field v(z_t, t; z_0^(<b)) of the prior (paper section 3.2).
+
+Shapes: S positions (clean copy, then noisy copy, in training), B batch, C latent channels, H hidden, T distinct
+times, N blocks.
+"""
+
+from typing import NamedTuple
+
+import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+from torch import nn
+from torch.nn import functional as F
+
+from cola_megatron.config import DiTConfig
+from cola_megatron.layers import initializers
+from cola_megatron.layers.attention import Attention, AttentionContext, KeyValueStore
+from cola_megatron.layers.linear import ColumnLinear, RowLinear
+from cola_megatron.layers.masks import AttentionMask, two_copy_mask
+from cola_megatron.layers.mlp import GELUFeedForward
+from cola_megatron.layers.norms import LayerNorm
+from cola_megatron.layers.rotary import rotary_table, rotate_interleaved
+from cola_megatron.layers.time_embedding import Modulation, TimeEmbedding, modulate
+from cola_megatron.parallel import ProcessGroups
+
+
+class TimeTable(NamedTuple):
+    """The distinct times of a batch and where each position finds its own."""
+
+    times_T: torch.Tensor
+    index_SB: torch.Tensor
+
+
+class DiTBlock(nn.Module):
+    """x + gate * branch(norm(x) (1 + scale) + shift), for attention and for the feed-forward."""
+
+    def __init__(self, config: DiTConfig, groups: ProcessGroups):
+        super().__init__()
+        start = initializers.xavier_uniform
+
+        def norm() -> LayerNorm:
+            return LayerNorm(config.hidden_size, config.norm_eps, groups=groups, affine=False)
+
+        self.attention_norm, self.ffn_norm = norm(), norm()
+        self.attention = Attention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.head_dim,
+            groups=groups,
+            qkv_bias=config.qkv_bias,
+            output_bias=config.qkv_bias,
+            norm_eps=config.norm_eps,
+            norm_whole_width=False,
+            rotate=rotate_interleaved,
+            initializer=start,
+        )
+        self.ffn = GELUFeedForward(config.hidden_size, config.ffn_hidden_size, groups=groups, initializer=start)
+        self.attention_shift_scale = Modulation(config.hidden_size, 2, groups=groups)
+        self.attention_gate = Modulation(config.hidden_size, 1, groups=groups)
+        self.ffn_shift_scale = Modulation(config.hidden_size, 2, groups=groups)
+        self.ffn_gate = Modulation(config.hidden_size, 1, groups=groups)
+
+    def forward(
+        self, x_SBH: torch.Tensor, silu_time_T1H: torch.Tensor, index_SB: torch.Tensor, context: AttentionContext
+    ) -> torch.Tensor:
+        """(S, B, H) -> (S, B, H)."""
+        shift, scale = self.attention_shift_scale(silu_time_T1H, index_SB)
+        (gate,) = self.attention_gate(silu_time_T1H, index_SB)
+        branch = self.attention(modulate(self.attention_norm(x_SBH), shift, scale), context)
+        x_SBH = torch.addcmul(x_SBH, gate, branch)
+        shift, scale = self.ffn_shift_scale(silu_time_T1H, index_SB)
+        (gate,) = self.ffn_gate(silu_time_T1H, index_SB)
+        return torch.addcmul(x_SBH, gate, self.ffn(modulate(self.ffn_norm(x_SBH), shift, scale)))
+
+
+class DiT(nn.Module):
+    """Linear in, blocks, norm and modulation, linear out."""
+
+    def __init__(self, config: DiTConfig, groups: ProcessGroups):
+        super().__init__()
+        self.config, self.groups = config, groups
+        self.input = ColumnLinear(
+            config.latent_dim,
+            config.hidden_size,
+            groups=groups,
+            bias=True,
+            initializer=initializers.xavier_uniform,
+            gather_output=True,
+            replicated_input=True,
+        )
+        self.time_embedding = TimeEmbedding(config.time_embedding_dim, config.hidden_size, groups=groups)
+        self.blocks = nn.ModuleList(DiTBlock(config, groups) for _ in range(config.num_layers))
+        self.output_norm = LayerNorm(config.hidden_size, config.norm_eps, groups=groups)
+        self.output_shift_scale = Modulation(config.hidden_size, 2, groups=groups)
+        self.output = RowLinear(
+            config.hidden_size,
+            config.latent_dim,
+            groups=groups,
+            bias=True,
+            initializer=initializers.zeros,
+            input_is_parallel=False,
+        )
+
+    def embed(self, z_SBC: torch.Tensor) -> torch.Tensor:
+        """Latents (S, B, C) -> (S, B, H)."""
+        x_SBH = self.input(z_SBC)
+        return scatter_to_sequence_parallel_region(x_SBH) if self.groups.sequence_parallel else x_SBH
+
+    def embed_time(self, times_T: torch.Tensor) -> torch.Tensor:
+        """silu of the time embedding, (T,) -> (T, 1, H): every modulation reads it."""
+        return F.silu(self.time_embedding(times_T))
+
+    def local_index(self, index_SB: torch.Tensor) -> torch.Tensor:
+        """The rows of `index_SB` that belong to this rank's part of the sequence."""
+        if not self.groups.sequence_parallel:
+            return index_SB
+        return index_SB.chunk(self.groups.tensor_parallel_size)[self.groups.tensor_parallel_rank]
+
+    def context_at(
+        self, positions: torch.Tensor, mask: AttentionMask, cache: KeyValueStore | None = None
+    ) -> AttentionContext:
+        """Attention of queries at the given positions, (S,) or (S, B)."""
+        return AttentionContext(rotary_table(positions, self.config.rotary_dim, self.config.rotary_base), mask, cache)
+
+    def two_copy_context(
+        self, length: int, clean_length: int, context_dropped_BN: torch.Tensor | None, device: torch.device
+    ) -> AttentionContext:
+        """`[clean copy | noisy copy]`, both at positions 0, 1, ..."""
+        positions = torch.arange(length, device=device)
+        mask = two_copy_mask(length, self.config.block_size, clean_length, context_dropped_BN, device)
+        return self.context_at(torch.cat((positions[:clean_length], positions)), mask)
+
+    def velocity(self, x_SBH: torch.Tensor, silu_time_T1H: torch.Tensor, index_SB: torch.Tensor) -> torch.Tensor:
+        """Head: (S, B, H) -> v (S, B, C), float32."""
+        shift, scale = self.output_shift_scale(silu_time_T1H, index_SB)
+        x_SBH = modulate(self.output_norm(x_SBH), shift, scale)
+        if self.groups.sequence_parallel:
+            x_SBH = gather_from_sequence_parallel_region(x_SBH, tensor_parallel_output_grad=False)
+        return self.output(x_SBH).float()
+
+    def forward(
+        self,
+        z_SBC: torch.Tensor,
+        times: TimeTable,
+        context: AttentionContext,
+        silu_time_T1H: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Velocity at every position: (S, B, C) -> (S, B, C).
+
+        `silu_time_T1H`: the embedded times where the caller holds them already (a solver's grid).
+        """
+        silu_time_T1H = self.embed_time(times.times_T) if silu_time_T1H is None else silu_time_T1H
+        index_SB = self.local_index(times.index_SB)
+        x_SBH = self.embed(z_SBC)
+        for block in self.blocks:
+            x_SBH = block(x_SBH, silu_time_T1H, index_SB, context)
+        return self.velocity(x_SBH, silu_time_T1H, index_SB)
+
+
+def two_copy_times(times_BN: torch.Tensor, length: int, clean_length: int, at_zero_BS: torch.Tensor | None) -> TimeTable:
+    """Distinct times of `[clean copy | noisy copy]`: 0, then one per sample or per block.
+
+    Args:
+        times_BN: t in [0, 1], (B, blocks), or (B, 1) for one time per sample.
+        at_zero_BS: boolean (B, length): positions of the noisy copy that stay clean at t = 0.
+    """
+    batch, blocks = times_BN.shape
+    times_T = torch.cat((times_BN.new_zeros(1), times_BN.flatten()))
+    rows_BN = 1 + torch.arange(batch * blocks, device=times_BN.device).view(batch, blocks)
+    rows_BS = rows_BN.repeat_interleave(length // blocks, dim=1)
+    if at_zero_BS is not None:
+        rows_BS = rows_BS.masked_fill(at_zero_BS, 0)
+    return TimeTable(times_T, torch.cat((rows_BS.new_zeros(batch, clean_length), rows_BS), dim=1).t())

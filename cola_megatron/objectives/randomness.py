@@ -1,0 +1,72 @@
+"""Random draws of a training step, each a pure function of (seed, purpose, global sample index, step).
+
+A counter-based generator (Philox) is keyed by the seed and the purpose, and its counter starts at the sample and the
+step. No layout, micro-batch size, order of evaluation or resume can change a draw.
+"""
+
+import hashlib
+
+import numpy as np
+
+from cola_megatron.config import FlowConfig, RunConfig, TimeConfig
+
+
+def generator(seed: int, purpose: str, sample_index: int, step: int) -> np.random.Generator:
+    """The stream of draws for one purpose, sample and step."""
+    key = int.from_bytes(hashlib.blake2b(f"{seed}:{purpose}".encode(), digest_size=16).digest(), "little")
+    # Philox counts up in the low words; sample and step sit in the high ones.
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, sample_index, step]))
+
+
+def sample_draws(config: RunConfig, sample_index: int, step: int) -> dict[str, np.ndarray]:
+    """Everything random that one sample needs in one step.
+
+    Returns:
+        posterior_noise (views, S, C): one standard normal per view of the sample;
+        masked (L,): positions of the second view that become [MASK] (absent without a mask loss);
+        and in stage 2: flow_noise (S, C), time (blocks,) or (1,) in [0, 1], at_zero (S,), context_dropped (blocks,).
+    """
+
+    def stream(purpose: str) -> np.random.Generator:
+        return generator(config.seed, purpose, sample_index, step)
+
+    latents, channels = config.latent_length, config.model.vae.latent_dim
+    has_mask_view = config.objective.vae.mask_weight > 0
+    draws = {
+        "posterior_noise": stream("posterior").standard_normal((1 + has_mask_view, latents, channels), np.float32)
+    }
+    if has_mask_view:
+        draws["masked"] = draw_mask(stream("mask"), config.data.sequence_length, config.objective.vae.mask_ratio)
+    if config.stage == 2:
+        flow, block_size = config.objective.flow, config.model.dit.block_size
+        blocks = latents // block_size
+        draws["flow_noise"] = stream("flow").standard_normal((latents, channels), np.float32)
+        draws["time"] = draw_times(stream("time"), flow.time, blocks)
+        draws["at_zero"] = draw_clean_prefixes(stream("clean_prefix"), flow, blocks, block_size)
+        draws["context_dropped"] = stream("context").random(blocks) < flow.context_dropout
+    return draws
+
+
+def draw_mask(random: np.random.Generator, length: int, ratio: float) -> np.ndarray:
+    """Exactly round(ratio * length), at least one, of `length` positions."""
+    masked = np.zeros(length, dtype=bool)
+    masked[random.permutation(length)[: max(1, round(ratio * length))]] = True
+    return masked
+
+
+def draw_times(random: np.random.Generator, config: TimeConfig, blocks: int) -> np.ndarray:
+    """t = sigmoid(loc + scale n), or uniform; (blocks,) or (1,), float32 in [0, 1]."""
+    count = blocks if config.per == "block" else 1
+    if config.distribution == "uniform":
+        return random.random(count, dtype=np.float32)
+    normal = random.standard_normal(count)
+    return (1.0 / (1.0 + np.exp(-(config.loc + config.scale * normal)))).astype(np.float32)
+
+
+def draw_clean_prefixes(random: np.random.Generator, config: FlowConfig, blocks: int, block_size: int) -> np.ndarray:
+    """Positions that a chosen block keeps clean: its first k latents, k uniform in 1 .. block_size - 1; (S,)."""
+    if block_size == 1:
+        return np.zeros(blocks, dtype=bool)  # a block of one latent has no proper prefix
+    chosen = random.random(blocks) < config.clean_prefix_probability
+    lengths = np.where(chosen, random.integers(1, block_size, size=blocks), 0)
+    return (np.arange(block_size)[None, :] < lengths[:, None]).reshape(-1)

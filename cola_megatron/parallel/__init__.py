@@ -1,0 +1,20 @@
+"""Process groups, devices and backends. Everything above asks this package where it runs."""
+
+from cola_megatron.parallel.groups import ProcessGroups, initialize_parallel
+from cola_megatron.parallel.parameters import (
+    gather_state_dict,
+    initialize_parameters,
+    load_full_state_dict,
+    mark_parameter,
+    sum_partial_gradients,
+)
+
+__all__ = [
+    "ProcessGroups",
+    "gather_state_dict",
+    "initialize_parallel",
+    "initialize_parameters",
+    "load_full_state_dict",
+    "mark_parameter",
+    "sum_partial_gradients",
+]

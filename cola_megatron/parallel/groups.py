@@ -1,0 +1,140 @@
+"""The process groups of a run, as one object that is handed to every layer."""
+
+import os
+import warnings
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from cola_megatron.config import ConfigError
+from cola_megatron.parallel.cpu_backend import use_cpu_where_there_is_no_cuda
+
+use_cpu_where_there_is_no_cuda()
+
+from megatron.core import ModelParallelConfig, parallel_state  # noqa: E402  (after the CPU backend is in place)
+
+
+@dataclass(frozen=True)
+class ProcessGroups:
+    """Where this process stands in the (tensor, pipeline, data) grid.
+
+    `layer_config` is what megatron-core's parallel linears read; `replicated_input_config` is the same without
+    sequence parallelism, for inputs that every tensor-parallel rank holds whole (the table of distinct times).
+    """
+
+    tensor_parallel_size: int
+    tensor_parallel_rank: int
+    data_parallel_size: int
+    data_parallel_rank: int
+    sequence_parallel: bool
+    device: torch.device
+    tensor_group: dist.ProcessGroup = field(repr=False)
+    data_group: dist.ProcessGroup = field(repr=False)
+    layer_config: ModelParallelConfig = field(repr=False)
+    replicated_input_config: ModelParallelConfig = field(repr=False)
+
+    @property
+    def rank(self) -> int:
+        """Rank in the whole job."""
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        """Processes in the whole job."""
+        return dist.get_world_size()
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes logs and reports."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits for every process of the job."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def mean_over_data_parallel(self, values_N: torch.Tensor) -> torch.Tensor:
+        """Mean of a small tensor over the data-parallel ranks (in float64, so that the order does not show)."""
+        if self.data_parallel_size == 1:
+            return values_N.double()
+        total_N = values_N.double()
+        # gloo reduces float64; nccl does as well.
+        dist.all_reduce(total_N, group=self.data_group)
+        return total_N / self.data_parallel_size
+
+
+def initialize_parallel(
+    tensor_parallel_size: int = 1,
+    sequence_parallel: bool = False,
+    timeout_minutes: float = 30.0,
+) -> ProcessGroups:
+    """Joins the job and builds its groups.
+
+    Under torchrun or srun (RANK, WORLD_SIZE, ... in the environment) it joins that job over nccl or gloo; in a
+    plain Python process it makes a job of one, without a network port. A second call in one process must ask for
+    the same sizes and returns an equal object.
+
+    Raises:
+        ConfigError: the world size is not divisible by the tensor-parallel size, or the groups exist with others.
+    """
+    device = _local_device()
+    if not dist.is_initialized():
+        _join_job(device, timedelta(minutes=timeout_minutes))
+    world_size = dist.get_world_size()
+    if world_size % tensor_parallel_size:
+        raise ConfigError(
+            f"parallel.tensor_parallel_size={tensor_parallel_size} does not divide the {world_size} processes of this "
+            f"job; start a multiple of {tensor_parallel_size} processes"
+        )
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel_size)
+    elif parallel_state.get_tensor_model_parallel_world_size() != tensor_parallel_size:
+        raise ConfigError(
+            f"this process already runs with tensor_parallel_size="
+            f"{parallel_state.get_tensor_model_parallel_world_size()}, not {tensor_parallel_size}"
+        )
+    sequence_parallel = sequence_parallel and tensor_parallel_size > 1
+
+    def layer_config(sequence_parallel: bool) -> ModelParallelConfig:
+        return ModelParallelConfig(
+            tensor_model_parallel_size=tensor_parallel_size,
+            sequence_parallel=sequence_parallel,
+            use_cpu_initialization=True,
+            perform_initialization=False,  # `initialize_parameters` does it, alike for every layout
+            gradient_accumulation_fusion=False,
+            params_dtype=torch.float32,
+        )
+
+    return ProcessGroups(
+        tensor_parallel_size=tensor_parallel_size,
+        tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        sequence_parallel=sequence_parallel,
+        device=device,
+        tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        data_group=parallel_state.get_data_parallel_group(),
+        layer_config=layer_config(sequence_parallel),
+        replicated_input_config=layer_config(False),
+    )
+
+
+def _local_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join_job(device: torch.device, timeout: timedelta) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # gloo and nccl both remark on the device they were not given
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
+        else:
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists, even in a job of one
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -1,0 +1,127 @@
+"""Parameters under tensor parallelism: how they start, how whole tensors enter and leave the shards.
+
+A parameter says of itself how it is cut (`partition_dim`, or None when every rank holds it whole) and how it starts
+(`initializer`). From that alone every layout builds the same model.
+"""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cola_megatron.parallel.groups import ProcessGroups
+
+Initializer = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+
+
+def mark_parameter(
+    parameter: nn.Parameter,
+    initializer: Initializer,
+    partition_dim: int | None = None,
+    full_size: int | None = None,
+    partial_gradient: bool = False,
+) -> None:
+    """Notes on a parameter how it starts and how tensor parallelism cuts it.
+
+    Args:
+        initializer: fills a whole float32 tensor in place with a generator.
+        partition_dim: the dimension cut over the tensor-parallel ranks, None for a replicated parameter.
+        full_size: size of `partition_dim` in the whole tensor where padding makes the shards' sum larger (vocabulary).
+        partial_gradient: a replicated parameter whose gradient on one rank is a partial sum over the tensor-parallel
+            ranks (each saw its own part of the sequence, or its own heads).
+    """
+    parameter.initializer = initializer
+    parameter.partition_dim = -1 if partition_dim is None else partition_dim
+    parameter.tensor_model_parallel = partition_dim is not None
+    parameter.full_size = full_size
+    parameter.partial_gradient = partial_gradient
+
+
+def full_shape(parameter: nn.Parameter, groups: ProcessGroups) -> torch.Size:
+    """Shape of the whole tensor of which `parameter` is this rank's part."""
+    shape = list(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO 3 keeps the true shape beside an empty tensor
+    if parameter.tensor_model_parallel:
+        dim = parameter.partition_dim
+        shape[dim] = parameter.full_size or shape[dim] * groups.tensor_parallel_size
+    return torch.Size(shape)
+
+
+def shard_of(whole: torch.Tensor, parameter: nn.Parameter, groups: ProcessGroups) -> torch.Tensor:
+    """This rank's part of a whole tensor; rows beyond `full_size` are zero."""
+    if not parameter.tensor_model_parallel:
+        return whole
+    dim, part = parameter.partition_dim, parameter.shape[parameter.partition_dim]
+    start = groups.tensor_parallel_rank * part
+    length = max(0, min(part, whole.shape[dim] - start))
+    piece = whole.narrow(dim, min(start, whole.shape[dim]), length)
+    if length == part:
+        return piece
+    padded = whole.new_zeros(parameter.shape)
+    padded.narrow(dim, 0, length).copy_(piece)
+    return padded
+
+
+def sum_partial_gradients(module: nn.Module, groups: ProcessGroups) -> None:
+    """Makes every backward pass sum partial gradients over the tensor-parallel ranks before ZeRO sees them."""
+    if groups.tensor_parallel_size == 1:
+        return
+
+    def summed(gradient: torch.Tensor) -> torch.Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)  # autograd may share the original
+        dist.all_reduce(total, group=groups.tensor_group)
+        return total
+
+    for parameter in module.parameters():
+        if parameter.partial_gradient and parameter.requires_grad:
+            parameter.register_hook(summed)
+
+
+@torch.no_grad()
+def initialize_parameters(module: nn.Module, seed: int, groups: ProcessGroups) -> None:
+    """Starts every parameter from (seed, its name) alone: no layout and no order of construction changes it."""
+    for name, parameter in module.named_parameters():
+        digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        whole = parameter.initializer(torch.empty(full_shape(parameter, groups)), generator)
+        parameter.copy_(shard_of(whole, parameter, groups))
+
+
+@torch.no_grad()
+def load_full_state_dict(module: nn.Module, state: dict[str, torch.Tensor], groups: ProcessGroups) -> None:
+    """Copies whole tensors into the (sharded) parameters of `module`.
+
+    Raises:
+        ValueError: names that are missing or unknown, or a shape that differs; the message lists them.
+    """
+    parameters = dict(module.named_parameters())
+    missing, unknown = sorted(parameters.keys() - state.keys()), sorted(state.keys() - parameters.keys())
+    if missing or unknown:
+        raise ValueError(f"the weights do not fit the model: missing {missing or 'none'}, unknown {unknown or 'none'}")
+    for name, parameter in parameters.items():
+        expected = full_shape(parameter, groups)
+        if state[name].shape != expected:
+            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, the model needs {tuple(expected)}")
+        parameter.copy_(shard_of(state[name], parameter, groups))
+
+
+@torch.no_grad()
+def gather_state_dict(
+    module: nn.Module, groups: ProcessGroups, values: Callable[[nn.Parameter], torch.Tensor] = lambda parameter: parameter
+) -> dict[str, torch.Tensor]:
+    """Whole float32 tensors of all parameters, on the CPU of every rank of the tensor-parallel group.
+
+    `values` maps a parameter to what is gathered in its place (its gradient, its float32 master copy, ...).
+    """
+    whole = {}
+    for name, parameter in module.named_parameters():
+        piece = values(parameter).detach().float()
+        if parameter.tensor_model_parallel and groups.tensor_parallel_size > 1:
+            pieces = [torch.empty_like(piece) for _ in range(groups.tensor_parallel_size)]
+            dist.all_gather(pieces, piece.contiguous(), group=groups.tensor_group)
+            piece = torch.cat(pieces, dim=parameter.partition_dim)
+            if parameter.full_size is not None:
+                piece = piece.narrow(parameter.partition_dim, 0, parameter.full_size)
+        whole[name] = piece.cpu()
+    return whole

@@ -1,0 +1,1 @@
+"""Training: batches, engine, schedule, checkpoints, measurements and the loop that ties them."""

@@ -1,0 +1,62 @@
+"""Where the numbers of a run go: metrics.jsonl always, wandb in the configured mode."""
+
+import json
+from pathlib import Path
+
+from cola_megatron.config import RunConfig
+
+
+class MetricsLog:
+    """Appends one JSON object per line; `kind` is "train" or "evaluation".
+
+    A resumed run first drops the lines after its checkpoint, so that every step stands there once.
+    """
+
+    def __init__(self, config: RunConfig, resumed_at: int):
+        self.path = config.run_folder / "metrics.jsonl"
+        self._drop_after(resumed_at)
+        self.file = self.path.open("a", buffering=1)  # a line is on its way to the disk when it ends
+        self.wandb = _start_wandb(config)
+
+    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Records the values of a finished step (counted from 1)."""
+        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        if self.wandb is not None:
+            self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+
+    def close(self) -> None:
+        """Flushes and ends the wandb run."""
+        self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+    def _drop_after(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        temporary = self.path.with_suffix(".rewriting")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary.replace(self.path)
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """All records of a metrics.jsonl; a last line that a kill cut short is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _start_wandb(config: RunConfig):
+    if config.training.log.wandb == "off":
+        return None
+    import wandb
+
+    return wandb.init(
+        project=config.training.log.wandb_project,
+        name=config.name,
+        id=f"{config.name}-stage{config.stage}",
+        resume="allow",
+        mode=config.training.log.wandb,
+        dir=str(config.run_folder),
+        config=config.model_dump(mode="json"),
+        settings=wandb.Settings(silent=True, console="off"),
+    )

@@ -1,0 +1,1 @@
+"""Ways to start work: the `cola` command and what it launches."""

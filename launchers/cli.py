@@ -1,0 +1,58 @@
+"""The `cola` command. Each command parses, calls the library, and prints; what it does lives below.
+
+Exit codes: 0 done, 1 failed, 2 wrong use (a bad option or config).
+"""
+
+import sys
+
+import typer
+
+from launchers import config_command, convert_command, eval_command, generate_command, prep_command, train_command
+from launchers.output import fail
+
+app = typer.Typer(
+    name="cola",
+    help="Pretrain continuous latent diffusion language models: prepare, train, convert, generate, evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+app.add_typer(prep_command.app, name="prep")
+app.command("config")(config_command.config)
+app.command("train")(train_command.train)
+app.add_typer(convert_command.app, name="convert")
+app.command("generate")(generate_command.generate)
+app.command("eval")(eval_command.evaluate)
+
+
+@app.command("quickstart")
+def quickstart(
+    runs_folder: str = typer.Option("runs", help="Folder of all runs; the quickstart lives in RUNS_FOLDER/quickstart."),
+) -> None:
+    """The main job on the embedded corpus: prepare, stage 1, stage 2, export, generate, evaluate, report.
+
+    Finished parts are skipped, so that a second call ends at once.
+
+    Example: `cola quickstart`
+    """
+    from launchers.quickstart import run_quickstart
+
+    run_quickstart(runs_folder)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    from cola_megatron.config import ConfigError
+    from cola_megatron.errors import UserError
+
+    try:
+        app()
+    except ConfigError as error:
+        sys.exit(fail(str(error), 2))
+    except UserError as error:
+        sys.exit(fail(str(error), 1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""What the commands print."""
+
+import json
+import sys
+from typing import Any
+
+
+def fail(message: str, code: int) -> int:
+    """Prints one line on stderr and returns the exit code."""
+    print(f"cola: {message}", file=sys.stderr)
+    return code
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout, for scripts."""
+    print(json.dumps(value, indent=1, default=str))
+
+
+def print_table(rows: list[tuple[str, str]], title: str | None = None) -> None:
+    """Two aligned columns on stdout."""
+    if title:
+        print(f"\n{title}")
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")

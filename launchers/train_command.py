@@ -1,0 +1,48 @@
+"""`cola train`: one stage of one run."""
+
+import os
+from dataclasses import asdict
+
+import typer
+
+from launchers.output import print_json, print_table
+
+
+def train(
+    source: str = typer.Argument(..., help="A preset (tiny, small, base, paper-2b) or a YAML file."),
+    overrides: list[str] = typer.Argument(None, help="section.key=value, as many as you like."),
+    as_json: bool = typer.Option(False, "--json", help="Print the summary as JSON."),
+) -> None:
+    """Train one stage; resumes where the run folder holds a checkpoint.
+
+    Under torchrun or srun every process runs this same command.
+
+    Examples: `cola train tiny stage=1 name=first data.path=data/corpus` and then
+    `torchrun --nproc-per-node 8 -m launchers.cli train base name=second data.path=data/corpus
+    training.stage_one=runs/first`
+    """
+    from cola_megatron.config import load_config
+
+    config = load_config(source, overrides or [])
+    from cola_megatron.training.loop import train as run
+
+    summary = run(config)
+    if int(os.environ.get("RANK", 0)) != 0:
+        return
+    if as_json:
+        print_json(asdict(summary))
+    else:
+        print_summary(summary)
+
+
+def print_summary(summary) -> None:
+    """The end of a run as a table."""
+    rows = [
+        ("steps", f"{summary.step:,}" + ("" if summary.finished else " (stopped early; run again to go on)")),
+        ("tokens", f"{summary.tokens:,}"),
+        ("model FLOPs", f"{summary.model_flops:.3e}"),
+        ("time", f"{summary.seconds:,.0f} s"),
+        *((name.replace("_", " "), f"{value:.4f}") for name, value in summary.metrics.items() if "_bin_" not in name),
+        ("run folder", summary.run_folder),
+    ]
+    print_table(rows)
