@@ -27,13 +27,14 @@ RECONSTRUCTION, MASK, KL, FLOW_MATCHING, OTHER = "#0072B2", "#D55E00", "#00795A"
 STAGES = ("Stage 1: Text VAE", "Stage 2: VAE and prior")
 ACCURACY_AT = (
     # key, label, colour, line style, marker: from dark to light as the latent gets noisier
-    ("reconstruction_accuracy", "t = 0 (clean)", "#003A5C", "-", "o"),
-    ("reconstruction_accuracy_t250", "t = 250", "#0072B2", "--", "s"),
-    ("reconstruction_accuracy_t500", "t = 500", "#56B4E9", ":", "^"),
+    ("reconstruction_accuracy", "t = 0 (clean latents)", "#003A5C", "-", "o"),
+    ("reconstruction_accuracy_t250", "t = 250 of 1000", "#0072B2", "--", "s"),
+    ("reconstruction_accuracy_t500", "t = 500 of 1000", "#56B4E9", ":", "^"),
 )
 MEDIAN_OVER = 25
 """At most this many records go into one point of a running median."""
 LATENT_SAMPLES = 3
+_CONSTANT_PREDICTOR = {"color": "black", "linestyle": "--", "linewidth": 1.4, "label": "constant predictor"}
 _BIN = re.compile(r"flow_matching_loss_bin_(\d+)")
 
 _STYLE = {
@@ -112,13 +113,12 @@ def stage_two_losses(records: Records) -> Figure:
     _training(panels[0], records, "flow_matching", "training", FLOW_MATCHING, "-")
     _held_out(panels[0], records, "flow_matching_loss", "held-out", FLOW_MATCHING)
     steps, losses = _series(records, "evaluation", "constant_predictor_loss")
-    if steps.size:
-        # From the left edge on: the loss hardly moves, and the first measurement comes late.
-        first_step = min(record["step"] for record in records)
-        line_steps, line_losses = np.insert(steps, 0, first_step), np.insert(losses, 0, losses[0])
-        panels[0].plot(line_steps, line_losses, color="black", linestyle="--", linewidth=1.4, label="constant predictor")
+    if steps.size == 1:
+        panels[0].axhline(losses[0], **_CONSTANT_PREDICTOR)
+    elif steps.size:
+        panels[0].plot(steps, losses, **_CONSTANT_PREDICTOR)
     panels[0].set_ylabel("Squared error per channel")
-    panels[0].legend()
+    _legend_below(panels[0])
     if has_reconstruction:
         panels[1].set_title("Reconstruction")
         _training(panels[1], records, "reconstruction", "training", RECONSTRUCTION, "-")
@@ -142,7 +142,7 @@ def reconstruction_accuracy(stage_one: Records, stage_two: Records) -> Figure:
                 axes.plot(steps, values, color=colour, linestyle=line_style, marker=marker, label=label)
         axes.set_ylim(0, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    panels[0][1].set_ylabel("Tokens reconstructed [%]")
+    panels[0][1].set_ylabel("Tokens reconstructed")
     handles, labels = panels[0][1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     return figure
@@ -166,11 +166,11 @@ def flow_matching_by_time(records: Records) -> Figure:
     axes = figure.add_subplot()
     axes.set_title(f"Flow matching over time, step {last['step']:,}")
     left_edges = np.arange(bins) / bins
-    axes.bar(left_edges, losses, 1 / bins, align="edge", color="#D9B8C9", edgecolor=FLOW_MATCHING, label="held-out loss")
+    axes.bar(
+        left_edges, losses, 1 / bins, align="edge", color="#D9B8C9", edgecolor=FLOW_MATCHING, label="held-out loss"
+    )
     if "constant_predictor_loss" in last:
-        axes.axhline(
-            last["constant_predictor_loss"], color="black", linestyle="--", linewidth=1.4, label="constant predictor"
-        )
+        axes.axhline(last["constant_predictor_loss"], **_CONSTANT_PREDICTOR)
     axes.set_xlim(0, 1)
     axes.set_xticks(np.linspace(0, 1, 6))
     axes.set_xlabel("Flow time t (0: data, 1: noise)")
@@ -249,8 +249,8 @@ def generated_latents(latents: Sequence[torch.Tensor]) -> Figure:
             extent=(0, blocks * block_size, channels, 0),
         )
         for boundary in range(block_size, blocks * block_size, block_size):
-            axes.axvline(boundary, color="white", linewidth=2.4)
-            axes.axvline(boundary, color="black", linewidth=0.9)
+            axes.axvline(boundary, color="white", linewidth=3.5)
+            axes.axvline(boundary, color="black", linewidth=1.5)
         axes.set_title(f"Sample {number}")
         axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 4, 8, 10], integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -265,7 +265,7 @@ def _panels(records: Records, stage: str, count: int) -> tuple[Figure, Sequence[
     """Panels side by side over the steps of one stage."""
     if not any(record["kind"] == "train" for record in records):
         raise NothingToPlot(f"{stage} has no training records")
-    figure = Figure(figsize=(WIDTH_INCHES, 3.1))
+    figure = Figure(figsize=(WIDTH_INCHES, 3.7))
     panels = figure.subplots(1, count, squeeze=False)[0]
     for axes in panels:
         _step_axis(axes)
@@ -294,7 +294,7 @@ def _stage_panels(
 
 def _step_axis(axes: Axes) -> None:
     axes.set_xlabel("Training step")
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
@@ -333,4 +333,9 @@ def _finish_loss_panel(axes: Axes, label: str, legend: bool = True) -> None:
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_ylabel(label)
     if legend:
-        axes.legend()
+        _legend_below(axes)
+
+
+def _legend_below(axes: Axes) -> None:
+    """Where no curve can cross it."""
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.24), borderaxespad=0, handlelength=2.6)

@@ -134,8 +134,8 @@ def _draw(report: Report) -> list[_Picture]:
         picture(
             "stage_one_losses",
             "Stage 1 losses",
-            "Both losses on the left should fall and the held-out circles should stay close to the training line; the "
-            "KL on the right is what the latents cost, and it may settle high, for its weight is small.",
+            "Both losses on the left should fall with the held-out circles close to the training line, while the KL on "
+            "the right, what the latents cost, may settle high, for its weight is small.",
             partial(figures.stage_one_losses, stage_one),
         ),
         picture(
@@ -148,36 +148,36 @@ def _draw(report: Report) -> list[_Picture]:
         picture(
             "reconstruction_accuracy",
             "Held-out reconstruction",
-            "The clean latents (t = 0) should give back nearly every token, and the closer t = 250 and 500 of 1000 come "
-            "to them, the more noise the decoder forgives.",
+            "Clean latents (t = 0) should give back nearly every token, and the closer the two noisy lines come to them, "
+            "the more error of the prior the decoder forgives.",
             partial(figures.reconstruction_accuracy, stage_one, stage_two),
         ),
         picture(
             "flow_matching_by_time",
             "Flow matching over time",
-            "Every bar should end below the dashed line, and the rightmost ones, where the prior sees almost pure noise, "
-            "show how much it can tell from the blocks before.",
+            "Every bar should end below the dashed line, and the rightmost ones, where the prior sees almost pure "
+            "noise, show how much it can tell from the blocks before.",
             partial(figures.flow_matching_by_time, stage_two),
         ),
         picture(
             "vae_logsnr",
             "Signal in the latents",
-            "The logSNR, log of mean \u00b5\u00b2 over mean \u03c3\u00b2, should rise and then level off; a collapse towards 0 "
-            "would mean that the encoder's noise drowns the text.",
+            "The logSNR, log of mean \u00b5\u00b2 over mean \u03c3\u00b2, should stay well above 0, where the encoder's noise "
+            "would be as strong as its signal.",
             partial(figures.vae_logsnr, stage_one, stage_two),
         ),
         picture(
             "speed_and_learning_rate",
             "Speed and learning rate",
-            "Tokens per second should be flat, for dips are other work on the machine, and the learning rate should warm "
-            "up and decay as configured.",
+            "Tokens per second should be flat, for dips are other work on the machine, and the learning rate should "
+            "warm up and decay as configured.",
             partial(figures.speed_and_learning_rate, stage_one, stage_two),
         ),
         picture(
             "generated_latents",
             "Generated latents",
-            f"The latents behind the first {figures.LATENT_SAMPLES} samples should differ from position to position and "
-            "from sample to sample; equal columns or blocks would mean that the prior has collapsed.",
+            f"The latents of the first {figures.LATENT_SAMPLES} samples should differ from position to position and from "
+            "sample to sample; equal columns or blocks would mean that the prior has collapsed.",
             partial(figures.generated_latents, [sample.latents for sample in report.samples]),
         ),
     ]

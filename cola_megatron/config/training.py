@@ -78,7 +78,7 @@ class LogConfig(Section):
     """Metrics go to metrics.jsonl always, and to wandb in the given mode."""
 
     every: PositiveInt = 10
-    wandb: Literal["off", "offline", "online"] = "offline"
+    wandb: Literal["disabled", "offline", "online"] = "offline"
     wandb_project: str = "cola-megatron"
 
 

@@ -51,11 +51,11 @@ class Cola(nn.Module):
 
     def steps(self, train_vae: bool = True) -> list[Step]:
         """The stage's computation in order."""
-        steps = [*self._encode(train_vae)]
+        steps = [*self.encode_steps(train_vae)]
         if self.dit is not None:
-            steps += self._flow()
+            steps += self.flow_steps()
         if train_vae:
-            steps += self._decode()
+            steps += self.decode_steps()
         return steps
 
     def _weighted(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -71,7 +71,8 @@ class Cola(nn.Module):
         }
         return sum(weights[name] * term for name, term in terms.items())
 
-    def _encode(self, train_vae: bool) -> Iterator[Step]:
+    def encode_steps(self, train_vae: bool) -> Iterator[Step]:
+        """tokens -> latents of all views, and the terms of the posterior."""
         encoder, config = self.vae.encoder, self.config
         patch_size, recompute = config.model.vae.patch_size, config.training.activation_checkpointing
         has_mask_view = train_vae and config.objective.vae.mask_weight > 0
@@ -118,7 +119,8 @@ class Cola(nn.Module):
                 ),
             )
 
-    def _flow(self) -> Iterator[Step]:
+    def flow_steps(self) -> Iterator[Step]:
+        """latents -> velocity and the flow-matching loss, in one pass over `[clean copy | noisy copy]`."""
         dit, length = self.dit, self.config.latent_length
         clean_length = length - self.config.model.dit.block_size  # nobody sees the last clean block
         recompute = self.config.training.activation_checkpointing
@@ -153,7 +155,8 @@ class Cola(nn.Module):
             ),
         )
 
-    def _decode(self) -> Iterator[Step]:
+    def decode_steps(self) -> Iterator[Step]:
+        """latents of all views -> logits, the reconstruction and the mask loss."""
         decoder, config = self.vae.decoder, self.config
         recompute = config.training.activation_checkpointing
         context = decoder.context(config.latent_length, _device(self))

@@ -11,9 +11,11 @@ import torch.distributed as dist
 from cola_megatron.config import ConfigError
 from cola_megatron.parallel.cpu_backend import use_cpu_where_there_is_no_cuda
 
-use_cpu_where_there_is_no_cuda()
-
-from megatron.core import ModelParallelConfig, parallel_state  # noqa: E402  (after the CPU backend is in place)
+with warnings.catch_warnings():
+    # megatron-core remarks on every optional accelerator that is absent; none of them is needed here.
+    warnings.simplefilter("ignore")
+    use_cpu_where_there_is_no_cuda()
+    from megatron.core import ModelParallelConfig, parallel_state
 
 
 @dataclass(frozen=True)

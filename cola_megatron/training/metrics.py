@@ -46,7 +46,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def _start_wandb(config: RunConfig):
-    if config.training.log.wandb == "off":
+    if config.training.log.wandb == "disabled":
         return None
     import wandb
 

@@ -1,0 +1,41 @@
+"""What several test files share: tiny configs, a prepared corpus, and real multi-process runs."""
+
+import os
+
+# One thread per process: the machine's cores are shared by the ranks of a test, and sums do not change order.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+from pathlib import Path
+
+import pytest
+
+from cola_megatron.config import RunConfig, load_config
+from tests.support import TINY, make_text
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared folder: a few hundred sequences of 32 tokens over a vocabulary of 300."""
+    from data_prep.prepare import PrepSettings, prepare
+
+    folder = tmp_path_factory.mktemp("corpus")
+    text = folder / "text.jsonl"
+    make_text(text, documents=120)
+    settings = PrepSettings(
+        inputs=[str(text)], output=folder / "shards", sequence_length=32, vocab_size=300, held_out_fraction=0.1
+    )
+    return prepare(settings, progress=False)
+
+
+@pytest.fixture
+def tiny(corpus: Path, tmp_path: Path):
+    """`tiny(stage=1, *overrides)`: a config small enough for a step to take milliseconds, in a run folder of its own."""
+
+    def build(stage: int = 2, *overrides: str) -> RunConfig:
+        return load_config(
+            "tiny",
+            [*TINY, f"stage={stage}", f"data.path={corpus}", f"runs_folder={tmp_path / 'runs'}", *overrides],
+        )
+
+    return build

@@ -1,0 +1,65 @@
+"""Plain helpers of the tests."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cola_megatron.config import RunConfig
+from cola_megatron.objectives.randomness import sample_draws
+
+TINY = [
+    "model.vocab_size=300",
+    "model.vae.hidden_size=32",
+    "model.vae.ffn_hidden_size=64",
+    "model.vae.latent_dim=4",
+    "model.dit.hidden_size=32",
+    "model.dit.head_dim=8",
+    "model.dit.rotary_dim=6",
+    "model.dit.num_layers=2",
+    "model.dit.latent_dim=4",
+    "model.dit.block_size=8",
+    "data.sequence_length=32",
+    "training.steps=6",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=4",
+    "training.loader_workers=0",
+    "training.schedule.warmup_steps=2",
+    "training.schedule.decay_steps=20",
+    "training.evaluation.every=100",
+    "training.evaluation.samples=8",
+    "training.checkpoint.every=100",
+    "training.log.every=1",
+    "training.log.wandb=disabled",
+    "training.vae_update.from_scratch=true",
+]
+
+
+def make_text(path: Path, documents: int) -> None:
+    """Sentences of invented grammar: enough structure to compress, no corpus needed."""
+    chooser = random.Random(0)
+    words = ["the", "prior", "writes", "latent", "blocks", "of", "noise", "and", "meaning", "flows", "back", "to", "words"]
+    with path.open("w") as file:
+        for number in range(documents):
+            text = " ".join(chooser.choice(words) for _ in range(60 + number % 40))
+            file.write(json.dumps({"text": f"{number}: {text}."}) + "\n")
+
+
+def random_batch(config: RunConfig, samples: range, step: int = 0) -> dict[str, torch.Tensor]:
+    """Random tokens with the draws that training would use for these global sample indices."""
+    rows = []
+    for index in samples:
+        tokens = np.random.default_rng(index).integers(0, config.model.vocab_size, config.data.sequence_length)
+        rows.append({"tokens": tokens, **sample_draws(config, index, step)})
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+
+def perturbed(module: torch.nn.Module, std: float = 0.05) -> torch.nn.Module:
+    """Moves every parameter away from its start, so that zero-initialised gates let gradients through."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(std * torch.randn(parameter.shape, generator=generator))
+    return module

@@ -1,0 +1,156 @@
+"""Parity with numbers that the published inference package computed (tests/data/README-golden.md).
+
+Why the golden generations are reproduced with positions modulo 24. They come from a process of the published package
+that had run the two-copy training pass before. The package's rotary embedding (library rotary-embedding-torch) keeps
+angles per layer and answers `forward(positions, seq_len, offset)` from that cache whenever `offset + seq_len` fits in
+it, without looking at the positions. The training pass (2 samples of 2 copies at L = 24, joined to one row of 96) left
+the angles of 0..23 there four times; no generation here is longer than 76 latents, so all of them were rotated as if
+position p were p mod 24. A process that has not run that pass has the right cache. Our engine computes the positions;
+with the cached ones in their place it gives every golden token and latent.
+
+Shapes: S latents, B batch, C latent channels, N blocks.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cola_megatron.inference.generate import block_noise
+from cola_megatron.inference.solvers import euler, uniform_grid
+from cola_megatron.interface import ColaDLM
+from cola_megatron.models.dit import two_copy_times
+
+FOLDER = Path(__file__).parent / "data" / "reference_tiny"
+GOLDEN = load_file(FOLDER / "tensors.safetensors")
+GENERATION = json.loads((FOLDER / "generate.json").read_text())
+PROMPTS = [prompt["question"] for prompt in GENERATION["prompts"]]
+RUNS = GENERATION["runs"]
+BLOCK_SIZE = 4
+TRAINED_LENGTH = 24
+
+# Relative to the largest magnitude of a tensor. Both sides are float32 and round differently: the same model in float64
+# is up to 6e-6 away from the golden numbers. Log variances reach 30 and velocities 6, so an absolute bound would ask
+# for more digits of these than of the means.
+RELATIVE = 1e-5
+# Latents of generation reach 25; guidance 7 multiplies the rounding of 16 steps.
+LATENTS = 1e-4
+
+
+@pytest.fixture(scope="module")
+def model() -> ColaDLM:
+    return ColaDLM.from_published(FOLDER)
+
+
+def assert_golden(ours: torch.Tensor, name: str) -> None:
+    golden = GOLDEN[name]
+    assert ours.shape == golden.shape
+    assert ours.dtype == golden.dtype == torch.float32
+    difference = (ours - golden).abs().max().item()
+    assert difference <= RELATIVE * golden.abs().max().item(), f"{name}: {difference:.1e}"
+
+
+def generate(model: ColaDLM, run: dict, samples: list[int]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Ids (B, tokens), latents (N, B, S, C) and texts of some of the golden samples."""
+    settings = {name: run[name] for name in ("steps", "guidance_scale", "max_new_tokens", "repetition_penalty")}
+    results = model.generate(
+        [PROMPTS[sample] for sample in samples],
+        ids=[GENERATION["prompts"][sample]["id"] for sample in samples],
+        noise_seed=GENERATION["noise_seed"],
+        padding_id=GENERATION["pad_token_id"],
+        **settings,
+    )
+    latents = torch.stack([result.latents for result in results], dim=1)
+    return torch.stack([result.token_ids for result in results]), latents, [result.text for result in results]
+
+
+def golden_generation(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return GOLDEN[f"generate.{index}.ids"], GOLDEN[f"generate.{index}.latents"].unflatten(1, (-1, BLOCK_SIZE))
+
+
+def noisy_copy() -> torch.Tensor:
+    t = GOLDEN["train.t"][:, None, None]
+    return (1 - t) * GOLDEN["train.z0"] + t * GOLDEN["train.z1"]
+
+
+@pytest.mark.parametrize("text", [0, 1, 2])
+def test_the_posterior_is_the_published_one(model: ColaDLM, text: int) -> None:
+    mean, logvar = model.encode(GOLDEN[f"encode.{text}.ids"])
+    assert_golden(mean, f"encode.{text}.mean")
+    assert_golden(logvar, f"encode.{text}.logvar")
+
+
+def test_the_decoder_is_the_published_one(model: ColaDLM) -> None:
+    assert_golden(model.decode(GOLDEN["decode.z"], GOLDEN["decode.lengths"].tolist()), "decode.logits")
+
+
+def test_velocity_and_loss_are_the_published_ones(model: ColaDLM) -> None:
+    velocity = model.velocity(GOLDEN["train.z0"], noisy_copy(), GOLDEN["train.t"])
+    assert_golden(velocity, "train.velocity_noisy")
+    assert_golden((velocity - (GOLDEN["train.z1"] - GOLDEN["train.z0"])).square().mean(), "train.loss")
+
+
+@torch.no_grad()
+def test_the_last_clean_block_may_be_left_out(model: ColaDLM) -> None:
+    """The published pass carries the whole clean copy; nothing noisy sees its last block, so ours leaves it out."""
+    length = GOLDEN["train.z0"].shape[1]
+    z_SBC = torch.cat((GOLDEN["train.z0"], noisy_copy()), dim=1).transpose(0, 1)
+    context = model.dit.two_copy_context(length, length, None, z_SBC.device)
+    v_SBC = model.dit(z_SBC, two_copy_times(GOLDEN["train.t"][:, None], length, length, None), context)
+    clean, noisy = v_SBC.transpose(0, 1).split(length, dim=1)
+    assert_golden(clean, "train.velocity_clean")
+    assert_golden(noisy, "train.velocity_noisy")
+    shorter = model.velocity(GOLDEN["train.z0"], noisy_copy(), GOLDEN["train.t"])
+    torch.testing.assert_close(shorter, noisy, rtol=0.0, atol=1e-6 * noisy.abs().max().item())
+
+
+@pytest.mark.parametrize("index", range(len(RUNS)))
+def test_generation_is_the_published_one_where_its_positions_were_right(model: ColaDLM, index: int) -> None:
+    """Sample 0 starts at position 0, alone in its batch here; its first six blocks lie before position 24."""
+    golden_ids, golden_latents = golden_generation(index)
+    ids, latents, texts = generate(model, RUNS[index], samples=[0])
+    assert torch.equal(ids[:, :TRAINED_LENGTH], golden_ids[:1, :TRAINED_LENGTH])
+    blocks = TRAINED_LENGTH // BLOCK_SIZE
+    torch.testing.assert_close(latents[:blocks], golden_latents[:blocks, :1], rtol=0.0, atol=LATENTS)
+    if RUNS[index]["max_new_tokens"] <= TRAINED_LENGTH:
+        assert texts == RUNS[index]["texts"][:1]
+
+
+@pytest.mark.parametrize("index", range(len(RUNS)))
+def test_generation_is_the_published_one_with_its_cached_positions(
+    model: ColaDLM, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every sample and block of every run: see the head of this file."""
+    cached = torch.arange(TRAINED_LENGTH).repeat(2 * len(GOLDEN["train.t"]))
+    context_at = model.dit.context_at
+    monkeypatch.setattr(model.dit, "context_at", lambda positions, *rest: context_at(cached[positions], *rest))
+    golden_ids, golden_latents = golden_generation(index)
+    ids, latents, texts = generate(model, RUNS[index], samples=[0, 1, 2])
+    assert torch.equal(ids, golden_ids)
+    torch.testing.assert_close(latents, golden_latents, rtol=0.0, atol=LATENTS)
+    assert texts == RUNS[index]["texts"]
+
+
+def test_generation_is_the_velocity_integrated_without_caches(model: ColaDLM) -> None:
+    """The right positions, from `velocity` alone: prompts of 28 and 44 latents, a batch of different lengths."""
+    run = {"steps": 8, "guidance_scale": 3.0, "max_new_tokens": 12, "repetition_penalty": 1.0}
+    samples = [1, 2]
+    _, latents, _ = generate(model, run, samples)
+    times = uniform_grid(run["steps"], torch.device("cpu"))
+    for column, sample in enumerate(samples):
+        prompt = model.tokenizer.encode(PROMPTS[sample], add_special_tokens=False).ids
+        known_SC = model.vae.to_prior(model.encode(prompt)[0])
+        for block, drawn_SC in enumerate(latents[:, column]):
+
+            def velocity(z_SC: torch.Tensor, step: int, known_SC: torch.Tensor = known_SC) -> torch.Tensor:
+                whole_1SC, alone_1SC = torch.cat((known_SC, z_SC))[None], z_SC[None]
+                in_context = model.velocity(whole_1SC, whole_1SC, times[step : step + 1])[0, -BLOCK_SIZE:]
+                alone = model.velocity(alone_1SC, alone_1SC, times[step : step + 1])[0]
+                return alone + run["guidance_scale"] * (in_context - alone)
+
+            noise_SC = block_noise(GENERATION["noise_seed"], sample, block, (BLOCK_SIZE, known_SC.shape[1]))
+            expected_SC = euler(velocity, noise_SC, times, lambda z_SC: z_SC)
+            torch.testing.assert_close(drawn_SC, expected_SC, rtol=0.0, atol=RELATIVE * expected_SC.abs().max().item())
+            known_SC = torch.cat((known_SC, drawn_SC))

@@ -1,0 +1,137 @@
+"""The architecture: parameter counts, masks, distinct times, tensor-parallel layout of fused rows."""
+
+import pytest
+import torch
+
+from cola_megatron.config import load_config
+from cola_megatron.layers.masks import block_causal_mask, two_copy_mask
+from cola_megatron.models import DiT, TextVAE
+from cola_megatron.models.cola import Cola
+from cola_megatron.models.dit import two_copy_times
+from cola_megatron.models.steps import live_at, run_steps
+from cola_megatron.parallel import initialize_parallel, initialize_parameters
+from tests.support import perturbed, random_batch
+
+CPU = torch.device("cpu")
+
+
+def test_paper_size_has_exactly_the_published_parameters():
+    model, groups = load_config("paper-2b").model, initialize_parallel()
+    with torch.device("meta"):
+        vae, dit = TextVAE(model.vocab_size, model.vae, groups), DiT(model.dit, groups)
+    assert sum(parameter.numel() for parameter in vae.parameters()) == 501_871_574
+    assert sum(parameter.numel() for parameter in dit.parameters()) == 1_829_875_728
+
+
+def dense(mask, length: int) -> torch.Tensor:
+    if mask.visible is not None:
+        return mask.visible
+    full = torch.ones(length, length, dtype=torch.bool)
+    return full.tril() if mask.causal else full
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4, 12])
+def test_block_causal_mask_from_its_definition(block_size):
+    visible = dense(block_causal_mask(12, block_size, CPU), 12)
+    for query in range(12):
+        for key in range(12):
+            assert visible[query, key] == (key // block_size <= query // block_size)
+
+
+@pytest.mark.parametrize("clean_length", [12, 8])
+def test_two_copy_mask_from_its_definition(clean_length):
+    visible = two_copy_mask(12, 4, clean_length).visible
+    copies = [(False, i) for i in range(clean_length)] + [(True, i) for i in range(12)]
+    for query, (query_noisy, q) in enumerate(copies):
+        for key, (key_noisy, k) in enumerate(copies):
+            if not query_noisy:
+                expected = not key_noisy and k // 4 <= q // 4
+            else:
+                expected = k // 4 == q // 4 if key_noisy else k // 4 < q // 4
+            assert visible[query, key] == expected
+
+
+def test_a_block_whose_context_is_dropped_sees_itself_alone():
+    dropped = torch.tensor([[False, True, False], [False, False, False]])
+    visible = two_copy_mask(12, 4, 8, dropped).visible[:, 0]
+    assert not visible[0, 8 + 4 : 8 + 8, :8].any()
+    assert visible[0, 8 + 8 :, :8].all()
+    assert torch.equal(visible[1], two_copy_mask(12, 4, 8).visible)
+
+
+def test_times_are_embedded_once_each_and_found_by_every_position():
+    times = torch.tensor([[0.1, 0.2], [0.3, 0.4]])
+    at_zero = torch.zeros(2, 8, dtype=torch.bool)
+    at_zero[1, 4] = True
+    table = two_copy_times(times, length=8, clean_length=4, at_zero_BS=at_zero)
+    assert table.times_T.tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    found = table.times_T[table.index_SB]
+    assert (found[:4] == 0).all()
+    assert found[4:, 0].tolist() == pytest.approx([0.1] * 4 + [0.2] * 4)
+    assert found[4:, 1].tolist() == pytest.approx([0.3] * 4 + [0.0] + [0.4] * 3)
+
+
+def test_modulations_run_on_distinct_times_only(tiny):
+    config, groups = tiny(2), initialize_parallel()
+    model = Cola(config, groups)
+    initialize_parameters(model, config.seed, groups)
+    rows = []
+    for block in model.dit.blocks:
+        block.ffn_gate.linear.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[0]))
+    batch = random_batch(config, range(4))
+    model(batch)
+    assert rows == [1 + batch["time"].numel()] * len(model.dit.blocks)
+
+
+def test_start_depends_on_seed_and_name_alone(tiny):
+    groups = initialize_parallel()
+    one, two, other = (Cola(tiny(stage), groups) for stage in (1, 2, 2))
+    initialize_parameters(one, 66, groups)
+    initialize_parameters(two, 66, groups)
+    initialize_parameters(other, 67, groups)
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, two.get_parameter(name))
+    assert not torch.equal(two.dit.input.weight, other.dit.input.weight)
+
+
+def test_a_fresh_prior_predicts_zero_velocity_and_its_gates_are_closed(tiny):
+    config, groups = tiny(2), initialize_parallel()
+    model = Cola(config, groups)
+    initialize_parameters(model, config.seed, groups)
+    batch = random_batch(config, range(4))
+    state = run_steps([step for step in model.steps() if "loss_" not in step.writes[0]], batch)
+    assert state["velocity"].abs().max() == 0
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_chain_can_be_cut_anywhere_and_passes_on_what_is_read_later(tiny, stage):
+    config, groups = tiny(stage), initialize_parallel()
+    model = Cola(config, groups)
+    initialize_parameters(model, config.seed, groups)
+    perturbed(model)
+    batch, steps = random_batch(config, range(2)), model.steps()
+    losses = [name for step in steps for name in step.writes if name.startswith("loss_")]
+    whole = run_steps(steps, batch)
+    for cut in range(1, len(steps)):
+        crossing = live_at(steps, cut, losses)
+        first = {**batch}
+        for step in steps[:cut]:
+            first.update(step(first))
+        second = run_steps(steps[cut:], {**batch, **{name: first[name] for name in crossing}})
+        for name in losses:
+            assert torch.equal(second.get(name, first.get(name)), whole[name])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_recomputation_changes_no_gradient(tiny, stage):
+    groups, gradients = initialize_parallel(), []
+    for recompute in ("false", "true"):
+        config = tiny(stage, f"training.activation_checkpointing={recompute}")
+        model = Cola(config, groups)
+        initialize_parameters(model, config.seed, groups)
+        perturbed(model)
+        model(random_batch(config, range(4)))["loss"].backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    assert len(gradients[0]) == len(gradients[1])
+    for kept, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(kept, recomputed)

@@ -1,0 +1,277 @@
+"""Training runs: what they write, resuming bit for bit, stage 2 from stage 1, frozen and interval VAE."""
+
+import json
+
+import pytest
+import torch
+
+from cola_megatron.config import ConfigError
+from cola_megatron.training.checkpoint import CheckpointError, newest_checkpoint, read_weights
+from cola_megatron.training.loop import train
+from cola_megatron.training.metrics import read_metrics
+from cola_megatron.training.optimizer import learning_rate
+from tests.ranks import run_ranks
+
+
+def curve(config, *names: str) -> list[tuple[float, ...]]:
+    """The named values of every training record, in order of steps."""
+    records = [record for record in read_metrics(config.run_folder / "metrics.jsonl") if record["kind"] == "train"]
+    assert [record["step"] for record in records] == list(range(1, len(records) + 1))
+    return [tuple(record[name] for name in names or ("loss", "gradient_norm")) for record in records]
+
+
+def run(config) -> None:
+    train(config, progress=False)
+
+
+def weights(config) -> dict[str, torch.Tensor]:
+    return read_weights(newest_checkpoint(config.run_folder))[1]
+
+
+def assert_same_weights(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_a_run_writes_config_manifest_metrics_and_summary(tiny):
+    config = tiny(2, "training.evaluation.every=3")
+    summary = train(config, progress=False)
+    folder = config.run_folder
+    assert summary.finished and summary.step == 6 and summary.tokens == 6 * 8 * 32
+    assert (folder / "config.yaml").is_file()
+    assert json.loads((folder / "manifest.json").read_text())["versions"]["torch"] == torch.__version__
+    assert json.loads((folder / "summary.json").read_text())["tokens"] == summary.tokens
+    records = read_metrics(folder / "metrics.jsonl")
+    assert [record["step"] for record in records if record["kind"] == "evaluation"] == [3, 6]
+    measured = records[-1]
+    for name in (
+        "reconstruction_accuracy",
+        "reconstruction_accuracy_t250",
+        "reconstruction_accuracy_t500",
+        "vae_logsnr",
+        "flow_matching_loss",
+        "constant_predictor_loss",
+        "flow_matching_loss_bin_9",
+    ):
+        assert name in measured
+    assert summary.model_flops > 0
+
+
+def test_training_learns(tiny):
+    config = tiny(1, "training.steps=40", "training.schedule.decay_steps=100")
+    run(config)
+    losses = [loss for (loss,) in curve(config, "reconstruction")]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_stop_and_resume_is_bit_identical(tiny, stage):
+    straight = tiny(stage, "name=straight")
+    run(straight)
+    halves = ["name=halves", "training.steps=6"]
+    first = train(tiny(stage, *halves, "training.stop_after=3"), progress=False)
+    assert not first.finished and first.step == 3
+    resumed = tiny(stage, *halves)
+    assert train(resumed, progress=False).finished
+    assert curve(resumed) == curve(straight)
+    assert_same_weights(weights(resumed), weights(straight))
+
+
+def test_a_longer_run_resumes_a_shorter_one_bit_identically(tiny):
+    straight = tiny(2, "name=straight", "training.steps=4")
+    run(straight)
+    run(tiny(2, "name=extended", "training.steps=2"))
+    extended = tiny(2, "name=extended", "training.steps=4")
+    run(extended)
+    assert curve(extended) == curve(straight)
+    assert_same_weights(weights(extended), weights(straight))
+
+
+def test_a_finished_run_is_left_alone(tiny):
+    config = tiny(1, "training.steps=2")
+    run(config)
+    before = (config.run_folder / "metrics.jsonl").read_text()
+    assert train(config, progress=False).step == 2
+    assert (config.run_folder / "metrics.jsonl").read_text() == before
+
+
+def test_steps_after_the_checkpoint_are_logged_once(tiny):
+    """A run killed after its last save has logged steps that are done again."""
+    config = tiny(1, "training.steps=4", "training.checkpoint.every=2")
+    run(tiny(1, "training.steps=4", "training.stop_after=2"))
+    with (config.run_folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "train", "step": 3, "loss": 1e9, "gradient_norm": 0.0}) + "\n")
+        file.write('{"kind": "train", "step"')
+    run(config)
+    assert len(curve(config)) == 4 and max(loss for loss, _ in curve(config)) < 1e6
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("model.dit.num_layers=1", "model.dit.num_layers was 2, now 1"),
+        ("training.optimizer.learning_rate=1e-3", "training.optimizer.learning_rate was 0.002, now 0.001"),
+        ("seed=67", "seed was 66, now 67"),
+        ("parallel.zero_stage=2", "parallel.zero_stage was 1, now 2"),
+    ],
+)
+def test_a_checkpoint_of_another_config_is_refused_naming_the_keys(tiny, override, key):
+    run(tiny(2, "training.steps=1"))
+    with pytest.raises(CheckpointError) as refusal:
+        run(tiny(2, "training.steps=2", override))
+    assert key in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_resume_never_refuses_a_used_folder(tiny):
+    run(tiny(1, "training.steps=1"))
+    with pytest.raises(CheckpointError, match="training.resume=never"):
+        run(tiny(1, "training.steps=2", "training.resume=never"))
+
+
+def test_a_damaged_checkpoint_is_named(tiny):
+    config = tiny(1, "training.steps=1")
+    run(config)
+    damaged = next((newest_checkpoint(config.run_folder) / "engine").glob("*optim_states.pt"))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=f"{damaged.name} is missing or cut short"):
+        run(tiny(1, "training.steps=2"))
+
+
+def test_stage_two_starts_from_the_stage_one_vae_and_keeps_its_encoder_as_reference(tiny):
+    first = tiny(1, "name=first", "training.steps=3")
+    run(first)
+    second = tiny(
+        2,
+        "name=second",
+        "training.steps=1",
+        "training.vae_update.from_scratch=false",
+        f"training.stage_one={first.run_folder}",
+    )
+    run(second)
+    # Before its first update the encoder is the reference, so the divergence between them is exactly 0.
+    assert curve(second, "reference") == [(0.0,)]
+
+
+def test_stage_two_says_what_is_wrong_with_its_start(tiny):
+    joint = "training.vae_update.from_scratch=false"
+    with pytest.raises(ConfigError, match="training.stage_one is not set"):
+        run(tiny(2, "name=a", joint))
+    first = tiny(1, "name=first", "training.steps=1")
+    run(first)
+    with pytest.raises(ConfigError, match=r"model.vae.block_size=2 \(there 1\)"):
+        run(tiny(2, "name=b", joint, f"training.stage_one={first.run_folder}", "model.vae.block_size=2"))
+
+
+def test_frozen_and_interval_vae_change_only_when_they_may(tiny):
+    first = tiny(1, "name=first", "training.steps=1")
+    run(first)
+    source = [f"training.stage_one={first.run_folder}", "training.vae_update.from_scratch=false"]
+    frozen = tiny(2, "name=frozen", "training.vae_update.mode=frozen", *source)
+    run(frozen)
+    started = weights(first)
+    for name, value in weights(frozen).items():
+        if name.startswith("vae."):
+            assert torch.equal(value, started[name]), name
+    interval = ["training.vae_update.mode=interval", "training.vae_update.joint_steps=2", "training.vae_update.frozen_steps=2"]
+    after = {}
+    for stop in (2, 4, 5):
+        config = tiny(2, "name=interval", *interval, *source, f"training.stop_after={stop}")
+        run(config)
+        after[stop] = weights(config)
+    vae, dit = "vae.encoder.embedding.weight", "dit.input.weight"
+    assert torch.equal(after[2][vae], after[4][vae]) and not torch.equal(after[2][dit], after[4][dit])
+    assert not torch.equal(after[4][vae], after[5][vae])
+
+
+def test_the_vae_can_learn_more_slowly(tiny):
+    # AdamW's first step is about the learning rate in every coordinate, whatever the gradient.
+    moved = {}
+    for ratio in (1.0, 0.01):
+        config = tiny(2, f"name=ratio{ratio}", "training.steps=1", f"training.vae_update.learning_rate_ratio={ratio}")
+        run(config)
+        start = weights(tiny(2, "name=start", "training.steps=1", "training.optimizer.learning_rate=1e-12",
+                             "training.schedule.final_learning_rate=0", "training.schedule.initial_learning_rate=0")) if False else None
+        moved[ratio] = weights(config)
+    difference = (moved[1.0]["vae.decoder.unpatch.weight"] - moved[0.01]["vae.decoder.unpatch.weight"]).abs().max()
+    assert difference > 0.5 * learning_rate(config.training, 0)
+    assert torch.equal(moved[1.0]["dit.output.weight"], moved[0.01]["dit.output.weight"])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_micro_batches_and_loader_workers_change_nothing(tiny, stage):
+    whole = tiny(stage, "name=whole", "training.micro_batch_size=8")
+    run(whole)
+    for name, override in (("quarters", "training.micro_batch_size=2"), ("workers", "training.loader_workers=2")):
+        other = tiny(stage, f"name={name}", "training.micro_batch_size=8", override)
+        run(other)
+        for expected, found in zip(curve(whole), curve(other), strict=True):
+            # Accumulation sums in another order; a loader must not change a bit.
+            assert found == (expected if name == "workers" else pytest.approx(expected, rel=1e-4))
+
+
+def test_bf16_keeps_float32_master_weights(tiny):
+    config = tiny(2, "training.precision=bf16", "training.steps=3")
+    run(config)
+    exact = tiny(2, "name=exact", "training.steps=3")
+    run(exact)
+    for (found, _), (expected, _) in zip(curve(config), curve(exact), strict=True):
+        assert found == pytest.approx(expected, rel=0.02)  # bfloat16 has 8 bits of mantissa: 0.4% per operation
+    value = weights(config)["dit.input.weight"]
+    assert value.dtype == torch.float32 and not torch.equal(value, value.bfloat16().float())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_two_processes_equal_one(tiny, stage, zero_stage):
+    alone = tiny(stage, "name=alone", "parallel.zero_stage=0")
+    run(alone)
+    together = tiny(stage, "name=together", f"parallel.zero_stage={zero_stage}")
+    run_ranks(run, 2, together)
+    # float32 sums in another order: 1e-5 at the first step, and AdamW carries it on.
+    first, *others = zip(curve(alone), curve(together), strict=True)
+    assert first[1] == pytest.approx(first[0], rel=1e-5)
+    for expected, found in others:
+        assert found == pytest.approx(expected, rel=1e-3)
+    for name, value in weights(alone).items():
+        assert (weights(together)[name] - value).abs().max() < 0.05 * alone.training.optimizer.learning_rate * 6, name
+
+
+def test_too_few_samples_for_the_replicas_is_refused(tiny):
+    with pytest.raises(RuntimeError, match="global_batch_size=8 must be divisible by training.micro_batch_size=8 times the 2"):
+        run_ranks(run, 2, tiny(1, "training.micro_batch_size=8"))
+
+
+@pytest.mark.parametrize("mode", ["interval", "frozen"])
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_frozen_steps_under_zero(tiny, mode, zero_stage):
+    first = tiny(1, "name=first", "training.steps=1")
+    run(first)
+    overrides = [
+        f"training.stage_one={first.run_folder}",
+        "training.vae_update.from_scratch=false",
+        f"training.vae_update.mode={mode}",
+        "training.vae_update.joint_steps=2",
+        "training.vae_update.frozen_steps=2",
+    ]
+    alone = tiny(2, "name=alone", *overrides)
+    run(alone)
+    together = tiny(2, "name=together", f"parallel.zero_stage={zero_stage}", *overrides)
+    run_ranks(run, 2, together)
+    for expected, found in zip(curve(alone, "loss"), curve(together, "loss"), strict=True):
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("sequence_parallel", ["false", "true"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_tensor_parallel_equals_one_process(tiny, stage, sequence_parallel):
+    alone = tiny(stage, "name=alone")
+    run(alone)
+    together = tiny(
+        stage, "name=together", "parallel.tensor_parallel_size=2", f"parallel.sequence_parallel={sequence_parallel}"
+    )
+    run_ranks(run, 2, together)
+    first, *others = zip(curve(alone), curve(together), strict=True)
+    assert first[1] == pytest.approx(first[0], rel=1e-5)
+    for expected, found in others:
+        assert found == pytest.approx(expected, rel=1e-3)
