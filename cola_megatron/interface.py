@@ -56,7 +56,7 @@ class ColaDLM:
             if network is not None:
                 network.to(self.device, dtype).eval().requires_grad_(False)
         self.tokenizer_path = tokenizer
-        self.tokenizer = Tokenizer.from_file(str(tokenizer)) if tokenizer is not None else None
+        self.tokenizer = _read_tokenizer(tokenizer) if tokenizer is not None else None
 
     @classmethod
     def from_published(cls, folder: str | Path, **options) -> "ColaDLM":
@@ -102,7 +102,9 @@ class ColaDLM:
         ids = torch.as_tensor(ids, device=self.device)
         patch = self.config.vae.patch_size
         if ids.dim() != 1 or ids.numel() == 0 or ids.numel() % patch:
-            raise ValueError(f"ids must be one sequence of a length divisible by patch_size={patch}, not {tuple(ids.shape)}")
+            raise ValueError(
+                f"ids must be one sequence of a length divisible by patch_size={patch}, not {tuple(ids.shape)}"
+            )
         if int(ids.min()) < 0 or int(ids.max()) > self.config.vocab_size:
             raise ValueError(f"ids must lie in 0 .. {self.config.vocab_size} ({self.config.vocab_size} is [MASK])")
         posterior = self.vae.encoder(ids[None].long())
@@ -140,13 +142,15 @@ class ColaDLM:
         block_size = self.config.dit.block_size
         t = torch.as_tensor(t, dtype=torch.float32, device=self.device)
         time_BN = t[:, None] if t.dim() == 1 else t
-        if z_clean.shape != z_noisy.shape or length % block_size:
+        if z_clean.shape != z_noisy.shape or length == 0 or length % block_size:
             raise ValueError(
                 f"z_clean {tuple(z_clean.shape)} and z_noisy {tuple(z_noisy.shape)} must agree, with a length divisible "
                 f"by block_size={block_size}"
             )
         if time_BN.shape not in ((batch, 1), (batch, length // block_size)):
-            raise ValueError(f"t has shape {tuple(t.shape)}; it must be ({batch},) or ({batch}, {length // block_size})")
+            raise ValueError(
+                f"t has shape {tuple(t.shape)}; it must be ({batch},) or ({batch}, {length // block_size})"
+            )
         clean_length = length - block_size
         z_SBC = torch.cat((z_clean[:, :clean_length], z_noisy), dim=1).transpose(0, 1).to(self.device, torch.float32)
         velocity_SBC = dit(
@@ -197,6 +201,8 @@ class ColaDLM:
         )
         token_ids = [self.tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
         padding = self._padding_id() if padding_id is None else padding_id
+        if not 0 <= padding < self.config.vocab_size:
+            raise ValueError(f"padding_id={padding} must lie in 0 .. {self.config.vocab_size - 1}")
         blocks = generate_blocks(self.vae, dit, token_ids, sample_ids, padding, settings)
         return [
             Generation(
@@ -218,6 +224,13 @@ class ColaDLM:
             if found is not None:
                 return found
         raise ValueError(f"the tokenizer has none of {', '.join(PADDING_TOKENS)}; give padding_id")
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        raise UserError(f"{path}: not a readable tokenizer.json: {error}") from error
 
 
 def _part(weights: dict[str, torch.Tensor], network: str) -> dict[str, torch.Tensor]:

@@ -27,10 +27,10 @@ def run(
 
     Example: `cola prep run embedded --output data/embedded --vocab-size 2048 --sequence-length 128`
     """
-    from data_prep.prepare import PrepSettings, prepare
+    from pydantic import ValidationError
 
     from cola_megatron.config import ConfigError
-    from pydantic import ValidationError
+    from data_prep.prepare import PrepSettings, prepare
 
     try:
         settings = PrepSettings(
@@ -64,7 +64,9 @@ def verify(
     if as_json:
         print_json({"ok": report.ok, "problems": list(report.problems), "files": report.files, "bytes": report.bytes})
     elif report.ok:
-        print(f"{folder}: {report.files} files, {report.sequences:,} sequences, {report.bytes:,} bytes, all as recorded")
+        print(
+            f"{folder}: {report.files} files, {report.sequences:,} sequences, {report.bytes:,} bytes, all as recorded"
+        )
     if not report.ok:
         for problem in report.problems:
             fail(problem, 1)

@@ -51,7 +51,7 @@ def _rank(rank: int, world_size: int, port: int, results, function: Callable, ar
     )
     try:
         results.put((rank, function(*arguments), None))
-    except BaseException:  # noqa: BLE001  whatever it was, the parent reports it
+    except BaseException:  # whatever it was, the parent reports it
         results.put((rank, None, traceback.format_exc()))
     results.close()
     results.join_thread()

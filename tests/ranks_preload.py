@@ -4,5 +4,6 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import cola_megatron.training.loop  # noqa: F401
 import deepspeed  # noqa: F401
+
+import cola_megatron.training.loop  # noqa: F401

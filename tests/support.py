@@ -40,7 +40,21 @@ TINY = [
 def make_text(path: Path, documents: int) -> None:
     """Sentences of invented grammar: enough structure to compress, no corpus needed."""
     chooser = random.Random(0)
-    words = ["the", "prior", "writes", "latent", "blocks", "of", "noise", "and", "meaning", "flows", "back", "to", "words"]
+    words = [
+        "the",
+        "prior",
+        "writes",
+        "latent",
+        "blocks",
+        "of",
+        "noise",
+        "and",
+        "meaning",
+        "flows",
+        "back",
+        "to",
+        "words",
+    ]
     with path.open("w") as file:
         for number in range(documents):
             text = " ".join(chooser.choice(words) for _ in range(60 + number % 40))

@@ -19,7 +19,11 @@ def test_paper_preset_holds_the_published_settings():
     config = load_config("paper-2b")
     training = config.training
     assert (config.data.sequence_length, training.global_batch_size) == (512, 1408)
-    assert (training.optimizer.betas, training.optimizer.weight_decay, training.optimizer.clip) == ((0.9, 0.95), 0.01, 1.0)
+    assert (training.optimizer.betas, training.optimizer.weight_decay, training.optimizer.clip) == (
+        (0.9, 0.95),
+        0.01,
+        1.0,
+    )
     schedule = training.schedule
     assert (schedule.initial_learning_rate, training.optimizer.learning_rate) == (1e-6, 1.5e-4)
     assert (schedule.warmup_steps, schedule.decay_steps, schedule.final_learning_rate) == (5000, 1_000_000, 1e-5)

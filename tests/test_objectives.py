@@ -114,7 +114,9 @@ def test_a_clean_prefix_carries_no_loss_and_no_gradient(tiny):
     assert gradient[11:16].abs().min() > 0
     far_away = batch["flow_noise"].clone()
     far_away[:, 8:11] += 100.0
-    assert torch.equal(flow_loss_with(model, batch, latents), flow_loss_with(model, {**batch, "flow_noise": far_away}, latents))
+    assert torch.equal(
+        flow_loss_with(model, batch, latents), flow_loss_with(model, {**batch, "flow_noise": far_away}, latents)
+    )
 
 
 def test_which_networks_each_term_trains(tiny):
@@ -186,7 +188,10 @@ def test_mask_loss_looks_at_masked_positions_of_the_second_view(tiny):
     batch = random_batch(config, range(4))
     assert (batch["masked"].sum(1) == round(0.15 * 32)).all()
     latents, mask = {}, batch["masked"]
-    for name, tokens in (("same", batch["tokens"]), ("other", torch.where(mask, (batch["tokens"] + 1) % 300, batch["tokens"]))):
+    for name, tokens in (
+        ("same", batch["tokens"]),
+        ("other", torch.where(mask, (batch["tokens"] + 1) % 300, batch["tokens"])),
+    ):
         model = build(config)
         latents[name] = run_steps(model.encode_steps(True), {**batch, "tokens": tokens})["latents"]
     # The second view replaces the masked tokens, so its latents do not know them.

@@ -143,8 +143,8 @@ def reconstruction_accuracy(stage_one: Records, stage_two: Records) -> Figure:
         axes.set_ylim(0, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     panels[0][1].set_ylabel("Tokens reconstructed")
-    handles, labels = panels[0][1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    named = {line.get_label(): line for _, axes in panels for line in axes.lines}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named))
     return figure
 
 
@@ -208,11 +208,12 @@ def speed_and_learning_rate(stage_one: Records, stage_two: Records) -> Figure:
     figure, panels = _stage_panels(stage_one, stage_two, "train", "tokens_per_second", "learning_rate")
     for records, speed_axes, rate_axes in panels:
         _training(speed_axes, records, "tokens_per_second", "tokens per second", OTHER, "-")
-        speed_axes.set_ylim(bottom=0)
         speed_axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        rate_axes.plot(*_series(records, "train", "learning_rate"), color=OTHER)
-        rate_axes.set_ylim(bottom=0)
+        steps, rates = _series(records, "train", "learning_rate")
+        rate_axes.plot(steps, rates, color=OTHER, marker="." if steps.size == 1 else None)
         rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
+    for axes in panels[0][1:]:
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # last, for it fixes the top of the whole row
     panels[0][1].set_ylabel("Tokens/s")
     panels[0][2].set_ylabel("Learning rate")
     return figure
@@ -294,7 +295,7 @@ def _stage_panels(
 
 def _step_axis(axes: Axes) -> None:
     axes.set_xlabel("Training step")
-    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 

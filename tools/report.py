@@ -148,8 +148,8 @@ def _draw(report: Report) -> list[_Picture]:
         picture(
             "reconstruction_accuracy",
             "Held-out reconstruction",
-            "Clean latents (t = 0) should give back nearly every token, and the closer the two noisy lines come to them, "
-            "the more error of the prior the decoder forgives.",
+            "Clean latents (t = 0) should give back nearly every token, and the closer the noisy ones come to that, "
+            "the more of the prior's error the decoder forgives.",
             partial(figures.reconstruction_accuracy, stage_one, stage_two),
         ),
         picture(
@@ -162,8 +162,8 @@ def _draw(report: Report) -> list[_Picture]:
         picture(
             "vae_logsnr",
             "Signal in the latents",
-            "The logSNR, log of mean \u00b5\u00b2 over mean \u03c3\u00b2, should stay well above 0, where the encoder's noise "
-            "would be as strong as its signal.",
+            "The logSNR, log of mean \u00b5\u00b2 over mean \u03c3\u00b2 of the posterior, should stay well above 0, "
+            "where noise would be as strong as signal.",
             partial(figures.vae_logsnr, stage_one, stage_two),
         ),
         picture(
@@ -176,8 +176,8 @@ def _draw(report: Report) -> list[_Picture]:
         picture(
             "generated_latents",
             "Generated latents",
-            f"The latents of the first {figures.LATENT_SAMPLES} samples should differ from position to position and from "
-            "sample to sample; equal columns or blocks would mean that the prior has collapsed.",
+            f"The latents of the first {figures.LATENT_SAMPLES} samples should differ from position to position and "
+            "from sample to sample; equal columns or blocks would mean that the prior has collapsed.",
             partial(figures.generated_latents, [sample.latents for sample in report.samples]),
         ),
     ]

@@ -6,6 +6,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from cola_megatron.config.base import Section
 
+
 def _divides(small_name: str, small: int, large_name: str, large: int) -> None:
     if large % small:
         raise ValueError(f"{large_name}={large} must be divisible by {small_name} ({small})")

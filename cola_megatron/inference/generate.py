@@ -95,7 +95,10 @@ def generate_blocks(
     seen_BV = torch.zeros(len(prompts), _vocab_size(vae), dtype=torch.bool, device=device)
     ids, drawn = [], []
     for block in range(blocks):
-        noise = [block_noise(settings.noise_seed, sample, block, (block_size, dit.config.latent_dim)) for sample in sample_ids]
+        noise = [
+            block_noise(settings.noise_seed, sample, block, (block_size, dit.config.latent_dim))
+            for sample in sample_ids
+        ]
         z_SBC = prior.draw(torch.stack(noise, dim=1).to(device), held_SB, clean_SBC)
         logits_BTV = penalize_repetition(decoder.decode(z_SBC), seen_BV, settings.repetition_penalty)
         ids_BT = choose_tokens(logits_BTV, settings.temperature, _token_generators(settings, sample_ids, block))
@@ -130,7 +133,9 @@ class _CachedDecoder:
 
     def _hidden(self, z_SBC: torch.Tensor, real_B: torch.Tensor | None = None) -> torch.Tensor:
         positions, mask = self.cache.place(z_SBC.shape[0], self.decoder.config.block_size, real_B)
-        hidden = self.decoder.run_blocks(self.decoder.embed(z_SBC), self.decoder.context_at(positions, mask, self.cache))
+        hidden = self.decoder.run_blocks(
+            self.decoder.embed(z_SBC), self.decoder.context_at(positions, mask, self.cache)
+        )
         self.cache.commit()
         return hidden
 

@@ -27,7 +27,9 @@ class KeyValueCache:
         self.positions_SB: torch.Tensor | None = None
         self.visible_until = 0
 
-    def place(self, new: int, block_size: int, real_B: torch.Tensor | None = None) -> tuple[torch.Tensor, AttentionMask]:
+    def place(
+        self, new: int, block_size: int, real_B: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, AttentionMask]:
         """Where `new` positions of every sample stand, and what they see; call it before a pass.
 
         Args:
@@ -42,19 +44,19 @@ class KeyValueCache:
         self.visible_until = int(self.positions_SB.max()) + 1
         self.added_B = torch.full_like(self.lengths_B, new) if real_B is None else real_B
         keys_K = self.key_positions_K[: self.visible_until]
-        visible_BSK = block_causal_visibility(self.positions_SB.t(), keys_K[None].expand(len(self.lengths_B), -1), block_size)
+        visible_BSK = block_causal_visibility(
+            self.positions_SB.t(), keys_K[None].expand(len(self.lengths_B), -1), block_size
+        )
         visible_BSK &= (keys_K < (self.lengths_B + self.added_B)[:, None])[:, None]
         # A padded query of a ragged prefix must see something; what it computes is never read.
-        visible_BSK |= (self.positions_SB.t()[..., None] == keys_K)
+        visible_BSK |= self.positions_SB.t()[..., None] == keys_K
         return self.positions_SB, AttentionMask(visible_BSK[:, None])
 
     def commit(self) -> None:
         """Keeps what the last pass wrote."""
         self.lengths_B = self.lengths_B + self.added_B
 
-    def extend(
-        self, layer: nn.Module, k_SBAD: torch.Tensor, v_SBAD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def extend(self, layer: nn.Module, k_SBAD: torch.Tensor, v_SBAD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes one layer's new keys and values and returns all that may be seen, (K, B, A, D)."""
         if layer not in self.stores:
             shape = (self.capacity, *k_SBAD.shape[1:])

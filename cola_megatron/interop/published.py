@@ -60,7 +60,11 @@ def read_published_vae(folder: Path) -> tuple[VAEConfig, int, dict[str, torch.Te
 
 
 def write_published(
-    folder: Path, model: ModelConfig, state: dict[str, torch.Tensor], tokenizer: Path | None, dtype: torch.dtype = torch.float32
+    folder: Path,
+    model: ModelConfig,
+    state: dict[str, torch.Tensor],
+    tokenizer: Path | None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Writes whole tensors named `vae.*` and (where there is a prior) `dit.*`; other names are refused.
 
@@ -74,24 +78,28 @@ def write_published(
             raise PublishedError(f"{name}: neither of the VAE nor of the DiT")
         parts[part][rest] = tensor
     try:
-        published_vae = vae_config_to_published(model.vae, model.vocab_size, dtype)
+        vae_config = vae_config_to_published(model.vae, model.vocab_size, dtype)
+        dit_config = dit_config_to_published(model.dit, dtype) if parts["dit"] else None
     except ConfigError as error:
         raise PublishedError(str(error)) from None
-    _write(folder / VAE_FOLDER, published_vae, parts["vae"], vae_rules(model.vae), dtype)
-    if parts["dit"]:
-        _write(folder / DIT_FOLDER, dit_config_to_published(model.dit, dtype), parts["dit"], dit_rules(model.dit), dtype)
-    if tokenizer is not None:
+    _write(folder / VAE_FOLDER, vae_config, parts["vae"], vae_rules(model.vae), dtype)
+    if dit_config is not None:
+        _write(folder / DIT_FOLDER, dit_config, parts["dit"], dit_rules(model.dit), dtype)
+    if tokenizer is not None and tokenizer.resolve() != (folder / TOKENIZER).resolve():
         shutil.copyfile(tokenizer, folder / TOKENIZER)
 
 
 def _read_config(folder: Path) -> dict:
     path = folder / CONFIG
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
     except FileNotFoundError:
         raise PublishedError(f"{path}: no such file; a published model has {VAE_FOLDER}/ and {DIT_FOLDER}/") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PublishedError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise PublishedError(f"{path}: must be a JSON object, not {type(config).__name__}")
+    return config
 
 
 def _read_weights(folder: Path, rules: dict[str, Rule]) -> dict[str, torch.Tensor]:
@@ -108,10 +116,19 @@ def _read_weights(folder: Path, rules: dict[str, Rule]) -> dict[str, torch.Tenso
     unknown = sorted(name for name in tensors.keys() - wanted if not name.endswith(".rope.rope.freqs"))
     if missing or unknown:
         raise PublishedError(f"{path}: missing tensors {missing or 'none'}, unknown tensors {unknown or 'none'}")
-    return {name: rule.to_ours(tensors[rule.published].float()).contiguous() for name, rule in rules.items()}
+    state = {}
+    for name, rule in rules.items():
+        tensor = tensors[rule.published]
+        try:
+            state[name] = rule.to_ours(tensor.float()).contiguous()
+        except RuntimeError as error:
+            raise PublishedError(f"{path}: {rule.published} has shape {tuple(tensor.shape)}: {error}") from None
+    return state
 
 
-def _write(folder: Path, config: dict, state: dict[str, torch.Tensor], rules: dict[str, Rule], dtype: torch.dtype) -> None:
+def _write(
+    folder: Path, config: dict, state: dict[str, torch.Tensor], rules: dict[str, Rule], dtype: torch.dtype
+) -> None:
     missing, unknown = sorted(rules.keys() - state.keys()), sorted(state.keys() - rules.keys())
     if missing or unknown:
         raise PublishedError(f"{folder}: missing tensors {missing or 'none'}, unknown tensors {unknown or 'none'}")
@@ -123,5 +140,3 @@ def _write(folder: Path, config: dict, state: dict[str, torch.Tensor], rules: di
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-
-

@@ -67,9 +67,10 @@ _IGNORED = {"architectures", "dtype", "torch_dtype", "transformers_version", "au
 def vae_config_from_published(published: dict[str, Any]) -> tuple[VAEConfig, int]:
     """Our VAE section and the vocabulary size; ValueError names an option we do not have."""
     _check(published, _VAE_FIXED, {*_VAE_KEYS, "vocab_size"})
-    if "vocab_size" not in published:
-        raise ValueError("vocab_size is missing")
-    return VAEConfig(**_renamed(published, _VAE_KEYS)), published["vocab_size"]
+    vocab_size = published.get("vocab_size")
+    if not isinstance(vocab_size, int) or vocab_size < 1:
+        raise ValueError(f"vocab_size={vocab_size!r} must be a positive integer")
+    return VAEConfig(**_renamed(published, _VAE_KEYS)), vocab_size
 
 
 def dit_config_from_published(published: dict[str, Any]) -> DiTConfig:
@@ -98,7 +99,10 @@ def vae_config_to_published(config: VAEConfig, vocab_size: int, dtype: torch.dty
 
 
 def dit_config_to_published(config: DiTConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of a `cola_dit` folder."""
+    """config.json of a `cola_dit` folder; raises ConfigError for what the published package cannot express."""
+    for key, fixed in (("rotary_base", 10_000.0), ("time_embedding_dim", 256)):
+        if getattr(config, key) != fixed:
+            raise ConfigError(f"model.dit.{key}={getattr(config, key)}: the published layout has {fixed} only")
     return {
         **_DIT_FIXED,
         **{key: getattr(config, ours) for key, ours in _DIT_KEYS.items()},

@@ -93,4 +93,3 @@ class Attention(nn.Module):
 
     def _normed(self, norm: nn.Module, x_SBAD: torch.Tensor) -> torch.Tensor:
         return norm(x_SBAD.flatten(2)).view(x_SBAD.shape) if self.norm_whole_width else norm(x_SBAD)
-

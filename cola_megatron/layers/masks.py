@@ -28,7 +28,9 @@ def block_causal_mask(length: int, block_size: int, device: torch.device) -> Att
     return AttentionMask(block_causal_visibility(positions, positions, block_size))
 
 
-def block_causal_visibility(query_positions: torch.Tensor, key_positions: torch.Tensor, block_size: int) -> torch.Tensor:
+def block_causal_visibility(
+    query_positions: torch.Tensor, key_positions: torch.Tensor, block_size: int
+) -> torch.Tensor:
     """(..., S) and (..., K) absolute positions -> boolean (..., S, K): key's block <= query's block."""
     return key_positions[..., None, :] // block_size <= query_positions[..., :, None] // block_size
 

@@ -28,9 +28,7 @@ def rotary_table(positions: torch.Tensor, rotary_dim: int, base: float) -> Rotar
 def rotate_half_split(x_SBAD: torch.Tensor, table: RotaryTable) -> torch.Tensor:
     """Rotates the pairs (x_i, x_{i + D/2})."""
     first, second = x_SBAD.float().chunk(2, dim=-1)
-    rotated = torch.cat(
-        (first * table.cos - second * table.sin, second * table.cos + first * table.sin), dim=-1
-    )
+    rotated = torch.cat((first * table.cos - second * table.sin, second * table.cos + first * table.sin), dim=-1)
     return rotated.to(x_SBAD.dtype)
 
 
@@ -38,7 +36,5 @@ def rotate_interleaved(x_SBAD: torch.Tensor, table: RotaryTable) -> torch.Tensor
     """Rotates the pairs (x_2i, x_2i+1) of the first rotary_dim channels and leaves the others."""
     rotary_dim = 2 * table.cos.shape[-1]
     even, odd = x_SBAD[..., :rotary_dim].float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack(
-        (even * table.cos - odd * table.sin, odd * table.cos + even * table.sin), dim=-1
-    ).flatten(-2)
+    rotated = torch.stack((even * table.cos - odd * table.sin, odd * table.cos + even * table.sin), dim=-1).flatten(-2)
     return torch.cat((rotated.to(x_SBAD.dtype), x_SBAD[..., rotary_dim:]), dim=-1)

@@ -144,9 +144,7 @@ class Cola(nn.Module):
             lambda two_copies, dropped: dit.two_copy_context(length, clean_length, dropped, two_copies.device),
         )
         for block in dit.blocks:
-            yield Step(
-                "flow_hidden, time_hidden, time_index, flow_context -> flow_hidden", block, recompute=recompute
-            )
+            yield Step("flow_hidden, time_hidden, time_index, flow_context -> flow_hidden", block, recompute=recompute)
         yield Step("flow_hidden, time_hidden, time_index -> velocity", dit.velocity)
         yield Step(
             "velocity, z0, z1, at_zero -> loss_flow_matching",

@@ -156,7 +156,9 @@ class DiT(nn.Module):
         return self.velocity(x_SBH, silu_time_T1H, index_SB)
 
 
-def two_copy_times(times_BN: torch.Tensor, length: int, clean_length: int, at_zero_BS: torch.Tensor | None) -> TimeTable:
+def two_copy_times(
+    times_BN: torch.Tensor, length: int, clean_length: int, at_zero_BS: torch.Tensor | None
+) -> TimeTable:
     """Distinct times of `[clean copy | noisy copy]`: 0, then one per sample or per block.
 
     Args:

@@ -38,9 +38,7 @@ class TextBlock(nn.Module):
         super().__init__()
         self.post_norm = config.post_norm
         start = truncated_normal(config.init_std, config.init_cutoff_factor)
-        self.attention_norm = LayerNorm(
-            config.hidden_size, config.norm_eps, groups=groups, affine=config.norm_affine
-        )
+        self.attention_norm = LayerNorm(config.hidden_size, config.norm_eps, groups=groups, affine=config.norm_affine)
         self.attention = Attention(
             config.hidden_size,
             config.num_attention_heads,
@@ -122,7 +120,9 @@ class TextEncoder(TextStack):
             config.hidden_size, outputs, groups=groups, bias=config.bias, initializer=start, input_is_parallel=False
         )
         has_norm = config.mean_norm or not config.variational
-        self.mean_norm = LayerNorm(config.latent_dim, config.norm_eps, groups=groups, affine=False) if has_norm else None
+        self.mean_norm = (
+            LayerNorm(config.latent_dim, config.norm_eps, groups=groups, affine=False) if has_norm else None
+        )
 
     def embed(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """Token ids (B, L) -> (S, B, H)."""
@@ -175,9 +175,7 @@ class TextDecoder(TextStack):
         self.input = linear(config.latent_dim, config.hidden_size, config.bias)
         self.unpatch = linear(config.hidden_size, config.patch_size * config.hidden_size, True)
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, groups=groups, partial_gradient=False)
-        self.head = VocabularyHead(
-            config.hidden_size, vocab_size, groups=groups, bias=config.bias, initializer=start
-        )
+        self.head = VocabularyHead(config.hidden_size, vocab_size, groups=groups, bias=config.bias, initializer=start)
 
     def embed(self, z_SBC: torch.Tensor) -> torch.Tensor:
         """Latents (S, B, C) -> (S, B, H)."""

@@ -32,9 +32,7 @@ def sample_draws(config: RunConfig, sample_index: int, step: int) -> dict[str, n
 
     latents, channels = config.latent_length, config.model.vae.latent_dim
     has_mask_view = config.objective.vae.mask_weight > 0
-    draws = {
-        "posterior_noise": stream("posterior").standard_normal((1 + has_mask_view, latents, channels), np.float32)
-    }
+    draws = {"posterior_noise": stream("posterior").standard_normal((1 + has_mask_view, latents, channels), np.float32)}
     if has_mask_view:
         draws["masked"] = draw_mask(stream("mask"), config.data.sequence_length, config.objective.vae.mask_ratio)
     if config.stage == 2:

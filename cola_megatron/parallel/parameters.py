@@ -108,7 +108,9 @@ def load_full_state_dict(module: nn.Module, state: dict[str, torch.Tensor], grou
 
 @torch.no_grad()
 def gather_state_dict(
-    module: nn.Module, groups: ProcessGroups, values: Callable[[nn.Parameter], torch.Tensor] = lambda parameter: parameter
+    module: nn.Module,
+    groups: ProcessGroups,
+    values: Callable[[nn.Parameter], torch.Tensor] = lambda parameter: parameter,
 ) -> dict[str, torch.Tensor]:
     """Whole float32 tensors of all parameters, on the CPU of every rank of the tensor-parallel group.
 

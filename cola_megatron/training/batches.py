@@ -33,8 +33,7 @@ class MicroBatches(Dataset):
         step, micro_batch = divmod(index, self.per_step)
         training = self.config.training
         start = (
-            step * training.global_batch_size
-            + (micro_batch * self.replicas + self.replica) * training.micro_batch_size
+            step * training.global_batch_size + (micro_batch * self.replicas + self.replica) * training.micro_batch_size
         )
         return collate(self.config, self.shards, self.order, start, training.micro_batch_size, step)
 
@@ -66,7 +65,9 @@ def micro_batches_per_step(config: RunConfig, replicas: int) -> int:
     return steps
 
 
-def micro_batch_loader(batches: MicroBatches, start_step: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+def micro_batch_loader(
+    batches: MicroBatches, start_step: int, device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
     """Micro-batches from `start_step` to the end of the run, prepared ahead by worker processes, on the device."""
     workers = batches.config.training.loader_workers
     loader = DataLoader(

@@ -98,7 +98,9 @@ def save_checkpoint(engine: Engine, step: int, data_fingerprint: str, groups: Pr
             _prune(folder, config.training.checkpoint.keep_last)
     except (OSError, RuntimeError) as error:
         # torch and safetensors report a full disk as a RuntimeError or their own subclass of Exception.
-        raise CheckpointError(f"{final}: the checkpoint could not be written ({error}); free space and resume") from error
+        raise CheckpointError(
+            f"{final}: the checkpoint could not be written ({error}); free space and resume"
+        ) from error
     groups.barrier()
     return final
 
@@ -121,7 +123,9 @@ def load_checkpoint(engine: Engine, checkpoint: Path, data_fingerprint: str, gro
     if state["layout"] != layout:
         raise CheckpointError(f"{checkpoint} was written by {state['layout']}, this job has {layout}; start it alike")
     if state["data_fingerprint"] != data_fingerprint:
-        raise CheckpointError(f"{checkpoint} was trained on other shards than those in data.path={engine.config.data.path}")
+        raise CheckpointError(
+            f"{checkpoint} was trained on other shards than those in data.path={engine.config.data.path}"
+        )
     for name, size in state["files"].items():
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != size:
@@ -208,4 +212,3 @@ def _flush_entry(path: Path) -> None:
 def _prune(folder: Path, keep_last: int) -> None:
     for old in sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))[:-keep_last]:
         shutil.rmtree(old)
-

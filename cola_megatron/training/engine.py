@@ -55,14 +55,36 @@ class Engine:
         for _ in range(self.accumulation):
             terms = self.deepspeed(next(batches), train_vae=train_vae)
             self.deepspeed.backward(terms["loss"])
+            if self.deepspeed.is_gradient_accumulation_boundary():
+                if not train_vae:
+                    self._clear_stale_vae_gradients()
+                gradient_norm = self._clip_without_zero()
             self.deepspeed.step()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + term.detach().float()
         means = self.groups.mean_over_data_parallel(torch.stack(list(sums.values())) / self.accumulation)
         metrics = dict(zip(sums, means.tolist(), strict=True))
-        metrics["gradient_norm"] = float(self.deepspeed.get_global_grad_norm() or 0.0)
+        metrics["gradient_norm"] = float(self.deepspeed.get_global_grad_norm() or gradient_norm)
         metrics["learning_rate"] = rate
         return metrics
+
+    def _clip_without_zero(self) -> float:
+        """Clips where there is no ZeRO and returns the norm before: DeepSpeed's own clipping does not keep it."""
+        if self.config.parallel.zero_stage > 0:
+            return 0.0
+        from deepspeed.runtime.utils import clip_grad_norm_
+
+        return float(clip_grad_norm_(self.model.parameters(), self.config.training.optimizer.clip, mpu=DeepSpeedGrid))
+
+    def _clear_stale_vae_gradients(self) -> None:
+        """ZeRO 3 keeps the last gradient of a parameter that got none; it would count in the norm and the moments."""
+        if self.config.parallel.zero_stage < 3:
+            return
+        from deepspeed.utils import safe_set_local_grad
+
+        for parameter in self.model.vae.parameters():
+            if parameter.requires_grad:
+                safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor, dtype=torch.float32))
 
     def save(self, folder: Path, tag: str) -> None:
         """Writes parameters and optimiser state, every rank its part."""
@@ -94,7 +116,7 @@ def deepspeed_config(config: RunConfig, groups: ProcessGroups, accumulation: int
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": training.global_batch_size,
-        "gradient_clipping": training.optimizer.clip,
+        "gradient_clipping": training.optimizer.clip if parallel.zero_stage > 0 else 0.0,  # see _clip_without_zero
         "bf16": {"enabled": training.precision == "bf16"},
         "zero_optimization": {
             "stage": parallel.zero_stage,

@@ -37,7 +37,9 @@ def load_starting_weights(model: Cola, config: RunConfig, groups: ProcessGroups)
         raise ConfigError(f"training.stage_one={source} has another VAE: {', '.join(differing)}")
     load_full_state_dict(model.vae, state, groups)
     if model.reference is not None:
-        encoder = {name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")}
+        encoder = {
+            name.removeprefix("encoder."): tensor for name, tensor in state.items() if name.startswith("encoder.")
+        }
         load_full_state_dict(model.reference, encoder, groups)
 
 
