@@ -12,7 +12,7 @@ from cola_megatron.errors import UserError
 from cola_megatron.inference.generate import GenerationSettings, generate_blocks
 from cola_megatron.interop.published import TOKENIZER, read_published, write_published
 from cola_megatron.models.dit import DiT, two_copy_times
-from cola_megatron.models.text_vae import TextVAE
+from cola_megatron.models.text_vae import LOGVAR_MIN, TextVAE
 from cola_megatron.parallel import initialize_parallel, load_full_state_dict
 
 PADDING_TOKENS = ("<|pad|>", "<|endoftext|>")
@@ -95,9 +95,10 @@ class ColaDLM:
     def encode(self, ids: torch.Tensor | Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Posterior of one text: ids (L,) -> mean and log variance, (L / patch, d) each.
 
+        A deterministic encoder (`config.vae.variational` false) answers the smallest log variance, -30.
+
         Raises:
-            ValueError: L is 0 or not divisible by the patch size, an id is out of range, or the encoder is deterministic
-                (it has a mean only; see `config.vae.variational`).
+            ValueError: L is 0 or not divisible by the patch size, or an id is out of range.
         """
         ids = torch.as_tensor(ids, device=self.device)
         patch = self.config.vae.patch_size
@@ -110,8 +111,7 @@ class ColaDLM:
         posterior = self.vae.encoder(ids[None].long())
         mean = posterior.mean[:, 0]
         if posterior.logvar is None:
-            # No noise: the published package samples such an encoder as its mean.
-            return mean, torch.full_like(mean, -30.0)
+            return mean, torch.full_like(mean, LOGVAR_MIN)
         return mean, posterior.logvar[:, 0]
 
     @torch.no_grad()
@@ -144,8 +144,8 @@ class ColaDLM:
         time_BN = t[:, None] if t.dim() == 1 else t
         if z_clean.shape != z_noisy.shape or length == 0 or length % block_size:
             raise ValueError(
-                f"z_clean {tuple(z_clean.shape)} and z_noisy {tuple(z_noisy.shape)} must agree, with a length divisible "
-                f"by block_size={block_size}"
+                f"z_clean {tuple(z_clean.shape)} and z_noisy {tuple(z_noisy.shape)} must agree, "
+                f"with a length divisible by block_size={block_size}"
             )
         if time_BN.shape not in ((batch, 1), (batch, length // block_size)):
             raise ValueError(
@@ -162,7 +162,7 @@ class ColaDLM:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str | Sequence[int]],
         ids: Sequence[int] | None = None,
         noise_seed: int = 66,
         steps: int = 16,
@@ -175,6 +175,7 @@ class ColaDLM:
         """Continues each prompt.
 
         Args:
+            prompts: texts, or token ids where they are known.
             ids: one integer per prompt; a sample's noise depends on (noise_seed, id, block) alone. Default 0, 1, ...
             max_new_tokens: generation covers this many tokens in whole blocks; a prompt that ends inside a block has
                 its last tokens in the first of them.
@@ -199,7 +200,10 @@ class ColaDLM:
             repetition_penalty=repetition_penalty,
             noise_seed=noise_seed,
         )
-        token_ids = [self.tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+        token_ids = [
+            self.tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else list(prompt)
+            for prompt in prompts
+        ]
         padding = self._padding_id() if padding_id is None else padding_id
         if not 0 <= padding < self.config.vocab_size:
             raise ValueError(f"padding_id={padding} must lie in 0 .. {self.config.vocab_size - 1}")

@@ -1,0 +1,220 @@
+"""The main job, small: embedded corpus -> stage 1 -> stage 2 -> export -> generate -> evaluate -> report."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cola_megatron.config import RunConfig, load_config
+from launchers.output import print_table
+
+NAME = "quickstart"
+STAGE_ONE_STEPS, STAGE_TWO_STEPS = 200, 250
+PROMPT_TOKENS, NEW_TOKENS, SAMPLES = 48, 48, 4
+GUIDANCE_SCALE = 3.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of the quickstart lie."""
+
+    folder: Path
+
+    @property
+    def data(self) -> Path:
+        """Token shards and tokenizer."""
+        return self.folder / "data"
+
+    @property
+    def stage_one(self) -> Path:
+        """Run folder of the Text VAE."""
+        return self.folder / "stage1"
+
+    @property
+    def stage_two(self) -> Path:
+        """Run folder of VAE and DiT."""
+        return self.folder / "stage2"
+
+    @property
+    def export(self) -> Path:
+        """The model in the published layout."""
+        return self.folder / "export"
+
+    @property
+    def samples(self) -> Path:
+        """Generated continuations of held-out text."""
+        return self.folder / "samples" / "samples.json"
+
+    @property
+    def summary(self) -> Path:
+        """The table as JSON."""
+        return self.folder / "summary.json"
+
+
+def run_quickstart(runs_folder: str | Path) -> dict[str, float]:
+    """Runs what is not finished yet, prints the table, and returns the summary."""
+    layout = Layout(Path(runs_folder) / NAME)
+    began = time.perf_counter()
+    _announce(1, "prepare the documentation that ships with Python")
+    _prepare(layout)
+    _announce(2, f"stage 1: Text VAE, {STAGE_ONE_STEPS} steps")
+    first = _train(stage_config(layout, 1))
+    _announce(3, f"stage 2: VAE and diffusion prior together, {STAGE_TWO_STEPS} steps")
+    second = _train(stage_config(layout, 2))
+    _announce(4, "export to the published inference layout")
+    model = _export(layout)
+    _announce(5, f"continue {SAMPLES} held-out texts")
+    samples = _generate(model, layout)
+    summary = {
+        "reconstruction_accuracy": second.metrics["reconstruction_accuracy"],
+        "flow_matching_loss": second.metrics["flow_matching_loss"],
+        "constant_predictor_loss": second.metrics["constant_predictor_loss"],
+        "tokens": first.tokens + second.tokens,
+        "model_flops": first.model_flops + second.model_flops,
+        "seconds": first.seconds + second.seconds,
+        "seconds_of_this_call": time.perf_counter() - began,
+        "generation_accuracy": _held_out_agreement(samples),
+    }
+    _announce(6, "write the report")
+    table = _table(summary)
+    files = [
+        ("model, published layout", str(layout.export)),
+        ("checkpoints and metrics", f"{layout.stage_one}, {layout.stage_two}"),
+        ("token shards, tokenizer", str(layout.data)),
+        ("samples", str(layout.samples)),
+        ("summary", str(layout.summary)),
+    ]
+    report = _report(layout, samples, table, files)
+    layout.summary.write_text(json.dumps(summary, indent=1) + "\n")
+    print_table(table, title="Quickstart")
+    print_table([("report", str(report)), *files], title="Where everything lies")
+    return summary
+
+
+def stage_config(layout: Layout, stage: int) -> RunConfig:
+    """The config of one stage: the preset `tiny` with the quickstart's length."""
+    steps = STAGE_ONE_STEPS if stage == 1 else STAGE_TWO_STEPS
+    overrides = [
+        f"stage={stage}",
+        f"runs_folder={layout.folder}",
+        f"name=stage{stage}",
+        f"data.path={layout.data}",
+        f"training.steps={steps}",
+        f"training.schedule.decay_steps={steps}",
+        "training.schedule.warmup_steps=25",
+        "training.evaluation.every=50",
+        "training.checkpoint.every=50",
+    ]
+    if stage == 2:
+        overrides.append(f"training.stage_one={layout.stage_one}")
+    return load_config("tiny", overrides)
+
+
+def _announce(number: int, what: str) -> None:
+    print(f"\n[{number}/6] {what}", flush=True)
+
+
+def _prepare(layout: Layout) -> None:
+    from data_prep.prepare import PrepSettings, prepare
+
+    config = load_config("tiny")
+    prepare(
+        PrepSettings(
+            inputs=["embedded"],
+            output=layout.data,
+            sequence_length=config.data.sequence_length,
+            vocab_size=config.model.vocab_size,
+        )
+    )
+
+
+def _train(config: RunConfig):
+    from cola_megatron.training.loop import train
+
+    return train(config)
+
+
+def _export(layout: Layout):
+    """Writes the export and reads it back: what generates below is what a user of the export gets."""
+    from cola_megatron import ColaDLM
+
+    ColaDLM.from_checkpoint(layout.stage_two, device="cpu").save_published(layout.export)
+    return ColaDLM.from_published(layout.export)
+
+
+@dataclass(frozen=True)
+class _Continuation:
+    prompt: str
+    text: str
+    truth: str
+    latents: object
+    agreement: float
+    """Share of new tokens that are the true ones: what chance and a small model give, reported as it is."""
+
+
+def _generate(model, layout: Layout) -> list[_Continuation]:
+    """Continues the beginnings of held-out sequences; both lengths are whole blocks, so nothing is padded."""
+    from cola_megatron.data import TokenShards
+
+    shards = TokenShards(layout.data, "held_out", verify="size")
+    picked = [shards[index].tolist() for index in range(0, len(shards), max(1, len(shards) // SAMPLES))][:SAMPLES]
+    prompts = [tokens[:PROMPT_TOKENS] for tokens in picked]
+    outputs = model.generate(
+        prompts, guidance_scale=GUIDANCE_SCALE, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0, steps=16
+    )
+    continuations = []
+    for tokens, output in zip(picked, outputs, strict=True):
+        truth = tokens[PROMPT_TOKENS : PROMPT_TOKENS + NEW_TOKENS]
+        hits = sum(found == expected for found, expected in zip(output.token_ids.tolist(), truth, strict=False))
+        decode = model.tokenizer.decode
+        continuations.append(
+            _Continuation(
+                decode(tokens[:PROMPT_TOKENS], skip_special_tokens=False),
+                output.text,
+                decode(truth, skip_special_tokens=False),
+                output.latents,
+                hits / NEW_TOKENS,
+            )
+        )
+    layout.samples.parent.mkdir(parents=True, exist_ok=True)
+    records = [
+        {"prompt": item.prompt, "continuation": item.text, "truth": item.truth, "agreement": item.agreement}
+        for item in continuations
+    ]
+    layout.samples.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+    for item in continuations:
+        print(f"  ...{item.prompt[-60:]!r} -> {item.text[:80]!r}")
+    return continuations
+
+
+def _held_out_agreement(samples: list[_Continuation]) -> float:
+    return sum(sample.agreement for sample in samples) / len(samples)
+
+
+def _table(summary: dict[str, float]) -> list[tuple[str, str]]:
+    return [
+        ("held-out reconstruction accuracy", f"{summary['reconstruction_accuracy']:.4f}"),
+        ("flow-matching loss", f"{summary['flow_matching_loss']:.4f}"),
+        ("loss of the best constant predictor", f"{summary['constant_predictor_loss']:.4f}"),
+        ("tokens seen", f"{summary['tokens']:,}"),
+        ("model FLOPs", f"{summary['model_flops']:.3e}"),
+        ("training time", f"{summary['seconds']:,.0f} s"),
+    ]
+
+
+def _report(
+    layout: Layout, samples: list[_Continuation], table: list[tuple[str, str]], files: list[tuple[str, str]]
+) -> Path:
+    from tools.report import Report, Sample, write_report
+
+    return write_report(
+        layout.folder,
+        Report(
+            title="cola_megatron quickstart",
+            table=table,
+            stage_one=layout.stage_one,
+            stage_two=layout.stage_two,
+            samples=[Sample(item.prompt, item.text, item.truth, item.latents) for item in samples],
+            files=files,
+        ),
+    )

@@ -30,7 +30,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(corpus: Path, tmp_path: Path):
-    """`tiny(stage=1, *overrides)`: a config small enough for a step to take milliseconds, in a run folder of its own."""
+    """`tiny(stage=1, *overrides)`: a config whose steps take milliseconds, in a run folder of its own."""
 
     def build(stage: int = 2, *overrides: str) -> RunConfig:
         return load_config(

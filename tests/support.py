@@ -1,10 +1,15 @@
 """Plain helpers of the tests."""
 
+import contextlib
 import json
+import os
 import random
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from cola_megatron.config import RunConfig
@@ -77,3 +82,20 @@ def perturbed(module: torch.nn.Module, std: float = 0.05) -> torch.nn.Module:
         for parameter in module.parameters():
             parameter.add_(std * torch.randn(parameter.shape, generator=generator))
     return module
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
+    """A file system of that size, mounted for the time of the block; skips the test where that is not allowed."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -69,19 +69,19 @@ def test_what_cannot_run_is_refused_in_one_line(override, named):
 
 
 def test_bf16_needs_master_weights():
-    with pytest.raises(ConfigError, match="parallel.zero_stage=0.*zero_stage=1"):
+    with pytest.raises(ConfigError, match=r"parallel.zero_stage=0.*zero_stage=1"):
         load_config("tiny", ["training.precision=bf16", "parallel.zero_stage=0"])
 
 
 def test_an_unknown_source_lists_the_presets():
-    with pytest.raises(ConfigError, match="nonsense: neither a config file nor one of the presets tiny, small"):
+    with pytest.raises(ConfigError, match=r"nonsense: neither a config file nor one of the presets tiny, small"):
         load_config("nonsense")
 
 
 def test_a_broken_file_is_named(tmp_path):
     broken = tmp_path / "broken.yaml"
     broken.write_text("model: [")
-    with pytest.raises(ConfigError, match="broken.yaml: not valid YAML"):
+    with pytest.raises(ConfigError, match=r"broken.yaml: not valid YAML"):
         load_config(broken)
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from data_prep.errors import DataPrepError
 from data_prep.pack import split_of
 from data_prep.prepare import PrepSettings, prepare
 from data_prep.verify import verify
+from tests.support import small_disk
 
 WORDS = ["ship", "sailed", "slowly", "north", "while", "grey", "water", "broke", "over", "iron", "nobody", "spoke"]
 
@@ -309,30 +309,15 @@ def test_impossible_settings_are_refused(tmp_path: Path, changes: dict[str, obje
         PrepSettings(inputs=["embedded"], output=tmp_path).seed = 1
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Path:
-    """A file system of 128 KiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small file system: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing(
-    tmp_path: Path, small_disk: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [document(seed) for seed in range(1500)])
-    with pytest.raises(DataPrepError, match=r"out: no space left on .*disk; free some") as caught:
-        run(source, small_disk / "out")
+    with small_disk(tmp_path / "disk", kilobytes=128) as disk:
+        with pytest.raises(DataPrepError, match=r"out: no space left on .*disk; free some") as caught:
+            run(source, disk / "out")
+        assert list(disk.iterdir()) == []
     assert "\n" not in str(caught.value)
-    assert list(small_disk.iterdir()) == []
     assert caplog.records == [], "no traceback of a writer thread beside the error"
 
 

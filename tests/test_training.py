@@ -125,7 +125,7 @@ def test_a_checkpoint_of_another_config_is_refused_naming_the_keys(tiny, overrid
 
 def test_resume_never_refuses_a_used_folder(tiny):
     run(tiny(1, "training.steps=1"))
-    with pytest.raises(CheckpointError, match="training.resume=never"):
+    with pytest.raises(CheckpointError, match=r"training.resume=never"):
         run(tiny(1, "training.steps=2", "training.resume=never"))
 
 
@@ -155,7 +155,7 @@ def test_stage_two_starts_from_the_stage_one_vae_and_keeps_its_encoder_as_refere
 
 def test_stage_two_says_what_is_wrong_with_its_start(tiny):
     joint = "training.vae_update.from_scratch=false"
-    with pytest.raises(ConfigError, match="training.stage_one is not set"):
+    with pytest.raises(ConfigError, match=r"training.stage_one is not set"):
         run(tiny(2, "name=a", joint))
     first = tiny(1, "name=first", "training.steps=1")
     run(first)
@@ -240,7 +240,7 @@ def test_two_processes_equal_one(tiny, stage, zero_stage):
 
 
 def test_a_batch_that_the_replicas_cannot_share_is_refused(tiny):
-    with pytest.raises(RuntimeError, match="micro_batch_size=8 times the 2 data-parallel replicas"):
+    with pytest.raises(RuntimeError, match=r"micro_batch_size=8 times the 2 data-parallel replicas"):
         run_ranks(run, 2, tiny(1, "training.micro_batch_size=8"))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cola_megatron.config import ConfigError, ModelConfig, VAEConfig
 from cola_megatron.errors import UserError
@@ -17,6 +17,7 @@ from cola_megatron.interop.published_configs import (
     vae_config_to_published,
 )
 from cola_megatron.interop.published_names import Rule, dit_rules, vae_rules
+from cola_megatron.interop.tensor_files import write_tensors
 
 VAE_FOLDER, DIT_FOLDER, TOKENIZER = "cola_vae", "cola_dit", "tokenizer.json"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -50,7 +51,7 @@ def read_published(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
 
 
 def read_published_vae(folder: Path) -> tuple[VAEConfig, int, dict[str, torch.Tensor]]:
-    """Reads a `cola_vae` folder: its config, vocabulary size and tensors named as in `TextVAE`; raises PublishedError."""
+    """Config, vocabulary size and tensors (named as in `TextVAE`) of a `cola_vae` folder; raises PublishedError."""
     published = _read_config(folder)
     try:
         config, vocab_size = vae_config_from_published(published)
@@ -139,4 +140,4 @@ def _write(
             tensors[f"blocks.{layer}.msa.rope.rope.freqs"] = frequencies.clone()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS, tensors)

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from cola_megatron.config import RunConfig, resolve_config
 from cola_megatron.errors import UserError
+from cola_megatron.interop.tensor_files import write_tensors
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.training.engine import Engine
 from cola_megatron.training.versions import versions
@@ -80,8 +82,7 @@ def save_checkpoint(engine: Engine, step: int, data_fingerprint: str, groups: Pr
             for leftover in folder.glob(".saving_*"):
                 shutil.rmtree(leftover)
             unfinished.mkdir(parents=True)
-            save_file(weights, unfinished / WEIGHTS)
-            (unfinished / WEIGHTS).chmod(0o644)  # safetensors writes files that only their owner can read
+            write_tensors(unfinished / WEIGHTS, weights)
         groups.barrier()
         engine.save(unfinished, ENGINE)
         groups.barrier()
@@ -96,8 +97,7 @@ def save_checkpoint(engine: Engine, step: int, data_fingerprint: str, groups: Pr
             unfinished.rename(final)
             _flush_entry(folder)
             _prune(folder, config.training.checkpoint.keep_last)
-    except (OSError, RuntimeError) as error:
-        # torch and safetensors report a full disk as a RuntimeError or their own subclass of Exception.
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
         raise CheckpointError(
             f"{final}: the checkpoint could not be written ({error}); free space and resume"
         ) from error
@@ -156,7 +156,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def require_checkpoint(run_folder: Path) -> Path:
-    """The newest checkpoint of a run folder (or the folder itself, where it is a checkpoint); raises CheckpointError."""
+    """The newest checkpoint of a run folder, or the folder itself where it is one; raises CheckpointError."""
     if (run_folder / STATE).is_file():
         return run_folder
     checkpoint = newest_checkpoint(run_folder)

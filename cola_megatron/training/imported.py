@@ -4,11 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from cola_megatron.config import load_config, resolve_config
 from cola_megatron.errors import UserError
 from cola_megatron.interop.published import TOKENIZER, read_published
+from cola_megatron.interop.tensor_files import write_tensors
 from cola_megatron.training.checkpoint import STATE, WEIGHTS
 from cola_megatron.training.versions import versions
 
@@ -33,7 +32,7 @@ def import_published(published: Path, output: Path, source: str, overrides: list
     unfinished = output.with_name(f".importing_{output.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    save_file(weights, unfinished / WEIGHTS)
+    write_tensors(unfinished / WEIGHTS, weights)
     if (published / TOKENIZER).is_file():
         shutil.copyfile(published / TOKENIZER, unfinished / TOKENIZER)
     files = {WEIGHTS: (unfinished / WEIGHTS).stat().st_size}
