@@ -105,14 +105,14 @@ def save_checkpoint(engine: Engine, step: int, data_fingerprint: str, groups: Pr
     return final
 
 
-def load_checkpoint(engine: Engine, checkpoint: Path, data_fingerprint: str, groups: ProcessGroups) -> int:
-    """Restores an engine; returns the number of steps done.
+def check_checkpoint(checkpoint: Path, config: RunConfig, data_fingerprint: str, groups: ProcessGroups) -> int:
+    """Whether a run of this config can go on from a checkpoint; returns the number of steps done.
 
     Raises:
         CheckpointError: another config (the message names the keys), another layout, other data, or missing files.
     """
     state = read_state(checkpoint)
-    differing = differing_keys(state["config"], engine.config.model_dump(mode="json"))
+    differing = differing_keys(state["config"], config.model_dump(mode="json"))
     if differing:
         raise CheckpointError(
             f"{checkpoint} is of another config: "
@@ -123,15 +123,17 @@ def load_checkpoint(engine: Engine, checkpoint: Path, data_fingerprint: str, gro
     if state["layout"] != layout:
         raise CheckpointError(f"{checkpoint} was written by {state['layout']}, this job has {layout}; start it alike")
     if state["data_fingerprint"] != data_fingerprint:
-        raise CheckpointError(
-            f"{checkpoint} was trained on other shards than those in data.path={engine.config.data.path}"
-        )
+        raise CheckpointError(f"{checkpoint} was trained on other shards than those in data.path={config.data.path}")
     for name, size in state["files"].items():
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != size:
             raise CheckpointError(f"{path} is missing or cut short; delete {checkpoint} to resume from the one before")
-    engine.load(checkpoint, ENGINE)
     return state["step"]
+
+
+def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
+    """Restores an engine from a checkpoint that `check_checkpoint` let pass."""
+    engine.load(checkpoint, ENGINE)
 
 
 def read_weights(checkpoint: Path) -> tuple[RunConfig, dict[str, torch.Tensor]]:

@@ -15,12 +15,20 @@ from cola_megatron.models.cola import Cola
 from cola_megatron.parallel import ProcessGroups, initialize_parallel, initialize_parameters
 from cola_megatron.scaling.flops import training_flops
 from cola_megatron.training.batches import MicroBatches, micro_batch_loader
-from cola_megatron.training.checkpoint import CheckpointError, load_checkpoint, newest_checkpoint, save_checkpoint
+from cola_megatron.training.checkpoint import (
+    CheckpointError,
+    check_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from cola_megatron.training.engine import Engine
 from cola_megatron.training.evaluation import evaluate
 from cola_megatron.training.metrics import MetricsLog, read_metrics
 from cola_megatron.training.starting_weights import load_starting_weights
 from cola_megatron.training.versions import provenance
+
+SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -53,15 +61,19 @@ def train(config: RunConfig, progress: bool = True) -> Summary:
     train_shards, held_out_shards = _open_shards(config, groups)
     _open_run_folder(config, groups)
 
+    checkpoint, start = newest_checkpoint(config.run_folder), 0
+    if checkpoint is not None:
+        start = check_checkpoint(checkpoint, config, train_shards.fingerprint, groups)
+        finished = _finished_summary(config, start)
+        if finished is not None:
+            return finished
     model = Cola(config, groups)
-    checkpoint = newest_checkpoint(config.run_folder)
     if checkpoint is None:
         initialize_parameters(model, config.seed, groups)
         load_starting_weights(model, config, groups)
     engine = Engine(model.to(groups.device), config, groups)
-    start = 0
     if checkpoint is not None:
-        start = load_checkpoint(engine, checkpoint, train_shards.fingerprint, groups)
+        load_checkpoint(engine, checkpoint)
     return _Run(config, groups, engine, train_shards, held_out_shards, start, progress).to_the_end()
 
 
@@ -150,7 +162,7 @@ class _Run:
         )
         if self.log is not None:
             self.log.close()
-            (config.run_folder / "summary.json").write_text(json.dumps(asdict(summary), indent=1) + "\n")
+            (config.run_folder / SUMMARY).write_text(json.dumps(asdict(summary), indent=1) + "\n")
         return summary
 
 
@@ -209,6 +221,15 @@ def _open_run_folder(config: RunConfig, groups: ProcessGroups) -> None:
             (folder / "config.yaml").write_text(dump_config(config))
             (folder / "manifest.json").write_text(json.dumps(provenance(), indent=1) + "\n")
     groups.barrier()
+
+
+def _finished_summary(config: RunConfig, step: int) -> Summary | None:
+    """What a run that has nothing left to do left behind."""
+    path = config.run_folder / SUMMARY
+    if step < config.training.steps or not path.is_file():
+        return None
+    summary = Summary(**json.loads(path.read_text()))
+    return summary if summary.step == step else None
 
 
 def _history(run_folder: Path, start: int) -> tuple[float, dict[str, float]]:
