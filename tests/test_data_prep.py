@@ -309,9 +309,7 @@ def test_impossible_settings_are_refused(tmp_path: Path, changes: dict[str, obje
         PrepSettings(inputs=["embedded"], output=tmp_path).seed = 1
 
 
-def test_a_full_disk_is_one_clear_error_and_leaves_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [document(seed) for seed in range(1500)])
     with small_disk(tmp_path / "disk", kilobytes=128) as disk:
         with pytest.raises(DataPrepError, match=r"out: no space left on .*disk; free some") as caught:

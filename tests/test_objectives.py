@@ -9,9 +9,9 @@ import torch
 from cola_megatron.config import TimeConfig
 from cola_megatron.models.cola import Cola
 from cola_megatron.models.steps import run_steps
-from cola_megatron.models.text_vae import Posterior
 from cola_megatron.objectives import flow_matching, vae
 from cola_megatron.objectives.randomness import draw_mask, draw_times, generator, sample_draws
+from cola_megatron.objectives.vae import Posterior
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
 from tests.support import perturbed, random_batch
 

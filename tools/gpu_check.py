@@ -100,10 +100,10 @@ def main(arguments: list[str] | None = None) -> int:
         from cola_megatron.parallel import initialize_parallel
         from tools import gpu_measurements as measurements
 
-        checks, unknown = _selected(measurements.all_checks(), options.only)
+        available = measurements.all_checks(options.quick)
+        checks, unknown = _selected(available, options.only)
         if unknown:
-            names = ", ".join(measurements.all_checks())
-            return _fail(f"--only {unknown}: no such check; there are {names}", 2)
+            return _fail(f"--only {unknown}: no such check; there are {', '.join(available)}", 2)
         setting = measurements.Setting(initialize_parallel(), options.quick)
         records = run_checks(checks, setting, lambda record: print(line(record), file=progress, flush=True))
         about = {

@@ -32,8 +32,8 @@ class ParallelConfig(Section):
     """Shard the activations between tensor-parallel regions along the sequence."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed ZeRO: 1 shards optimiser state, 2 also gradients, 3 also parameters."""
-    reduce_bucket_size: PositiveInt = 500_000_000
-    """Elements per gradient reduction."""
+    reduce_bucket_size: PositiveInt = 50_000_000
+    """Elements per gradient reduction; DeepSpeed sets aside that many whatever the size of the model."""
     overlap_communication: bool = True
     timeout_minutes: PositiveFloat = 30.0
     """A collective that waits longer ends the job."""

@@ -1,11 +1,11 @@
 """Token embedding and output head, cut over the vocabulary."""
 
 import torch
-from megatron.core.tensor_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
 from torch import nn
 
 from cola_megatron.layers.linear import ColumnLinear
 from cola_megatron.parallel import ProcessGroups, mark_parameter
+from cola_megatron.parallel.megatron import VocabParallelEmbedding, vocab_parallel_cross_entropy
 from cola_megatron.parallel.parameters import Initializer
 
 

@@ -5,11 +5,11 @@ contiguous cut over tensor-parallel ranks gives every rank all parts of its own 
 """
 
 import torch
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import nn
 
 from cola_megatron.layers import initializers
 from cola_megatron.parallel import ProcessGroups, mark_parameter
+from cola_megatron.parallel.megatron import ColumnParallelLinear, RowParallelLinear
 from cola_megatron.parallel.parameters import Initializer
 
 

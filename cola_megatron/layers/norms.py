@@ -1,15 +1,15 @@
 """LayerNorm, in float32 whatever the compute type; also over channels that are cut over tensor-parallel ranks."""
 
 import torch
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from torch import nn
 from torch.nn import functional as F
 
 from cola_megatron.layers import initializers
 from cola_megatron.parallel import ProcessGroups, mark_parameter
+from cola_megatron.parallel.megatron import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 
 
 class LayerNorm(nn.Module):

@@ -8,13 +8,13 @@ instead of S * B times.
 import math
 
 import torch
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import nn
 from torch.nn import functional as F
 
 from cola_megatron.layers import initializers
 from cola_megatron.layers.linear import ColumnLinear
 from cola_megatron.parallel import ProcessGroups
+from cola_megatron.parallel.megatron import copy_to_tensor_model_parallel_region
 
 
 def sinusoid(times_T: torch.Tensor, dim: int) -> torch.Tensor:

@@ -13,8 +13,9 @@ from cola_megatron.config import RunConfig
 from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.models.dit import DiT, two_copy_times
 from cola_megatron.models.steps import Step, run_steps
-from cola_megatron.models.text_vae import Posterior, TextEncoder, TextVAE
+from cola_megatron.models.text_vae import TextEncoder, TextVAE
 from cola_megatron.objectives import flow_matching, masking, vae
+from cola_megatron.objectives.vae import Posterior
 from cola_megatron.parallel import ProcessGroups
 
 

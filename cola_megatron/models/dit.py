@@ -7,7 +7,6 @@ times, N blocks.
 from typing import NamedTuple
 
 import torch
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,6 +20,7 @@ from cola_megatron.layers.norms import LayerNorm
 from cola_megatron.layers.rotary import rotary_table, rotate_interleaved
 from cola_megatron.layers.time_embedding import Modulation, TimeEmbedding, modulate
 from cola_megatron.parallel import ProcessGroups
+from cola_megatron.parallel.megatron import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 
 
 class TimeTable(NamedTuple):

@@ -4,10 +4,7 @@ Shapes: B batch, L tokens, P tokens per latent, S = L / P latents, H hidden, C l
 rank. Activations are sequence-first (S, B, H).
 """
 
-from typing import NamedTuple
-
 import torch
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from torch import nn
 
 from cola_megatron.config import VAEConfig
@@ -19,16 +16,11 @@ from cola_megatron.layers.masks import AttentionMask, block_causal_mask
 from cola_megatron.layers.mlp import SwiGLU, swiglu_groups
 from cola_megatron.layers.norms import LayerNorm
 from cola_megatron.layers.rotary import rotary_table, rotate_half_split
+from cola_megatron.objectives.vae import Posterior
 from cola_megatron.parallel import ProcessGroups
+from cola_megatron.parallel.megatron import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
-
-
-class Posterior(NamedTuple):
-    """Diagonal Gaussian q(z|x), float32: mean and log variance (S, B, C); logvar is None for a plain encoder."""
-
-    mean: torch.Tensor
-    logvar: torch.Tensor | None
 
 
 class TextBlock(nn.Module):

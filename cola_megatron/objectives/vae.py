@@ -6,10 +6,16 @@ All terms are in nats per token. Shapes: S latents, B batch, C latent channels, 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
-from cola_megatron.models.text_vae import Posterior
+
+class Posterior(NamedTuple):
+    """Diagonal Gaussian q(z|x), float32: mean and log variance (S, B, C); logvar is None for a plain encoder."""
+
+    mean: torch.Tensor
+    logvar: torch.Tensor | None
 
 
 def sample_posterior(posterior: Posterior, noise_SBC: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """megatron-core's process groups in the form that DeepSpeed's `mpu` argument asks for."""
 
 import torch.distributed as dist
-from megatron.core import parallel_state
+
+from cola_megatron.parallel.megatron import parallel_state
 
 
 class DeepSpeedGrid:

@@ -9,13 +9,7 @@ import torch
 import torch.distributed as dist
 
 from cola_megatron.config import ConfigError
-from cola_megatron.parallel.cpu_backend import use_cpu_where_there_is_no_cuda
-
-with warnings.catch_warnings():
-    # megatron-core remarks on every optional accelerator that is absent; none of them is needed here.
-    warnings.simplefilter("ignore")
-    use_cpu_where_there_is_no_cuda()
-    from megatron.core import ModelParallelConfig, parallel_state
+from cola_megatron.parallel.megatron import ModelParallelConfig, parallel_state
 
 
 @dataclass(frozen=True)

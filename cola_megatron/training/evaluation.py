@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.data import TokenShards
@@ -16,6 +15,7 @@ from cola_megatron.models.dit import two_copy_times
 from cola_megatron.objectives import flow_matching, vae
 from cola_megatron.objectives.randomness import draw_times, generator
 from cola_megatron.parallel import ProcessGroups
+from cola_megatron.parallel.megatron import gather_from_tensor_model_parallel_region
 
 ROBUSTNESS_TIMES = (0.0, 0.25, 0.5)
 

@@ -217,10 +217,21 @@ def _open_run_folder(config: RunConfig, groups: ProcessGroups) -> None:
         raise CheckpointError(f"{folder} holds checkpoints and training.resume=never; use another name=")
     if groups.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        if newest_checkpoint(folder) is None:
-            (folder / "config.yaml").write_text(dump_config(config))
-            (folder / "manifest.json").write_text(json.dumps(provenance(), indent=1) + "\n")
+        (folder / "config.yaml").write_text(dump_config(config))
+        _record_start(folder / "manifest.json")
     groups.barrier()
+
+
+def _record_start(path: Path) -> None:
+    """manifest.json: what the run began with, and under `resumed` what each later start found."""
+    manifest = json.loads(path.read_text()) if path.is_file() else {}
+    if manifest:
+        manifest.setdefault("resumed", []).append(provenance())
+    else:
+        manifest = provenance()
+    unfinished = path.with_suffix(".writing")
+    unfinished.write_text(json.dumps(manifest, indent=1) + "\n")
+    unfinished.replace(path)
 
 
 def _finished_summary(config: RunConfig, step: int) -> Summary | None:

@@ -21,7 +21,7 @@ def versions() -> dict[str, str]:
 
 
 def provenance() -> dict[str, object]:
-    """manifest.json of a run."""
+    """One start of a run, as manifest.json keeps it."""
     return {
         "command": sys.argv,
         "host": platform.node(),

@@ -1,0 +1,150 @@
+"""The commands after training: eval, export, import, generate; and what they answer to wrong use."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cola_megatron import ColaDLM
+from cola_megatron.config import ConfigError
+from cola_megatron.errors import UserError
+from cola_megatron.training.checkpoint import newest_checkpoint, read_weights
+from cola_megatron.training.loop import train
+from launchers.cli import app
+
+
+def cola(*arguments: object) -> str:
+    """Runs a command in this process and returns what it printed; its error is raised as itself."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture
+def trained(tiny) -> Path:
+    """Run folder of a short stage-2 run."""
+    config = tiny(2, "training.steps=2")
+    train(config, progress=False)
+    return config.run_folder
+
+
+def test_export_generates_like_the_checkpoint_and_imports_back(trained, tmp_path):
+    exported, imported = tmp_path / "export", tmp_path / "imported"
+    cola("convert", "export", trained, exported)
+    from_checkpoint, from_published = ColaDLM.from_checkpoint(trained), ColaDLM.from_published(exported)
+    prompts = ["the prior writes", "noise and meaning flows back to words of the latent blocks"]
+    settings = {"max_new_tokens": 16, "steps": 4, "guidance_scale": 3.0}
+    for expected, found in zip(
+        from_checkpoint.generate(prompts, **settings), from_published.generate(prompts, **settings), strict=True
+    ):
+        assert expected.text == found.text
+        assert torch.equal(expected.latents, found.latents)
+    cola("convert", "import", exported, imported, "--config", "tiny")
+    weights, again = read_weights(newest_checkpoint(trained))[1], read_weights(imported)[1]
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())
+    assert ColaDLM.from_checkpoint(imported).generate(prompts, **settings)[0].text == expected_text(from_checkpoint)
+
+
+def expected_text(model: ColaDLM) -> str:
+    return model.generate(["the prior writes"], max_new_tokens=16, steps=4, guidance_scale=3.0)[0].text
+
+
+def test_stage_two_starts_from_an_imported_model(trained, tiny, tmp_path):
+    exported, imported = tmp_path / "export", tmp_path / "imported"
+    cola("convert", "export", trained, exported)
+    cola("convert", "import", exported, imported, "--config", "tiny")
+    for name, source in (("from-import", imported), ("from-export", exported / "cola_vae")):
+        config = tiny(
+            2,
+            f"name={name}",
+            "training.steps=1",
+            "training.vae_update.from_scratch=false",
+            f"training.stage_one={source}",
+        )
+        assert train(config, progress=False).finished
+
+
+def test_bf16_export_is_half_the_size_and_loads(trained, tmp_path):
+    sizes = {}
+    for precision in ("fp32", "bf16"):
+        cola("convert", "export", trained, tmp_path / precision, "--precision", precision)
+        sizes[precision] = (tmp_path / precision / "cola_vae" / "model.safetensors").stat().st_size
+        ColaDLM.from_published(tmp_path / precision)
+    assert sizes["bf16"] < 0.6 * sizes["fp32"]
+
+
+def test_eval_measures_a_run(trained):
+    metrics = json.loads(cola("eval", trained, "--samples", 8, "--json"))
+    summary = json.loads((trained / "summary.json").read_text())
+    for name, value in summary["metrics"].items():
+        assert metrics[name] == pytest.approx(value, rel=1e-5), name
+    assert "reconstruction accuracy" in cola("eval", trained, "--samples", 8)
+
+
+def test_generate_prints_text_or_json(trained, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("the prior\n\nof noise\n")
+    options = ["--max-new-tokens", 8, "--steps", 2]
+    answers = json.loads(cola("generate", trained, "--prompts-file", prompts, "--json", *options))
+    assert [answer["prompt"] for answer in answers] == ["the prior", "of noise"]
+    assert len(answers[0]["token_ids"]) == 8
+    assert cola("generate", trained, "-p", "the prior", *options).startswith("the prior" + answers[0]["text"])
+
+
+def test_wrong_use_is_named(trained, tiny, tmp_path):
+    with pytest.raises(ConfigError, match="--prompt"):
+        cola("generate", trained)
+    with pytest.raises(ConfigError, match="steps=0 must be at least 1"):
+        cola("generate", trained, "-p", "x", "--steps", 0)
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        cola("eval", tmp_path)
+    with pytest.raises(UserError, match=r"exists; give a new folder"):
+        cola("convert", "import", trained, trained)
+    first = tiny(1, "name=first", "training.steps=1")
+    train(first, progress=False)
+    with pytest.raises(UserError, match="no prior"):
+        cola("generate", first.run_folder, "-p", "x")
+
+
+def test_a_sample_does_not_depend_on_its_batch(trained):
+    model = ColaDLM.from_checkpoint(trained)
+    prompts, ids = ["", "the", "noise and meaning flows back to words of the latent blocks"], [7, 8, 9]
+    settings = {"max_new_tokens": 16, "steps": 4}
+    together = model.generate(prompts, ids, **settings)
+    for prompt, sample, expected in zip(prompts, ids, together, strict=True):
+        (alone,) = model.generate([prompt], [sample], **settings)
+        assert torch.equal(alone.token_ids, expected.token_ids)
+        torch.testing.assert_close(alone.latents, expected.latents, rtol=1e-4, atol=1e-5)
+
+
+def test_temperature_draws_repeatably_and_differently_from_greedy(trained):
+    model = ColaDLM.from_checkpoint(trained)
+
+    def draw(temperature: float, seed: int) -> list[int]:
+        (output,) = model.generate(["the"], temperature=temperature, noise_seed=seed, max_new_tokens=16, steps=2)
+        return output.token_ids.tolist()
+
+    assert draw(1.0, 1) == draw(1.0, 1)
+    assert draw(1.0, 1) != draw(1.0, 2)
+    assert draw(1.0, 1) != draw(0.0, 1)
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["prep", "run"], ["config"], ["train"], ["convert", "export"], ["generate"], ["eval"]]
+)
+def test_every_command_has_help_with_an_example(command):
+    shown = cola(*command, "--help")
+    if command:
+        assert "Example" in shown
+
+
+@pytest.mark.slow
+def test_the_quickstart_reaches_its_marks(tmp_path):
+    cola("quickstart", "--runs-folder", tmp_path)
+    summary = json.loads((tmp_path / "quickstart" / "summary.json").read_text())
+    assert summary["reconstruction_accuracy"] >= 0.95
+    assert summary["flow_matching_loss"] < 0.85 * summary["constant_predictor_loss"]
+    assert (tmp_path / "quickstart" / "report.html").is_file()
