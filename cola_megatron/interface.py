@@ -1,6 +1,7 @@
 """`ColaDLM`: a trained model in one process, for notebooks and for the command line."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from tokenizers import Tokenizer
 
 from cola_megatron.config import ModelConfig
 from cola_megatron.errors import UserError
-from cola_megatron.inference.generate import GenerationSettings, generate_blocks
+from cola_megatron.inference.generate import MAX_SAMPLE_ID, GenerationSettings, generate_blocks
 from cola_megatron.interop.published import TOKENIZER, read_published, write_published
 from cola_megatron.models.dit import DiT, two_copy_times
 from cola_megatron.models.text_vae import LOGVAR_MIN, TextVAE
@@ -45,7 +46,7 @@ class ColaDLM:
         dtype: torch.dtype = torch.float32,
     ):
         groups = initialize_parallel()
-        self.config, self.weights_dtype = config, dtype
+        self.config = config
         self.device = torch.device(device) if device is not None else groups.device
         self.vae, self.dit = TextVAE(config.vocab_size, config.vae, groups), None
         load_full_state_dict(self.vae, _part(weights, "vae"), groups)
@@ -98,14 +99,18 @@ class ColaDLM:
         A deterministic encoder (`config.vae.variational` false) answers the smallest log variance, -30.
 
         Raises:
-            ValueError: L is 0 or not divisible by the patch size, or an id is out of range.
+            ValueError: L is 0 or not divisible by patch_size * block_size of the VAE, or an id is out of range or no
+                integer.
         """
         ids = torch.as_tensor(ids, device=self.device)
-        patch = self.config.vae.patch_size
-        if ids.dim() != 1 or ids.numel() == 0 or ids.numel() % patch:
+        vae = self.config.vae
+        if ids.dim() != 1 or ids.numel() == 0 or ids.numel() % (vae.patch_size * vae.block_size):
             raise ValueError(
-                f"ids must be one sequence of a length divisible by patch_size={patch}, not {tuple(ids.shape)}"
+                "ids must be one sequence of a length divisible by patch_size * block_size = "
+                f"{vae.patch_size} * {vae.block_size}, not of shape {tuple(ids.shape)}"
             )
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise ValueError(f"ids must be integers, not {ids.dtype}")
         if int(ids.min()) < 0 or int(ids.max()) > self.config.vocab_size:
             raise ValueError(f"ids must lie in 0 .. {self.config.vocab_size} ({self.config.vocab_size} is [MASK])")
         posterior = self.vae.encoder(ids[None].long())
@@ -119,9 +124,10 @@ class ColaDLM:
         """Logits of several texts: z (sum of lengths, d) -> (sum of lengths * patch, vocab), float32.
 
         Raises:
-            ValueError: the lengths do not add up to the rows of z.
+            ValueError: z has another shape, or the lengths do not add up to its rows.
         """
-        lengths = [int(length) for length in lengths]
+        self._check_latents("z", z, 2)
+        lengths = _integers("lengths", lengths)
         if sum(lengths) != z.shape[0] or min(lengths, default=0) < 1:
             raise ValueError(f"lengths {lengths} must be positive and add up to the {z.shape[0]} rows of z")
         parts = z.to(self.device, torch.float32).split(lengths)
@@ -135,9 +141,11 @@ class ColaDLM:
             t: in [0, 1], (B,) or (B, blocks).
 
         Raises:
-            ValueError: shapes that do not fit, or no prior.
+            ValueError: shapes that do not fit, or a t out of range. UserError: no prior.
         """
         dit = self._prior()
+        self._check_latents("z_clean", z_clean, 3)
+        self._check_latents("z_noisy", z_noisy, 3)
         batch, length, _ = z_noisy.shape
         block_size = self.config.dit.block_size
         t = torch.as_tensor(t, dtype=torch.float32, device=self.device)
@@ -151,6 +159,9 @@ class ColaDLM:
             raise ValueError(
                 f"t has shape {tuple(t.shape)}; it must be ({batch},) or ({batch}, {length // block_size})"
             )
+        outside = t[~((t >= 0) & (t <= 1))]  # NaN is neither
+        if outside.numel():
+            raise ValueError(f"t={outside[0].item()} must lie in 0 .. 1")
         clean_length = length - block_size
         z_SBC = torch.cat((z_clean[:, :clean_length], z_noisy), dim=1).transpose(0, 1).to(self.device, torch.float32)
         velocity_SBC = dit(
@@ -182,14 +193,18 @@ class ColaDLM:
             padding_id: fills a prompt's last block; by default the tokenizer's `<|pad|>`, else `<|endoftext|>`.
 
         Raises:
-            ValueError: settings out of range, ids that do not match the prompts, no tokenizer, no prior.
+            ValueError: settings, ids or token ids out of range, ids that do not match the prompts, no tokenizer.
+            UserError: no prior.
         """
         dit = self._prior()
         if self.tokenizer is None:
             raise ValueError("this model came without a tokenizer.json")
-        sample_ids = list(range(len(prompts))) if ids is None else [int(sample) for sample in ids]
+        sample_ids = list(range(len(prompts))) if ids is None else _integers("ids", ids)
         if len(sample_ids) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(sample_ids)} ids")
+        for sample in sample_ids:
+            if abs(sample) > MAX_SAMPLE_ID:
+                raise ValueError(f"ids: {sample} must lie in -{MAX_SAMPLE_ID} .. {MAX_SAMPLE_ID}")
         if not prompts:
             return []
         settings = GenerationSettings(
@@ -200,10 +215,7 @@ class ColaDLM:
             repetition_penalty=repetition_penalty,
             noise_seed=noise_seed,
         )
-        token_ids = [
-            self.tokenizer.encode(prompt, add_special_tokens=False).ids if isinstance(prompt, str) else list(prompt)
-            for prompt in prompts
-        ]
+        token_ids = [self._token_ids(index, prompt) for index, prompt in enumerate(prompts)]
         padding = self._padding_id() if padding_id is None else padding_id
         if not 0 <= padding < self.config.vocab_size:
             raise ValueError(f"padding_id={padding} must lie in 0 .. {self.config.vocab_size - 1}")
@@ -222,12 +234,35 @@ class ColaDLM:
             raise UserError("this model has no prior: it comes from a stage-1 run; train stage 2 first")
         return self.dit
 
+    def _token_ids(self, index: int, prompt: str | Sequence[int]) -> list[int]:
+        name = f"prompts[{index}]"
+        if isinstance(prompt, str):
+            token_ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
+        else:
+            token_ids = _integers(name, prompt)
+        for token in token_ids:
+            if not 0 <= token < self.config.vocab_size:
+                raise ValueError(f"{name}: token id {token} must lie in 0 .. {self.config.vocab_size - 1}")
+        return token_ids
+
+    def _check_latents(self, name: str, z: torch.Tensor, dims: int) -> None:
+        channels, form = self.config.vae.latent_dim, "(rows, d)" if dims == 2 else "(B, L, d)"
+        if z.dim() != dims or z.shape[-1] != channels:
+            raise ValueError(f"{name} must have shape {form} with d = {channels} channels, not {tuple(z.shape)}")
+
     def _padding_id(self) -> int:
         for token in PADDING_TOKENS:
             found = self.tokenizer.token_to_id(token)
             if found is not None:
                 return found
         raise ValueError(f"the tokenizer has none of {', '.join(PADDING_TOKENS)}; give padding_id")
+
+
+def _integers(name: str, values: Iterable[int]) -> list[int]:
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError as error:
+        raise ValueError(f"{name} must be integers: {error}") from None
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:

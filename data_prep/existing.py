@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from cola_megatron.data.shards import TOKENIZER_NAME, Manifest, ShardError, file_problems, read_manifest, sha256_of
+from cola_megatron.data.manifest import TOKENIZER_NAME, Manifest, ShardError, file_problems, read_manifest, sha256_of
 from data_prep.errors import DataPrepError
 from data_prep.readers import EMBEDDED, Source
 from data_prep.settings import PrepSettings

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cola_megatron.data.shards import MANIFEST_NAME, TOKENIZER_NAME, Manifest, SourceRecord, SplitRecord
+from cola_megatron.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, SourceRecord, SplitRecord
 from data_prep.errors import DataPrepError
 from data_prep.existing import finished_folder
 from data_prep.pack import HELD_OUT, TRAIN, split_of

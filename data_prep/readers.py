@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cola_megatron.data.shards import sha256_of
+from cola_megatron.data.manifest import sha256_of
 from data_prep import embedded_corpus
 from data_prep.errors import DataPrepError
 

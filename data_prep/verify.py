@@ -8,15 +8,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cola_megatron.data.shards import (
+from cola_megatron.data.manifest import (
     MANIFEST_NAME,
     FileRecord,
     Manifest,
     ShardError,
-    TokenShards,
     file_problems,
     read_manifest,
 )
+from cola_megatron.data.shards import TokenShards
 
 __all__ = ["VerifyReport", "verify"]
 

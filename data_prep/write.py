@@ -13,14 +13,8 @@ from types import TracebackType
 
 import numpy as np
 
-from cola_megatron.data.shards import (
-    MANIFEST_NAME,
-    TOKENS_COLUMN,
-    FileRecord,
-    SplitRecord,
-    sha256_of,
-    tokens_encoding,
-)
+from cola_megatron.data.manifest import MANIFEST_NAME, FileRecord, SplitRecord, sha256_of
+from cola_megatron.data.shards import TOKENS_COLUMN, tokens_encoding
 from cola_megatron.data.streaming_backend import MDSWriter
 from data_prep.errors import DataPrepError
 from data_prep.pack import SequencePacker

@@ -52,6 +52,8 @@ def main() -> None:
         sys.exit(fail(str(error), 2))
     except UserError as error:
         sys.exit(fail(str(error), 1))
+    except OSError as error:
+        sys.exit(fail(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error), 1))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from launchers.output import print_json, print_table
 def evaluate(
     run: Path = typer.Argument(..., help="Run folder or checkpoint folder."),
     data: Path = typer.Option(None, help="Prepared folder; by default the run's own."),
-    samples: int = typer.Option(256, help="Held-out sequences to measure on."),
+    samples: int = typer.Option(256, min=1, help="Held-out sequences to measure on."),
     as_json: bool = typer.Option(False, "--json", help="JSON instead of a table."),
 ) -> None:
     """Reconstruction accuracy and its robustness, flow-matching loss per time bin, VAE logSNR on held-out text.

@@ -36,9 +36,11 @@ def generate(
     prompts = list(prompt or [])
     if prompts_file is not None:
         try:
-            prompts += [line for line in prompts_file.read_text().splitlines() if line]
+            prompts += [line for line in prompts_file.read_text(encoding="utf-8").splitlines() if line]
         except OSError as error:
             raise ConfigError(f"{prompts_file}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"{prompts_file}: not a text file (UTF-8)") from None
     if not prompts:
         raise ConfigError("give --prompt TEXT or --prompts-file FILE")
     loaded = open_model(model)

@@ -1,6 +1,7 @@
 """The commands after training: eval, export, import, generate; and what they answer to wrong use."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from cola_megatron.config import ConfigError
 from cola_megatron.errors import UserError
 from cola_megatron.training.checkpoint import newest_checkpoint, read_weights
 from cola_megatron.training.loop import train
-from launchers.cli import app
+from launchers.cli import app, main
+from tests.support import TINY
 
 
 def cola(*arguments: object) -> str:
@@ -67,6 +69,17 @@ def test_stage_two_starts_from_an_imported_model(trained, tiny, tmp_path):
         assert train(config, progress=False).finished
 
 
+def test_a_vae_block_beyond_the_prior_s_is_no_stage_two_checkpoint(trained, tmp_path):
+    exported = tmp_path / "export"
+    cola("convert", "export", trained, exported)
+    path = exported / "cola_vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"block_size": 16}))
+    ColaDLM.from_published(exported)
+    rule = r"model.dit.block_size=8 must be divisible by model.vae.block_size=16 in stage 2"
+    with pytest.raises(ConfigError, match=rule):
+        cola("convert", "import", exported, tmp_path / "imported", "--config", "tiny")
+
+
 def test_bf16_export_is_half_the_size_and_loads(trained, tmp_path):
     sizes = {}
     for precision in ("fp32", "bf16"):
@@ -107,6 +120,40 @@ def test_wrong_use_is_named(trained, tiny, tmp_path):
     train(first, progress=False)
     with pytest.raises(UserError, match="no prior"):
         cola("generate", first.run_folder, "-p", "x")
+    for option, value in (("guidance-scale", "nan"), ("temperature", "inf"), ("repetition-penalty", "inf")):
+        with pytest.raises(ConfigError, match=rf"{option.replace('-', '_')}={value} must be finite"):
+            cola("generate", trained, "-p", "x", f"--{option}", value)
+    with pytest.raises(ConfigError, match=rf"noise_seed={2**63} must lie in"):
+        cola("generate", trained, "-p", "x", "--noise-seed", 2**63)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes(b"the\xff\n")
+    with pytest.raises(ConfigError, match=r"prompts.txt: not a text file"):
+        cola("generate", trained, "--prompts-file", prompts)
+    refused = CliRunner().invoke(app, ["eval", str(trained), "--samples", "0"])
+    assert refused.exit_code == 2 and "--samples" in refused.output
+
+
+def test_the_largest_noise_seeds_and_ids_generate(trained):
+    model = ColaDLM.from_checkpoint(trained)
+    for sign in (-1, 1):
+        model.generate(["the"], ids=[sign * 2**52], noise_seed=sign * 2**62, max_new_tokens=16, steps=1, temperature=1)
+
+
+def test_what_the_file_system_refuses_is_one_line(trained, corpus, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "a-file"
+    file.write_text("")
+    for arguments in (
+        ["convert", "export", trained, file],
+        ["prep", "run", "embedded", "--output", file / "data"],
+        ["quickstart", "--runs-folder", file],
+        ["train", "tiny", *TINY, f"data.path={corpus}", f"runs_folder={file}"],
+    ):
+        monkeypatch.setattr(sys, "argv", ["cola", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        message = capsys.readouterr().err
+        assert exit_.value.code == 1
+        assert message.startswith(f"cola: {file}") and message.count("\n") == 1, message
 
 
 def test_a_sample_does_not_depend_on_its_batch(trained):

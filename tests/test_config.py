@@ -39,7 +39,7 @@ def test_overrides_reach_their_key():
 
 
 @pytest.mark.parametrize(
-    ("override", "named"),
+    ("overrides", "named"),
     [
         ("model.dit.blok_size=3", ["model.dit.blok_size", "3", "block_size"]),
         ("training.steps=abc", ["training.steps", "abc", "integer"]),
@@ -56,16 +56,80 @@ def test_overrides_reach_their_key():
         ("parallel.sequence_parallel=true", ["parallel.sequence_parallel", "tensor_parallel_size"]),
         ("model.vae.variational=false", ["objective.vae.beta", "variational"]),
         ("name=../elsewhere", ["name", "../elsewhere"]),
-        ("novalue", ["novalue", "key=value"]),
+        ("name=[1]", ["name=[1]", "valid string", "quote it"]),
+        ("novalue", ["novalue", "section.key=value"]),
+        ("training..steps=2", ["training..steps=2", "section.key=value"]),
+        (".steps=2", [".steps=2", "section.key=value"]),
+        ("training.=2", ["training.=2", "section.key=value"]),
+        ("training.steps=2024-13-45", ["training.steps", "2024-13-45", "integer"]),
+        ("model.vae.block_size=32", ["model.dit.block_size=16", "divisible by model.vae.block_size=32", "stage 2"]),
+        (
+            "parallel.tensor_parallel_size=4 model.dit.hidden_size=130",
+            ["model.dit.hidden_size=130", "divisible by parallel.tensor_parallel_size=4"],
+        ),
+        (
+            "stage=1 data.sequence_length=126 model.dit.block_size=2 "
+            "parallel.tensor_parallel_size=4 parallel.sequence_parallel=true",
+            ["data.sequence_length=126", "126 latents", "divisible by parallel.tensor_parallel_size=4"],
+        ),
+        (
+            "model.dit.block_size=2 parallel.tensor_parallel_size=4 parallel.sequence_parallel=true",
+            ["model.dit.block_size=2", "254", "divisible by parallel.tensor_parallel_size=4"],
+        ),
+        ("data.seed=-1", ["data.seed=-1", "greater than or equal to 0"]),
+        (f"data.seed={2**64}", [f"data.seed={2**64}", "less than 18446744073709551616"]),
+        ("training.optimizer.betas=[0.9,1.0]", ["training.optimizer.betas.1=1.0", "less than 1"]),
+        ("training.optimizer.betas=[-0.1,0.9]", ["training.optimizer.betas.0=-0.1", "greater than or equal to 0"]),
+        ("training.optimizer.betas=[true,0.9]", ["training.optimizer.betas", "number, not true or false"]),
+        ("model.vae.latent_dim=1 model.dit.latent_dim=1", ["model.vae.latent_dim=1", "at least 2", "mean_norm=false"]),
+        (
+            "model.vae.latent_dim=1 model.dit.latent_dim=1 model.vae.mean_norm=false model.vae.variational=false "
+            "objective.vae.beta=0 objective.reference_weight=0",
+            ["model.vae.latent_dim=1", "variational=true"],
+        ),
+        ("objective.flow.time.loc=.nan", ["objective.flow.time.loc=nan", "finite number"]),
+        ("training.optimizer.learning_rate=.inf", ["training.optimizer.learning_rate=inf", "finite number"]),
+        ("objective.vae.beta=1e400", ["objective.vae.beta=inf", "finite number"]),
+        ("model.vae.fixed_logsnr=-.inf", ["model.vae.fixed_logsnr=-inf", "finite number"]),
+        ("training.optimizer.betas=[.nan,0.9]", ["training.optimizer.betas.0=nan", "number"]),
+        ("training.steps=true", ["training.steps=True", "number, not true or false"]),
+        ("training.stop_after=true", ["training.stop_after=True", "number, not true or false"]),
+        ("objective.vae.beta=true", ["objective.vae.beta=True", "number, not true or false"]),
+        ("stage=true", ["stage=True", "number, not true or false"]),
+        ("parallel.sequence_parallel=maybe", ["parallel.sequence_parallel='maybe'", "boolean"]),
+        (
+            "training.stage_one=runs/first training.vae_update.from_scratch=true",
+            ["training.stage_one=runs/first", "vae_update.from_scratch=true", "one of them"],
+        ),
+        ("training.stop_after=1001", ["training.stop_after=1001", "steps=1000"]),
     ],
 )
-def test_what_cannot_run_is_refused_in_one_line(override, named):
+def test_what_cannot_run_is_refused_in_one_line(overrides, named):
     with pytest.raises(ConfigError) as refusal:
-        load_config("tiny", [override])
+        load_config("tiny", overrides.split())
     message = str(refusal.value)
     assert "\n" not in message
     for part in named:
         assert part in message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "model.vae.block_size=32 model.dit.block_size=64 parallel.tensor_parallel_size=4",
+        "model.vae.block_size=32 stage=1",
+        "stage=1 model.dit.block_size=2 parallel.tensor_parallel_size=4 parallel.sequence_parallel=true",
+        "model.dit.block_size=2 parallel.tensor_parallel_size=4",
+        "model.dit.block_size=4 parallel.tensor_parallel_size=4 parallel.sequence_parallel=true",
+        f"data.seed={2**64 - 1}",
+        "training.optimizer.betas=[0,0.9]",
+        "model.vae.latent_dim=1 model.dit.latent_dim=1 model.vae.mean_norm=false",
+        "objective.vae.beta=1",
+        "training.stop_after=1000",
+    ],
+)
+def test_what_is_just_inside_the_rules_is_accepted(overrides):
+    load_config("tiny", overrides.split())
 
 
 def test_bf16_needs_master_weights():
@@ -83,6 +147,43 @@ def test_a_broken_file_is_named(tmp_path):
     broken.write_text("model: [")
     with pytest.raises(ConfigError, match=r"broken.yaml: not valid YAML"):
         load_config(broken)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\x80\x81\xff", "not a text file"),
+        (b"name: \x00", "not valid YAML"),
+        (b"name: 2024-13-45", "not valid YAML: month"),
+        (b"[1, 2]", "the top level must be a mapping"),
+        (None, "Is a directory"),
+    ],
+)
+def test_what_is_no_config_file_is_refused_in_one_line(tmp_path, content, reason):
+    source = tmp_path / "some.yaml"
+    if content is None:
+        source.mkdir()
+    else:
+        source.write_bytes(content)
+    with pytest.raises(ConfigError) as refusal:
+        load_config(source)
+    assert str(refusal.value).startswith(f"{source}: {reason}")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["12", "007", "1e3", "2024-01-01", "true", "1_000"])
+def test_text_that_looks_like_a_number_stays_as_it_was_typed(name):
+    config = load_config("tiny", [f"name={name}", f"runs_folder={name}", f"training.log.wandb_project='{name}'"])
+    assert (config.name, str(config.runs_folder), config.training.log.wandb_project) == (name, name, name)
+
+
+def test_a_number_is_a_name_in_a_file_too_and_a_date_is_to_be_quoted(tmp_path):
+    file = tmp_path / "some.yaml"
+    file.write_text("name: 12\ntraining: {optimizer: {learning_rate: 1}}")
+    assert load_config(file).name == "12"
+    file.write_text("name: 2024-01-01")
+    with pytest.raises(ConfigError, match=r"name=.*string; quote it"):
+        load_config(file)
 
 
 def test_the_command_prints_the_tree_and_exits_with_2_on_wrong_use():

@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -190,30 +191,81 @@ def test_the_order_does_not_depend_on_how_it_is_cut() -> None:
     assert len(GlobalOrder(17, seed=5).sample_ids(9, 0)) == 0
 
 
-def test_every_epoch_holds_every_sample_once_in_its_own_order() -> None:
-    epochs = GlobalOrder(50, seed=0).sample_ids(0, 200).reshape(4, 50)
-    assert (np.sort(epochs, axis=1) == np.arange(50)).all()
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert tuple(GlobalOrder(50, seed=1).sample_ids(0, 50)) != tuple(epochs[0])
-    assert (GlobalOrder(1, seed=0).sample_ids(10**12, 3) == 0).all()
+@pytest.mark.parametrize("size", [*range(1, 40), 63, 64, 65, 1000, 4095, 4096, 4097, 2**16, 99_991])
+def test_every_epoch_holds_every_sample_once(size: int) -> None:
+    for epoch in (0, 1, 2**70):
+        ids = GlobalOrder(size, seed=4).sample_ids(epoch * size, size)
+        np.testing.assert_array_equal(np.sort(ids), np.arange(size))
+
+
+def test_every_epoch_and_every_seed_has_its_own_order() -> None:
+    size = 10_000
+    orders = [*GlobalOrder(size, seed=0).sample_ids(0, 3 * size).reshape(3, size)]
+    orders += [GlobalOrder(size, seed).sample_ids(0, size) for seed in (1, 2**32, 2**64 - 1)]
+    between = np.corrcoef(orders)[np.triu_indices(len(orders), k=1)]
+    assert np.abs(between).max() < 4 / np.sqrt(size), "four standard errors of unrelated orders"
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 10, 64, 101])
+def test_a_sample_may_come_at_any_position_and_after_any_other(size: int) -> None:
+    """Chi-square over seeds below its mean plus five standard deviations."""
+    seeds = 4000
+    orders = np.stack([GlobalOrder(size, seed).sample_ids(0, size) for seed in range(seeds)])
+    for counts in (
+        np.bincount(np.argmax(orders == 0, axis=1), minlength=size),
+        np.bincount(orders[:, 0], minlength=size),
+        np.bincount((orders[:, 1] - orders[:, 0]) % size, minlength=size)[1:],
+    ):
+        expected, freedom = seeds / len(counts), len(counts) - 1
+        assert ((counts - expected) ** 2 / expected).sum() <= freedom + 5 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("size", [4096, 50_000])
+@pytest.mark.parametrize("seed", range(5))
+def test_neighbours_in_the_order_are_unrelated(size: int, seed: int) -> None:
+    """Within four standard errors of random permutations."""
+    ids = GlobalOrder(size, seed).sample_ids(0, size)
+    assert abs(np.corrcoef(ids[:-1], ids[1:])[0, 1]) < 4 / np.sqrt(size)
+    # The sum of |differences| has the mean (size**2 - 1) / 3 and, to leading order, the variance 2 * size**3 / 45.
+    assert abs(np.abs(np.diff(ids)).mean() - (size + 1) / 3) < 4 * np.sqrt(2 * size / 45)
 
 
 def test_the_order_never_changes_between_releases() -> None:
     """A run resumed with another numpy or another release of this project must go on with the same samples."""
-    assert GlobalOrder(10, seed=66).sample_ids(5, 15).tolist() == [7, 9, 5, 6, 3, 2, 8, 5, 6, 1, 7, 0, 3, 4, 9]
+    assert GlobalOrder(10, seed=66).sample_ids(5, 15).tolist() == [8, 9, 6, 4, 5, 5, 7, 4, 9, 3, 1, 8, 2, 6, 0]
+    assert GlobalOrder(352_000_000, seed=1).sample_ids(10**6, 4).tolist() == [298011387, 85977106, 114365343, 246937647]
+    assert GlobalOrder(2**40, seed=2**64 - 1).sample_ids(3 * 2**40 - 2, 4).tolist() == [
+        770252288688,
+        4492303722,
+        781167706257,
+        97161092695,
+    ]
 
 
-def test_an_order_travels_to_workers_without_its_permutation() -> None:
-    order = GlobalOrder(100_000, seed=3)
-    expected = order.sample_ids(0, 10)
+@pytest.mark.parametrize("size", [2**40, 2**62 + 1, 2**63])
+def test_a_huge_order_takes_no_memory_and_little_to_send(size: int) -> None:
+    order = GlobalOrder(size, seed=3)
+    start = 2 * size - 500
+    expected = order.sample_ids(start, 1000)
+    assert 0 <= expected.min() < size // 50
+    assert size - size // 50 < expected.max() < size
+    assert len(np.unique(expected)) == 1000
     data = pickle.dumps(order)
     assert len(data) < 1000
-    np.testing.assert_array_equal(pickle.loads(data).sample_ids(0, 10), expected)
+    tracemalloc.start()
+    try:
+        received = pickle.loads(data)
+        pieces = [received.sample_ids(start + offset, 50) for offset in range(0, 1000, 50)]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(np.concatenate(pieces), expected)
+    assert peak < 50_000
 
 
-@pytest.mark.parametrize("arguments", [(0, 1), (-3, 1), (5, -1), (5, 2**64)])
+@pytest.mark.parametrize("arguments", [(0, 1), (-3, 1), (2**63 + 1, 1), (5, -1), (5, 2**64)])
 def test_impossible_orders_are_refused(arguments: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=r"empty|seed"):
+    with pytest.raises(ValueError, match=r"empty|do not fit|seed"):
         GlobalOrder(*arguments)
     with pytest.raises(ValueError, match="negative"):
         GlobalOrder(5, 1).sample_ids(-1, 2)

@@ -27,6 +27,7 @@ def start(config: RunConfig, tmp_path: Path) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -68,13 +69,14 @@ def test_a_kill_during_a_save_leaves_the_previous_checkpoint_good(tiny, tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_ends_the_step_saves_and_resumes(tiny, tmp_path, number):
-    longer = ["training.steps=400", "training.log.every=1"]
+def test_a_signal_to_the_process_group_ends_the_step_saves_and_resumes(tiny, tmp_path, number):
+    """As schedulers send it: the loader's worker gets it too."""
+    longer = ["training.steps=400", "training.log.every=1", "training.loader_workers=1"]
     config = tiny(1, *longer)
     process = start(config, tmp_path)
     metrics = config.run_folder / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "run again to go on" in output
     stopped_at = losses(config)[-1][0]

@@ -84,7 +84,7 @@ def test_each_latent_is_reached_from_its_own_block_alone(tiny):
 
 
 def test_later_blocks_see_the_clean_context_and_no_block_sees_the_future(tiny):
-    config = tiny(2, "objective.flow.clean_prefix_probability=0", "objective.flow.context_dropout=0")
+    config = tiny(2, "objective.flow.clean_prefix_probability=0", "objective.flow.context_dropout=0.5")
     model, batch = build(config), random_batch(config, range(1))
     latents = torch.randn(32, 1, 4)
 
@@ -94,6 +94,7 @@ def test_later_blocks_see_the_clean_context_and_no_block_sees_the_future(tiny):
 
     # The noisy copy of block 1 forgets z0 at t = 1; what others see of it is its clean copy.
     batch["time"][:] = 1.0
+    batch["context_dropped"][:] = False
     moved = latents.clone()
     moved[8:16] += 1.0
     changed = (velocity(moved) - velocity(latents)).unflatten(0, (4, 8)).abs().amax((1, 2, 3))

@@ -1,13 +1,15 @@
 """Training runs: what they write, resuming bit for bit, stage 2 from stage 1, frozen and interval VAE."""
 
 import json
+import math
+import shutil
 
 import pytest
 import torch
 
-from cola_megatron.config import ConfigError
+from cola_megatron.config import ConfigError, load_config
 from cola_megatron.training.checkpoint import CheckpointError, newest_checkpoint, read_weights
-from cola_megatron.training.loop import train
+from cola_megatron.training.loop import TrainingDiverged, train
 from cola_megatron.training.metrics import read_metrics
 from cola_megatron.training.optimizer import learning_rate
 from tests.ranks import run_ranks
@@ -86,6 +88,75 @@ def test_a_longer_run_resumes_a_shorter_one_bit_identically(tiny):
     run(extended)
     assert curve(extended) == curve(straight)
     assert_same_weights(weights(extended), weights(straight))
+
+
+@pytest.mark.parametrize("mode", ["joint", "interval"])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_resume_in_bf16_is_bit_identical(tiny, zero_stage, mode):
+    overrides = [
+        "training.precision=bf16",
+        f"parallel.zero_stage={zero_stage}",
+        f"training.vae_update.mode={mode}",
+        "training.vae_update.joint_steps=2",
+        "training.vae_update.frozen_steps=2",
+    ]
+    straight, halves = tiny(2, "name=straight", *overrides), tiny(2, "name=halves", *overrides)
+    run(straight)
+    run(tiny(2, "name=halves", "training.stop_after=3", *overrides))
+    run(halves)
+    assert curve(halves) == curve(straight)
+    assert_same_weights(weights(halves), weights(straight))
+
+
+def test_a_shortened_run_is_finished_and_measured(tiny):
+    run(tiny(2, "training.stop_after=3"))
+    summary = train(tiny(2, "training.steps=3"), progress=False)
+    assert summary.finished and summary.step == 3 and "flow_matching_loss" in summary.metrics
+
+
+def test_a_run_that_diverges_stops_without_saving(tiny):
+    config = tiny(
+        1, "training.optimizer.learning_rate=1e30", "training.schedule.warmup_steps=0", "training.checkpoint.every=1"
+    )
+    with pytest.raises(TrainingDiverged, match=r"step \d+: loss is nan.*learning_rate") as stopped:
+        run(config)
+    assert "\n" not in str(stopped.value)
+    for record in read_metrics(config.run_folder / "metrics.jsonl"):
+        assert all(math.isfinite(value) for value in record.values() if isinstance(value, float))
+
+
+def test_folders_that_users_put_beside_checkpoints_are_left_alone(tiny):
+    config = tiny(1, "training.steps=1")
+    run(config)
+    kept = newest_checkpoint(config.run_folder)
+    shutil.copytree(kept, kept.with_name("step_00000009.bak"))
+    assert newest_checkpoint(config.run_folder) == kept
+    run(tiny(1, "training.steps=4", "training.checkpoint.every=1", "training.checkpoint.keep_last=1"))
+    assert kept.with_name("step_00000009.bak").is_dir()
+
+
+def test_what_is_measured_does_not_depend_on_the_replicas(tiny):
+    """23 sequences on 2 replicas, in batches of 4: the last batch of one replica is smaller than the other's."""
+    overrides = ["training.steps=1", "training.evaluation.samples=23"]
+    alone, together = tiny(2, "name=alone", *overrides), tiny(2, "name=together", "parallel.zero_stage=3", *overrides)
+    measured = train(alone, progress=False).metrics
+    run_ranks(run, 2, together)
+    found = json.loads((together.run_folder / "summary.json").read_text())["metrics"]
+    assert found.keys() == measured.keys()
+    for name, value in measured.items():
+        assert found[name] == pytest.approx(value, rel=1e-3), name
+
+
+def test_the_config_on_file_is_the_one_of_the_last_start(tiny):
+    run(tiny(1, "training.steps=1"))
+    config = tiny(1, "training.steps=2")
+    run(config)
+    assert load_config(config.run_folder / "config.yaml") == config
+    manifest = json.loads((config.run_folder / "manifest.json").read_text())
+    assert len(manifest["resumed"]) == 1
+    with pytest.raises(CheckpointError):
+        run(tiny(1, "training.steps=3", "seed=1"))
+    assert load_config(config.run_folder / "config.yaml") == config
 
 
 def test_a_finished_run_is_left_alone(tiny):

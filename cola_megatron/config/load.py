@@ -53,19 +53,20 @@ def _presets():
 
 
 def _read(source: str | Path) -> dict[str, Any]:
-    path = Path(source)
-    preset = _presets() / f"{source}.yaml"
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise ConfigError(f"{source}: no such config file")
-        text = path.read_text()
-    elif preset.is_file():
-        text = preset.read_text()
-    else:
-        raise ConfigError(f"{source}: neither a config file nor one of the presets {', '.join(preset_names())}")
+    path, preset = Path(source), _presets() / f"{source}.yaml"
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        if not preset.is_file():
+            raise ConfigError(f"{source}: neither a config file nor one of the presets {', '.join(preset_names())}")
+        path = preset
     try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"{source}: no such config file") from None
+    except OSError as error:
+        raise ConfigError(f"{source}: {error.strerror}; give a YAML file or a preset") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{source}: not a text file (UTF-8); give a YAML file or a preset") from None
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: a date that is none, a number too long
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: the top level must be a mapping of keys, not {type(tree).__name__}")
@@ -74,18 +75,32 @@ def _read(source: str | Path) -> dict[str, Any]:
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    if not separator or not key:
+    *sections, last = parts = key.split(".")
+    if not separator or not all(parts):
         raise ConfigError(f"{override}: an override has the form section.key=value")
     try:
-        value = _number(yaml.safe_load(text)) if text else None
-    except yaml.YAMLError:
+        value = yaml.safe_load(text) if text else None
+    except (yaml.YAMLError, ValueError):
         value = text
-    *sections, last = key.split(".")
+    if not _takes_text(parts):
+        value = _number(value)
+    elif value is not None and not isinstance(value, str | list | dict):
+        value = text  # name=007 is not name=7
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"{key}: {section} is a value, not a section")
     tree[last] = value
+
+
+def _takes_text(parts: list[str]) -> bool:
+    section: Any = RunConfig
+    for part in parts:
+        fields = getattr(section, "model_fields", {})
+        if part not in fields:
+            return False
+        section = fields[part].annotation
+    return section in (str, Path, Path | None)
 
 
 def _number(value: Any) -> Any:
@@ -108,7 +123,8 @@ def _one_line(error: ValidationError) -> str:
             # Ours: it names keys relative to its own section.
             problems.append(f"{key}.{problem['ctx']['error']}" if key else str(problem["ctx"]["error"]))
         else:
-            problems.append(f"{key}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}")
+            hint = "; quote it" if problem["type"] in ("string_type", "path_type") else ""
+            problems.append(f"{key}={problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}{hint}")
     return "; ".join(problems)
 
 

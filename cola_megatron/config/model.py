@@ -40,7 +40,7 @@ class VAEConfig(Section):
     """Biases of the other matrices."""
     rotary_base: PositiveFloat = 500_000.0
     mean_norm: bool = True
-    """LayerNorm (no affine) over the channels of the posterior mean."""
+    """LayerNorm (no affine) over the channels of the posterior mean; a deterministic encoder always has it."""
     variational: bool = True
     """Gaussian posterior; False: a deterministic encoder."""
     fixed_logsnr: float | None = None
@@ -68,6 +68,11 @@ class VAEConfig(Section):
         _divides("2 * num_attention_heads", 2 * self.num_attention_heads, "ffn_hidden_size", self.ffn_hidden_size)
         if self.fixed_logsnr is not None and not self.variational:
             raise ValueError(f"fixed_logsnr={self.fixed_logsnr} needs variational=true")
+        if self.latent_dim == 1 and (self.mean_norm or not self.variational):
+            raise ValueError(
+                "latent_dim=1: the norm of one channel is always 0; use at least 2, or mean_norm=false with "
+                "variational=true"
+            )
         return self
 
 

@@ -18,7 +18,7 @@ class DataConfig(Section):
     """Folder with train/, held_out/, tokenizer.json and manifest.json."""
     sequence_length: PositiveInt = 512
     """Tokens per sequence; must equal the shards'."""
-    seed: int = 6198
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 6198
     """Seed of the order of the samples."""
     verify: Literal["hash", "size", "none"] = "hash"
     """How shards are checked before training."""
@@ -90,18 +90,13 @@ class RunConfig(Section):
                     f"model.{key}.block_size={block} must divide the {self.latent_length} latents of a sequence "
                     "(data.sequence_length / model.vae.patch_size)"
                 )
-        tensor = self.parallel.tensor_parallel_size
-        for key, heads in (
-            ("vae", self.model.vae.num_attention_heads),
-            ("dit", self.model.dit.num_attention_heads),
-        ):
-            if heads % tensor:
-                raise ValueError(
-                    f"model.{key}.num_attention_heads={heads} must be divisible by "
-                    f"parallel.tensor_parallel_size={tensor}"
-                )
-        if self.parallel.sequence_parallel and tensor == 1:
-            raise ValueError("parallel.sequence_parallel=true needs parallel.tensor_parallel_size above 1")
+        if self.stage == 2 and self.model.dit.block_size % self.model.vae.block_size:
+            raise ValueError(
+                f"model.dit.block_size={self.model.dit.block_size} must be divisible by "
+                f"model.vae.block_size={self.model.vae.block_size} in stage 2: generation decodes one DiT block at a "
+                "time, where a VAE block that reaches beyond it would see less than in training"
+            )
+        self._check_layout()
         if self.training.precision == "bf16" and self.parallel.zero_stage == 0:
             raise ValueError(
                 "parallel.zero_stage=0 with training.precision=bf16 keeps no float32 master weights; use zero_stage=1"
@@ -121,3 +116,28 @@ class RunConfig(Section):
                 "set it to 0"
             )
         return self
+
+    def _check_layout(self) -> None:
+        """What the tensor-parallel ranks share must divide; every other width is a multiple of these."""
+        model, ranks = self.model, self.parallel.tensor_parallel_size
+        rule = f"must be divisible by parallel.tensor_parallel_size={ranks}"
+        for key, size in (
+            ("vae.num_attention_heads", model.vae.num_attention_heads),
+            ("dit.num_attention_heads", model.dit.num_attention_heads),
+            ("dit.hidden_size", model.dit.hidden_size),
+        ):
+            if size % ranks:
+                raise ValueError(f"model.{key}={size} {rule}")
+        if not self.parallel.sequence_parallel:
+            return
+        if ranks == 1:
+            raise ValueError("parallel.sequence_parallel=true needs parallel.tensor_parallel_size above 1")
+        latents, rule = self.latent_length, f"{rule} under parallel.sequence_parallel"
+        if latents % ranks:
+            raise ValueError(f"data.sequence_length={self.data.sequence_length} is {latents} latents, which {rule}")
+        # Training lays the noisy copy behind a clean copy that leaves out the last block.
+        two_copies = 2 * latents - model.dit.block_size
+        if self.stage == 2 and two_copies % ranks:
+            raise ValueError(
+                f"model.dit.block_size={model.dit.block_size}: 2 * {latents} latents - block_size = {two_copies} {rule}"
+            )

@@ -8,13 +8,15 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from cola_megatron.config.base import Section
 from cola_megatron.config.objective import Weight
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerConfig(Section):
     """AdamW."""
 
     learning_rate: PositiveFloat = 1.5e-4
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     weight_decay: Weight = 0.01
     """On matrices; vectors (biases, norms) are not decayed."""
@@ -111,6 +113,12 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingConfig":
+        if self.stop_after is not None and self.stop_after > self.steps:
+            raise ValueError(f"stop_after={self.stop_after} must not exceed steps={self.steps}")
+        if self.stage_one is not None and self.vae_update.from_scratch:
+            raise ValueError(
+                f"stage_one={self.stage_one} would be ignored with vae_update.from_scratch=true; give one of them"
+            )
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} must be divisible by "

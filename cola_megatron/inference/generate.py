@@ -3,6 +3,8 @@
 Shapes: B batch, S latents of one block, C latent channels, P tokens per latent, V vocabulary.
 """
 
+import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +15,14 @@ from cola_megatron.inference.sampling import choose_tokens, penalize_repetition
 from cola_megatron.models.dit import DiT
 from cola_megatron.models.text_vae import TextVAE
 
+# So that every seed of a block (see `block_noise`) fits a torch.Generator.
+MAX_NOISE_SEED, MAX_SAMPLE_ID = 2**62, 2**52
+GREEDY_BELOW = 1e-5
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to generate.
+    """How to generate. A temperature below 1e-5 is 0: greedy, as in the published package.
 
     Raises:
         ValueError: a setting out of range.
@@ -30,11 +36,21 @@ class GenerationSettings:
     noise_seed: int = 66
 
     def __post_init__(self):
+        for name in ("steps", "max_new_tokens", "noise_seed"):
+            if not isinstance(getattr(self, name), numbers.Integral):
+                raise ValueError(f"{name}={getattr(self, name)} must be an integer")
+        for name in ("guidance_scale", "temperature", "repetition_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} must be finite")
         for name, least in (("steps", 1), ("max_new_tokens", 1), ("temperature", 0.0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0")
+        if abs(self.noise_seed) > MAX_NOISE_SEED:
+            raise ValueError(f"noise_seed={self.noise_seed} must lie in -{MAX_NOISE_SEED} .. {MAX_NOISE_SEED}")
+        if self.temperature < GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 @dataclass(frozen=True)

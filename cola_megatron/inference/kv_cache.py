@@ -25,7 +25,8 @@ class KeyValueCache:
         self.key_positions_K = torch.arange(capacity, device=device)
         self.stores: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
         self.positions_SB: torch.Tensor | None = None
-        self.visible_until = 0
+        self.added_B: torch.Tensor | None = None
+        self.visible_until = self.longest = 0
 
     def place(
         self, new: int, block_size: int, real_B: torch.Tensor | None = None
@@ -33,15 +34,15 @@ class KeyValueCache:
         """Where `new` positions of every sample stand, and what they see; call it before a pass.
 
         Args:
-            real_B: how many of the new positions are real in each sample (a ragged prefix); the others are written
-                but never seen, and `commit` leaves them out.
+            real_B: how many of the new positions are real in each sample (a ragged prefix: at least one sample fills
+                it); the others are written but never seen, and `commit` leaves them out.
 
         Returns:
             positions (S, B) and a block-causal mask over the cache.
         """
         offsets_S = torch.arange(new, device=self.lengths_B.device)
         self.positions_SB = self.lengths_B[None, :] + offsets_S[:, None]
-        self.visible_until = int(self.positions_SB.max()) + 1
+        self.visible_until = self.longest + new  # counted here: asking the device would wait for it
         self.added_B = torch.full_like(self.lengths_B, new) if real_B is None else real_B
         keys_K = self.key_positions_K[: self.visible_until]
         visible_BSK = block_causal_visibility(
@@ -55,6 +56,7 @@ class KeyValueCache:
     def commit(self) -> None:
         """Keeps what the last pass wrote."""
         self.lengths_B = self.lengths_B + self.added_B
+        self.longest = self.visible_until
 
     def extend(self, layer: nn.Module, k_SBAD: torch.Tensor, v_SBAD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes one layer's new keys and values and returns all that may be seen, (K, B, A, D)."""

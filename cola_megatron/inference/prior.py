@@ -27,7 +27,7 @@ class BlockPrior:
         self.cache = KeyValueCache(batch, capacity, device)
         self.times = uniform_grid(steps, device)
         # The modulations depend on the grid alone: row i is the i-th time, and the last row is t = 0.
-        self.silu_time_T1H = dit.embed_time(self.times)
+        self.modulations = dit.modulations(self.times)
         self.clean_row = steps
 
     def remember(self, z_SBC: torch.Tensor, real_B: torch.Tensor | None = None) -> None:
@@ -58,4 +58,4 @@ class BlockPrior:
         return euler(velocity, noise_SBC, self.times, hold)
 
     def _velocity(self, z_SBC: torch.Tensor, rows_SB: torch.Tensor, context) -> torch.Tensor:
-        return self.dit(z_SBC, TimeTable(self.times, rows_SB), context, self.silu_time_T1H)
+        return self.dit(z_SBC, TimeTable(self.times, rows_SB), context, self.modulations)

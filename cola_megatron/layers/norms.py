@@ -40,9 +40,8 @@ class LayerNorm(nn.Module):
             mark_parameter(self.bias, initializers.zeros, partial_gradient=partial_gradient)
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
-        """Any shape that ends in `size`, unchanged; statistics in float32."""
-        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
-        return F.layer_norm(x_SBH.float(), (self.size,), weight, bias, self.eps).to(x_SBH.dtype)
+        """Any shape that ends in `size`, unchanged; the kernel computes in float32 and rounds once, at the end."""
+        return F.layer_norm(x_SBH, (self.size,), self.weight, self.bias, self.eps)
 
 
 class ShardedLayerNorm(nn.Module):
@@ -60,14 +59,13 @@ class ShardedLayerNorm(nn.Module):
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """(S, B, size / ranks) -> the same shape."""
-        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
         if self.groups.tensor_parallel_size == 1:
-            return F.layer_norm(x_SBH.float(), (self.size,), weight, bias, self.eps).to(x_SBH.dtype)
+            return F.layer_norm(x_SBH, (self.size,), self.weight, self.bias, self.eps)
         x = x_SBH.float()
         centred = x - self._sum_over_ranks(x.sum(-1, keepdim=True)) / self.size
         variance = self._sum_over_ranks(centred.square().sum(-1, keepdim=True)) / self.size
         normed = centred * torch.rsqrt(variance + self.eps)
-        return (normed if weight is None else normed * weight + bias).to(x_SBH.dtype)
+        return (normed if self.weight is None else normed * self.weight + self.bias).to(x_SBH.dtype)
 
     def _sum_over_ranks(self, partial: torch.Tensor) -> torch.Tensor:
         # Every rank uses the sum, so its gradient is a sum over the ranks as well.

@@ -72,12 +72,16 @@ class Modulation(nn.Module):
             replicated_input=True,
         )
 
-    def forward(self, silu_time_T1H: torch.Tensor, time_index_SB: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """silu of the time embedding (T, 1, H), rows per position (S, B) -> `parts` tensors (S, B, H)."""
+    def forward(self, silu_time_T1H: torch.Tensor) -> torch.Tensor:
+        """silu of the time embedding (T, 1, H) -> table (T, parts * H), one row for each distinct time."""
         table_TH = self.linear(silu_time_T1H)[:, 0]
         if self.groups.sequence_parallel:
             # Each rank looks up the rows of its own positions: their gradients are summed over the ranks.
             table_TH = copy_to_tensor_model_parallel_region(table_TH, group=self.groups.tensor_group)
+        return table_TH
+
+    def look_up(self, table_TH: torch.Tensor, time_index_SB: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The rows of each position, as `parts` tensors (S, B, H)."""
         return F.embedding(time_index_SB, table_TH).chunk(self.parts, dim=-1)
 
 

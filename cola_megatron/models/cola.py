@@ -142,7 +142,13 @@ class Cola(nn.Module):
         yield Step("two_copies -> flow_hidden", dit.embed)
         yield Step(
             "two_copies, context_dropped -> flow_context",
-            lambda two_copies, dropped: dit.two_copy_context(length, clean_length, dropped, two_copies.device),
+            lambda two_copies, dropped: dit.two_copy_context(
+                # One mask for the whole batch unless blocks lose their context.
+                length,
+                clean_length,
+                dropped if self.config.objective.flow.context_dropout > 0 else None,
+                two_copies.device,
+            ),
         )
         for block in dit.blocks:
             yield Step("flow_hidden, time_hidden, time_index, flow_context -> flow_hidden", block, recompute=recompute)

@@ -30,6 +30,14 @@ class TimeTable(NamedTuple):
     index_SB: torch.Tensor
 
 
+class Modulations(NamedTuple):
+    """What the DiT computes from the distinct times alone."""
+
+    silu_time_T1H: torch.Tensor
+    blocks: tuple[tuple[torch.Tensor, ...], ...]
+    output: torch.Tensor
+
+
 class DiTBlock(nn.Module):
     """x + gate * branch(norm(x) (1 + scale) + shift), for attention and for the feed-forward."""
 
@@ -59,16 +67,31 @@ class DiTBlock(nn.Module):
         self.ffn_shift_scale = Modulation(config.hidden_size, 2, groups=groups)
         self.ffn_gate = Modulation(config.hidden_size, 1, groups=groups)
 
+    def tables(self, silu_time_T1H: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The four modulations of every distinct time; they depend on nothing else."""
+        return (
+            self.attention_shift_scale(silu_time_T1H),
+            self.attention_gate(silu_time_T1H),
+            self.ffn_shift_scale(silu_time_T1H),
+            self.ffn_gate(silu_time_T1H),
+        )
+
     def forward(
-        self, x_SBH: torch.Tensor, silu_time_T1H: torch.Tensor, index_SB: torch.Tensor, context: AttentionContext
+        self,
+        x_SBH: torch.Tensor,
+        silu_time_T1H: torch.Tensor,
+        index_SB: torch.Tensor,
+        context: AttentionContext,
+        tables: tuple[torch.Tensor, ...] | None = None,
     ) -> torch.Tensor:
-        """(S, B, H) -> (S, B, H)."""
-        shift, scale = self.attention_shift_scale(silu_time_T1H, index_SB)
-        (gate,) = self.attention_gate(silu_time_T1H, index_SB)
+        """(S, B, H) -> (S, B, H); `tables`: the modulations where the caller holds them already."""
+        table_1, gate_1, table_2, gate_2 = self.tables(silu_time_T1H) if tables is None else tables
+        shift, scale = self.attention_shift_scale.look_up(table_1, index_SB)
+        (gate,) = self.attention_gate.look_up(gate_1, index_SB)
         branch = self.attention(modulate(self.attention_norm(x_SBH), shift, scale), context)
         x_SBH = torch.addcmul(x_SBH, gate, branch)
-        shift, scale = self.ffn_shift_scale(silu_time_T1H, index_SB)
-        (gate,) = self.ffn_gate(silu_time_T1H, index_SB)
+        shift, scale = self.ffn_shift_scale.look_up(table_2, index_SB)
+        (gate,) = self.ffn_gate.look_up(gate_2, index_SB)
         return torch.addcmul(x_SBH, gate, self.ffn(modulate(self.ffn_norm(x_SBH), shift, scale)))
 
 
@@ -129,31 +152,44 @@ class DiT(nn.Module):
         mask = two_copy_mask(length, self.config.block_size, clean_length, context_dropped_BN, device)
         return self.context_at(torch.cat((positions[:clean_length], positions)), mask)
 
-    def velocity(self, x_SBH: torch.Tensor, silu_time_T1H: torch.Tensor, index_SB: torch.Tensor) -> torch.Tensor:
+    def velocity(
+        self,
+        x_SBH: torch.Tensor,
+        silu_time_T1H: torch.Tensor,
+        index_SB: torch.Tensor,
+        table_TH: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Head: (S, B, H) -> v (S, B, C), float32."""
-        shift, scale = self.output_shift_scale(silu_time_T1H, index_SB)
+        table_TH = self.output_shift_scale(silu_time_T1H) if table_TH is None else table_TH
+        shift, scale = self.output_shift_scale.look_up(table_TH, index_SB)
         x_SBH = modulate(self.output_norm(x_SBH), shift, scale)
         if self.groups.sequence_parallel:
             x_SBH = gather_from_sequence_parallel_region(x_SBH, tensor_parallel_output_grad=False)
         return self.output(x_SBH).float()
+
+    def modulations(self, times_T: torch.Tensor) -> Modulations:
+        """Everything that depends on the time alone, for a solver that meets the same times again and again."""
+        silu_time_T1H = self.embed_time(times_T)
+        blocks = tuple(block.tables(silu_time_T1H) for block in self.blocks)
+        return Modulations(silu_time_T1H, blocks, self.output_shift_scale(silu_time_T1H))
 
     def forward(
         self,
         z_SBC: torch.Tensor,
         times: TimeTable,
         context: AttentionContext,
-        silu_time_T1H: torch.Tensor | None = None,
+        modulations: Modulations | None = None,
     ) -> torch.Tensor:
         """Velocity at every position: (S, B, C) -> (S, B, C).
 
-        `silu_time_T1H`: the embedded times where the caller holds them already (a solver's grid).
+        `modulations`: those of `times.times_T` where the caller holds them already.
         """
-        silu_time_T1H = self.embed_time(times.times_T) if silu_time_T1H is None else silu_time_T1H
+        modulations = self.modulations(times.times_T) if modulations is None else modulations
         index_SB = self.local_index(times.index_SB)
         x_SBH = self.embed(z_SBC)
-        for block in self.blocks:
-            x_SBH = block(x_SBH, silu_time_T1H, index_SB, context)
-        return self.velocity(x_SBH, silu_time_T1H, index_SB)
+        for block, tables in zip(self.blocks, modulations.blocks, strict=True):
+            x_SBH = block(x_SBH, modulations.silu_time_T1H, index_SB, context, tables)
+        return self.velocity(x_SBH, modulations.silu_time_T1H, index_SB, modulations.output)
 
 
 def two_copy_times(

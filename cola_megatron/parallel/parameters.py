@@ -111,10 +111,13 @@ def gather_state_dict(
     module: nn.Module,
     groups: ProcessGroups,
     values: Callable[[nn.Parameter], torch.Tensor] = lambda parameter: parameter,
+    keep: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Whole float32 tensors of all parameters, on the CPU of every rank of the tensor-parallel group.
+    """Whole float32 tensors of all parameters, on the CPU.
 
-    `values` maps a parameter to what is gathered in its place (its gradient, its float32 master copy, ...).
+    Args:
+        values: maps a parameter to what is gathered in its place (its gradient, its float32 master copy, ...).
+        keep: False takes part in the collectives and returns nothing: not every rank has room for a whole model.
     """
     whole = {}
     for name, parameter in module.named_parameters():
@@ -125,5 +128,6 @@ def gather_state_dict(
             piece = torch.cat(pieces, dim=parameter.partition_dim)
             if parameter.full_size is not None:
                 piece = piece.narrow(parameter.partition_dim, 0, parameter.full_size)
-        whole[name] = piece.cpu()
+        if keep:
+            whole[name] = piece.cpu()
     return whole

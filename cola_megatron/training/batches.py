@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.data import GlobalOrder, TokenShards
 from cola_megatron.objectives.randomness import sample_draws
+from cola_megatron.training.stop_signals import leave_stopping_to_the_main_process
 
 
 class MicroBatches(Dataset):
@@ -77,6 +78,7 @@ def micro_batch_loader(
         num_workers=workers,
         prefetch_factor=max(2, 2 * batches.per_step) if workers else None,
         pin_memory=device.type == "cuda",
+        worker_init_fn=leave_stopping_to_the_main_process,
     )
     for batch in loader:
         yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -60,8 +60,8 @@ def checkpoints_folder(run_folder: Path) -> Path:
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
     """The complete checkpoint with the highest step, or None. A folder a kill left half-written is not one."""
-    complete = [path for path in checkpoints_folder(run_folder).glob("step_*") if (path / STATE).is_file()]
-    return max(complete, default=None, key=lambda path: int(path.name.removeprefix("step_")))
+    complete = [path for path in _checkpoints(checkpoints_folder(run_folder)) if (path / STATE).is_file()]
+    return complete[-1] if complete else None
 
 
 def save_checkpoint(engine: Engine, step: int, data_fingerprint: str, groups: ProcessGroups) -> Path:
@@ -212,5 +212,11 @@ def _flush_entry(path: Path) -> None:
 
 
 def _prune(folder: Path, keep_last: int) -> None:
-    for old in sorted(folder.glob("step_*"), key=lambda path: int(path.name.removeprefix("step_")))[:-keep_last]:
+    for old in _checkpoints(folder)[:-keep_last]:
         shutil.rmtree(old)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """In order of steps; other names (`step_00000200.bak`, ...) are the user's own and are left alone."""
+    found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))

@@ -95,7 +95,10 @@ class Engine:
         self.deepspeed.load_checkpoint(str(folder), tag=tag)
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
-        """Whole float32 tensors of all parameters but the reference encoder's, on every rank (a collective)."""
+        """Whole float32 tensors of all parameters but the reference encoder's, on the main process (a collective).
+
+        A frozen network has no master copy: under bf16 it comes out in the precision in which it is used.
+        """
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -106,7 +109,7 @@ class Engine:
                 return parameter.detach().clone()
 
         networks = {name: child for name, child in self.model.named_children() if name != "reference"}
-        return gather_state_dict(nn.ModuleDict(networks), self.groups, master_copy)
+        return gather_state_dict(nn.ModuleDict(networks), self.groups, master_copy, keep=self.groups.is_main)
 
 
 def deepspeed_config(config: RunConfig, groups: ProcessGroups, accumulation: int) -> dict:
@@ -118,6 +121,7 @@ def deepspeed_config(config: RunConfig, groups: ProcessGroups, accumulation: int
         "train_batch_size": training.global_batch_size,
         "gradient_clipping": training.optimizer.clip if parallel.zero_stage > 0 else 0.0,  # see _clip_without_zero
         "bf16": {"enabled": training.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},  # bfloat16 sums would lose the small micro-batches
         "zero_optimization": {
             "stage": parallel.zero_stage,
             "reduce_bucket_size": parallel.reduce_bucket_size,

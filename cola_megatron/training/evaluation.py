@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from cola_megatron.config import ConfigError, RunConfig
+from cola_megatron.config import RunConfig
 from cola_megatron.data import TokenShards
 from cola_megatron.models.cola import Cola
 from cola_megatron.models.dit import two_copy_times
@@ -27,42 +27,47 @@ class _Sums:
     values: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, name: str, value: torch.Tensor) -> None:
-        value = value.detach().double()
+        value = value.detach().double().reshape(-1)
         self.values[name] = self.values[name] + value if name in self.values else value
 
     def over_replicas(self, groups: ProcessGroups) -> dict[str, torch.Tensor]:
-        means = {name: groups.mean_over_data_parallel(value.reshape(-1)) for name, value in self.values.items()}
-        return {name: mean.cpu() * groups.data_parallel_size for name, mean in means.items()}
+        mine = torch.cat([value.to(groups.device) for value in self.values.values()])
+        total = (groups.mean_over_data_parallel(mine) * groups.data_parallel_size).cpu()
+        return dict(zip(self.values, total.split([value.numel() for value in self.values.values()]), strict=True))
 
 
 @torch.no_grad()
 def evaluate(model: Cola, shards: TokenShards, config: RunConfig, groups: ProcessGroups) -> dict[str, float]:
-    """Measures on the first held-out sequences, the same ones each time.
+    """Measures on the first held-out sequences, the same ones each time and for any number of replicas.
 
     Returns:
         `reconstruction_accuracy` (of the posterior mean) and `reconstruction_accuracy_t250`, `_t500` (of the latent
         at flow time 0.25, 0.5), `reconstruction_nll`, `vae_logsnr` (where there is a variance); in stage 2
         `flow_matching_loss`, `constant_predictor_loss` (both at the training distribution of t) and
         `flow_matching_loss_bin_<i>` over equal bins of t in [0, 1].
-
-    Raises:
-        ConfigError: fewer held-out sequences than data-parallel replicas.
     """
     model.eval()
     sums = _Sums()
     replicas, micro = groups.data_parallel_size, config.training.micro_batch_size
-    share = min(config.training.evaluation.samples, len(shards)) // replicas
-    if share == 0:
-        raise ConfigError(f"{len(shards)} held-out sequences are too few for {replicas} data-parallel replicas")
-    mine = [groups.data_parallel_rank * share + offset for offset in range(share)]
-    for start in range(0, share, micro):
-        _measure(model, shards, config, groups, mine[start : start + micro], sums)
+    samples = min(config.training.evaluation.samples, len(shards))
+    mine = list(range(groups.data_parallel_rank, samples, replicas))
+    # ZeRO 3 gathers parameters in step: every replica runs as many batches, the last ones perhaps without weight.
+    for start in range(0, -(-samples // replicas), micro):
+        batch = mine[start : start + micro]
+        weight_B = torch.ones(len(batch), device=groups.device) if batch else torch.zeros(1, device=groups.device)
+        _measure(model, shards, config, groups, batch or [0], weight_B, sums)
     model.train()
     return _metrics(sums.over_replicas(groups), config)
 
 
 def _measure(
-    model: Cola, shards: TokenShards, config: RunConfig, groups: ProcessGroups, samples: list[int], sums: _Sums
+    model: Cola,
+    shards: TokenShards,
+    config: RunConfig,
+    groups: ProcessGroups,
+    samples: list[int],
+    weight_B: torch.Tensor,
+    sums: _Sums,
 ) -> None:
     device, latents, channels = groups.device, config.latent_length, config.model.vae.latent_dim
     tokens_BL = torch.from_numpy(np.stack([shards[sample] for sample in samples])).to(device)
@@ -75,27 +80,33 @@ def _measure(
         return torch.from_numpy(np.stack(draws, axis=1)).to(device)
 
     posterior, z1_SBC = model.vae.encoder(tokens_BL), draw("flow")
-    sums.add("latents", torch.tensor(latents * len(samples)))
-    sums.add("tokens", torch.tensor(tokens_BL.numel()))
-    sums.add("mean_square", posterior.mean.square().sum())
+    sums.add("latents", latents * weight_B.sum())
+    sums.add("tokens", tokens_BL.shape[1] * weight_B.sum())
+    sums.add("mean_square", posterior.mean.square().sum((0, 2)) @ weight_B)
     if posterior.logvar is not None:
-        sums.add("variance", posterior.logvar.exp().sum())
+        sums.add("variance", posterior.logvar.exp().sum((0, 2)) @ weight_B)
     mean_SBC = model.vae.to_prior(posterior.mean)
     for t in ROBUSTNESS_TIMES:
         logits_TBV = model.vae.decoder((1 - t) * mean_SBC + t * z1_SBC)
         if groups.tensor_parallel_size > 1:
             logits_TBV = gather_from_tensor_model_parallel_region(logits_TBV)
-        sums.add(f"correct_{t}", (logits_TBV.argmax(-1) == tokens_BL.t()).sum())
+        sums.add(f"correct_{t}", (logits_TBV.argmax(-1) == tokens_BL.t()).sum(0).float() @ weight_B)
         if t == 0.0:
-            nll = torch.nn.functional.cross_entropy(logits_TBV.float().flatten(0, 1), tokens_BL.t().flatten())
-            sums.add("nll", nll * tokens_BL.numel())
+            nll_BT = torch.nn.functional.cross_entropy(logits_TBV.permute(1, 2, 0).float(), tokens_BL, reduction="none")
+            sums.add("nll", nll_BT.sum(1) @ weight_B)
     if model.dit is not None:
         z0_SBC = model.vae.to_prior(vae.sample_posterior(posterior, draw("posterior")))
-        _measure_flow(model, config, samples, z0_SBC, z1_SBC, sums)
+        _measure_flow(model, config, samples, weight_B, z0_SBC, z1_SBC, sums)
 
 
 def _measure_flow(
-    model: Cola, config: RunConfig, samples: list[int], z0_SBC: torch.Tensor, z1_SBC: torch.Tensor, sums: _Sums
+    model: Cola,
+    config: RunConfig,
+    samples: list[int],
+    weight_B: torch.Tensor,
+    z0_SBC: torch.Tensor,
+    z1_SBC: torch.Tensor,
+    sums: _Sums,
 ) -> None:
     blocks, bins = config.latent_length // config.model.dit.block_size, config.training.evaluation.time_bins
 
@@ -103,16 +114,18 @@ def _measure_flow(
         return _flow_error(model, config, z0_SBC, z1_SBC, torch.from_numpy(time_BN).to(z0_SBC.device))
 
     streams = [generator(config.seed, "evaluation time", sample, 0) for sample in samples]
-    sums.add("flow", error(np.stack([draw_times(s, config.objective.flow.time, blocks) for s in streams])).sum())
+    at_training_times_SB = error(np.stack([draw_times(s, config.objective.flow.time, blocks) for s in streams]))
+    sums.add("flow", at_training_times_SB.sum(0) @ weight_B)
     target_SBC = (z1_SBC - z0_SBC).double()
-    sums.add("target_sum", target_SBC.sum((0, 1)))
-    sums.add("target_square", target_SBC.square().sum())
+    sums.add("target_sum", target_SBC.sum(0).t() @ weight_B.double())
+    sums.add("target_square", target_SBC.square().sum((0, 2)) @ weight_B.double())
 
     uniform_BN = np.stack([s.random(blocks, dtype=np.float32) for s in streams])
     error_BN = error(uniform_BN).unflatten(0, (blocks, -1)).mean(1).t().double().cpu()
     bin_BN = torch.from_numpy(np.minimum((uniform_BN * bins).astype(np.int64), bins - 1))
-    sums.add("bin_error", torch.zeros(bins, dtype=torch.float64).index_add(0, bin_BN.flatten(), error_BN.flatten()))
-    sums.add("bin_count", torch.bincount(bin_BN.flatten(), minlength=bins))
+    weight_BN = weight_B.double().cpu()[:, None].expand_as(error_BN)
+    for name, value_BN in (("bin_error", error_BN * weight_BN), ("bin_count", weight_BN)):
+        sums.add(name, torch.zeros(bins, dtype=torch.float64).index_add(0, bin_BN.flatten(), value_BN.flatten()))
 
 
 def _flow_error(

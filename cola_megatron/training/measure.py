@@ -2,30 +2,28 @@
 
 from pathlib import Path
 
-from cola_megatron.config import ConfigError
-from cola_megatron.data import TokenShards
 from cola_megatron.models.cola import Cola
 from cola_megatron.parallel import initialize_parallel, load_full_state_dict
 from cola_megatron.training.checkpoint import read_weights, require_checkpoint
 from cola_megatron.training.evaluation import evaluate
+from cola_megatron.training.open_shards import open_shards
 
 
 def measure_checkpoint(run_folder: Path, data: Path | None, samples: int) -> dict[str, float]:
     """`evaluate` on the newest checkpoint of a run; `data` replaces the run's own shards.
 
     Raises:
-        ConfigError: no shards are known. CheckpointError, ShardError: they cannot be read.
+        ConfigError: no shards are known, or they do not fit the model.
+        CheckpointError, ShardError: they cannot be read.
     """
     config, weights = read_weights(require_checkpoint(run_folder))
-    data = data or config.data.path
-    if data is None:
-        raise ConfigError("this checkpoint names no shards: give --data FOLDER")
+    groups = initialize_parallel()
+    (held_out,) = open_shards(config, data or config.data.path, ["held_out"], groups)
     evaluation = config.training.evaluation.model_copy(update={"samples": samples})
     # The reference encoder is no part of what is measured.
     objective = config.objective.model_copy(update={"reference_weight": 0.0})
     training = config.training.model_copy(update={"evaluation": evaluation})
     config = config.model_copy(update={"training": training, "objective": objective})
-    groups = initialize_parallel()
     model = Cola(config, groups)
     load_full_state_dict(model, weights, groups)
-    return evaluate(model.to(groups.device), TokenShards(data, "held_out", verify="size"), config, groups)
+    return evaluate(model.to(groups.device), held_out, config, groups)

@@ -1,9 +1,10 @@
 """Where the numbers of a run go: metrics.jsonl always, wandb in the configured mode."""
 
 import json
+import uuid
 from pathlib import Path
 
-from cola_megatron.config import RunConfig
+from cola_megatron.config import ConfigError, RunConfig
 
 
 class MetricsLog:
@@ -50,13 +51,26 @@ def _start_wandb(config: RunConfig):
         return None
     import wandb
 
-    return wandb.init(
-        project=config.training.log.wandb_project,
-        name=config.name,
-        id=f"{config.name}-stage{config.stage}",
-        resume="allow",
-        mode=config.training.log.wandb,
-        dir=str(config.run_folder),
-        config=config.model_dump(mode="json"),
-        settings=wandb.Settings(silent=True, console="off"),
-    )
+    try:
+        return wandb.init(
+            project=config.training.log.wandb_project,
+            name=config.name,
+            id=_wandb_id(config),
+            resume="allow",
+            mode=config.training.log.wandb,
+            dir=str(config.run_folder),
+            config=config.model_dump(mode="json"),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except wandb.errors.Error as error:
+        raise ConfigError(
+            f"training.log.wandb={config.training.log.wandb}: wandb did not start ({error}); log in, or use offline"
+        ) from error
+
+
+def _wandb_id(config: RunConfig) -> str:
+    """One id for all jobs of a run, kept in its folder: names repeat, ids must not."""
+    path = config.run_folder / "wandb_id"
+    if not path.is_file():
+        path.write_text(uuid.uuid4().hex)
+    return path.read_text()

@@ -1,0 +1,44 @@
+"""Ending a run in good order when the machine is wanted for something else."""
+
+import signal
+
+import torch
+
+from cola_megatron.parallel import ProcessGroups
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignals:
+    """SIGTERM and SIGUSR1 (pre-emption, time limit) end the run after the step in hand, with a checkpoint.
+
+    The ranks agree on it: one that was signalled stops all of them at the same step.
+    """
+
+    def __init__(self, groups: ProcessGroups):
+        self.groups, self.received = groups, False
+
+    def __enter__(self) -> "StopSignals":
+        self.previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = True
+
+    def requested(self) -> bool:
+        """Whether any rank was signalled (a collective)."""
+        if self.groups.world_size == 1:
+            return self.received
+        flag = torch.tensor([float(self.received)], device=self.groups.device)
+        torch.distributed.all_reduce(flag)
+        return bool(flag.item())
+
+
+def leave_stopping_to_the_main_process(worker: int) -> None:
+    """For loader workers: a signal to the whole process group must not take them away before the last step ends."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
