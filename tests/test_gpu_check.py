@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cola_megatron.parallel import initialize_parallel
-from tools import gpu_check, gpu_measurements
+from tools import gpu_check, gpu_measurements, gpu_parity, gpu_training
 from tools.gpu_measurements import Record, Setting
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,19 +121,19 @@ def test_the_peak_of_a_device_by_its_name(name, peak):
 
 @pytest.mark.parametrize(("check", "error"), [("check_golden_fp32", 1e-4), ("check_golden_bf16", 0.1)])
 def test_parity_fails_when_the_numbers_are_off(setting, monkeypatch, check, error):
-    right = gpu_measurements.golden_outputs
+    right = gpu_parity.golden_outputs
 
     def slightly_wrong(model, golden):
         return {name: (1 + error) * tensor for name, tensor in right(model, golden).items()}
 
-    monkeypatch.setattr(gpu_measurements, "golden_outputs", slightly_wrong)
-    (record,) = getattr(gpu_measurements, check)(setting)
+    monkeypatch.setattr(gpu_parity, "golden_outputs", slightly_wrong)
+    (record,) = getattr(gpu_parity, check)(setting)
     assert not record.ok and record.value == pytest.approx(error, rel=0.3)
 
 
 def test_resuming_fails_when_the_state_is_not_restored(setting, monkeypatch):
-    monkeypatch.setattr(gpu_measurements, "load_checkpoint", lambda engine, checkpoint: None)
-    (record,) = gpu_measurements.check_resume(setting, zero_stage=1)
+    monkeypatch.setattr(gpu_training, "load_checkpoint", lambda engine, checkpoint: None)
+    (record,) = gpu_training.check_resume(setting, zero_stage=1)
     assert not record.ok and record.value > 0
     assert "two uninterrupted runs differ by 0.0e+00" in record.detail
     assert not torch.are_deterministic_algorithms_enabled()

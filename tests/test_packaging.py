@@ -24,7 +24,9 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from tools import setup_environment
-from tools.setup_environment import Environment, SetupError
+from tools.environment import packages, project
+from tools.environment.project import Options, SetupError, fingerprint, read_project
+from tools.environment.virtual_environment import STAMP_NAME, Environment, reason
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -63,7 +65,7 @@ def test_every_direct_dependency_is_pinned_inside_its_range():
 
 def test_what_streaming_needs_is_pinned_and_not_a_base_dependency():
     base = {canonicalize_name(requirement.name) for requirement in BASE}
-    for name in setup_environment.STREAMING_NEEDS:
+    for name in packages.STREAMING_NEEDS:
         assert name in pinned()
         assert name not in base
 
@@ -77,17 +79,17 @@ def test_supported_pythons_agree_everywhere():
     declared = SpecifierSet(PROJECT["requires-python"])
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for minor in range(8, 20):
-        supported = (3, minor) in setup_environment.SUPPORTED_PYTHONS
+        supported = (3, minor) in project.SUPPORTED_PYTHONS
         assert declared.contains(f"3.{minor}.1") == supported
         assert (f"(3, {minor})" in makefile) == supported
 
 
 def test_the_setup_reads_the_same_names_and_pins_as_packaging_does():
-    project = setup_environment.read_project(ROOT)
-    assert [setup_environment.requirement_name(text) for text in project.dependencies] == [
+    checkout = read_project(ROOT)
+    assert [project.requirement_name(text) for text in checkout.dependencies] == [
         canonicalize_name(requirement.name) for requirement in BASE
     ]
-    assert setup_environment.pins(project.constraints.read_text(encoding="utf-8")).keys() == pinned().keys()
+    assert checkout.pins().keys() == pinned().keys()
 
 
 @pytest.mark.parametrize(
@@ -104,8 +106,7 @@ def test_the_setup_reads_the_same_names_and_pins_as_packaging_does():
     ],
 )
 def test_a_present_torch_is_judged_by_its_release(version, expected):
-    torch = setup_environment.named(tuple(PROJECT["dependencies"]), "torch")
-    assert setup_environment.fits(version, torch) is expected
+    assert project.fits(version, read_project(ROOT).dependency("torch")) is expected
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -114,19 +115,31 @@ def test_a_present_torch_is_judged_by_its_release(version, expected):
 @pytest.mark.parametrize("version", [(3, 10, 13), (3, 13, 0), (2, 7, 18)])
 def test_a_wrong_python_is_named_with_what_is_supported(version):
     with pytest.raises(SetupError) as error:
-        setup_environment.check_python(version, "/somewhere/python")
+        project.check_python(version, "/somewhere/python")
     assert str(error.value) == (
         f"Python {'.'.join(map(str, version))} (/somewhere/python) is not supported: use Python 3.11 or 3.12"
     )
 
 
 def test_an_older_python_can_parse_the_script_and_so_reaches_that_message():
-    ast.parse(Path(setup_environment.__file__).read_text(encoding="utf-8"), feature_version=(3, 7))
+    for path in project.SOURCES:
+        ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 7))
+
+
+def test_the_setup_imports_nothing_that_is_not_there_yet():
+    for path in project.SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                modules = [node.module]
+            for module in modules:
+                ours = ROOT / f"{module.replace('.', '/')}.py"
+                assert ours in project.SOURCES or module.split(".")[0] in sys.stdlib_module_names, f"{path}: {module}"
 
 
 def test_too_little_disk_space_is_one_line(tmp_path):
     with pytest.raises(SetupError, match=r"^no disk space: .* GiB free, setup needs 1073741824 GiB$"):
-        setup_environment.check_disk(tmp_path, 2**60)
+        packages.check_disk(tmp_path, 2**60)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +153,7 @@ def test_too_little_disk_space_is_one_line(tmp_path):
     ],
 )
 def test_the_reason_is_the_line_that_helps(output, expected):
-    found = setup_environment.reason(output)
+    found = reason(output)
     assert expected in found
     assert "\n" not in found
 
@@ -188,18 +201,19 @@ def test_a_stamp_without_its_python_does_not_count(bare):
     assert not bare.is_current("digest", ())
 
 
-def test_the_fingerprint_follows_each_input(tmp_path):
-    for name in ("pyproject.toml", "constraints.txt"):
-        shutil.copy(ROOT / name, tmp_path)
-    options = setup_environment.Options(tmp_path / "venv")
-    seen = {setup_environment.fingerprint(setup_environment.read_project(tmp_path), options)}
-    shared = setup_environment.Options(tmp_path / "venv", system_site_packages=True)
-    seen.add(setup_environment.fingerprint(setup_environment.read_project(tmp_path), shared))
-    for name in ("pyproject.toml", "constraints.txt"):
-        with (tmp_path / name).open("a", encoding="utf-8") as file:
+def test_the_fingerprint_follows_each_input(tmp_path, monkeypatch):
+    inputs = [ROOT / "pyproject.toml", ROOT / "constraints.txt", *project.SOURCES]
+    copies = [Path(shutil.copy(path, tmp_path)) for path in inputs]
+    assert len(set(copies)) == len(inputs)
+    monkeypatch.setattr(project, "SOURCES", copies[2:])
+    options = Options(tmp_path / "venv")
+    seen = {fingerprint(read_project(tmp_path), options)}
+    seen.add(fingerprint(read_project(tmp_path), Options(tmp_path / "venv", system_site_packages=True)))
+    for path in copies:
+        with path.open("a", encoding="utf-8") as file:
             file.write("# changed\n")
-        seen.add(setup_environment.fingerprint(setup_environment.read_project(tmp_path), options))
-    assert len(seen) == 4
+        seen.add(fingerprint(read_project(tmp_path), options))
+    assert len(seen) == 2 + len(inputs)
 
 
 # ---- the whole script, with the real pip ----------------------------------------------------------------------------
@@ -260,12 +274,12 @@ def tiny(tmp_path, monkeypatch) -> TinyCheckout:
     checkout = TinyCheckout(tmp_path / "checkout", tmp_path / "index")
     checkout.root.mkdir()
     checkout.index.mkdir()
-    for name in (*setup_environment.STREAMING_NEEDS, "pytest"):
+    for name in (*packages.STREAMING_NEEDS, "pytest"):
         write_wheel(checkout.index, name, "1.0")
     for torch in ("2.11.0+cu130", "2.13.0+cpu", "2.13.9"):
         write_wheel(checkout.index, "torch", torch)
     write_wheel(checkout.index, "asks-for-torch", "1.0", ("torch",))
-    write_wheel(checkout.index, setup_environment.STREAMING, "0.13.0", ("torchvision", "oci"))
+    write_wheel(checkout.index, packages.STREAMING, "0.13.0", ("torchvision", "oci"))
     wheel = write_wheel(checkout.root, "tiny-project", "0.1.0")
     (checkout.root / "backend.py").write_text(BACKEND.format(wheel=wheel), encoding="utf-8")
     (checkout.root / "pyproject.toml").write_text(
@@ -289,7 +303,7 @@ def tiny(tmp_path, monkeypatch) -> TinyCheckout:
 
 def test_setup_installs_once_then_follows_changes_and_leaves_no_stamp_after_a_failure(tiny, capsys):
     assert tiny.set_up("--extras", "report") == 0
-    expected = dict.fromkeys(setup_environment.STREAMING_NEEDS, "1.0") | {
+    expected = dict.fromkeys(packages.STREAMING_NEEDS, "1.0") | {
         "torch": "2.13.0+cpu",
         "asks-for-torch": "1.0",
         "mosaicml-streaming": "0.13.0",
@@ -310,7 +324,7 @@ def test_setup_installs_once_then_follows_changes_and_leaves_no_stamp_after_a_fa
     assert error.startswith("setup failed: pip failed at the dependencies: ERROR: ")
     assert "asks-for-torch" in error
     assert error.count("\n") == 1
-    assert not (tiny.venv / setup_environment.STAMP_NAME).exists()
+    assert not (tiny.venv / STAMP_NAME).exists()
 
     # Mended, with one more extra; the torch that is there stays.
     tiny.write("torch==2.13.9\nasks-for-torch==1.0\n")
@@ -333,8 +347,8 @@ def test_setup_resumes_a_cut_off_one_and_keeps_a_fitting_torch(tiny, capsys):
     )
 
     environment = Environment(tiny.venv)
-    assert setup_environment.resolves_to_cuda(environment, "torch==2.13.9")
-    assert not setup_environment.resolves_to_cuda(environment, "torch==2.13.0")
+    assert packages.resolves_to_cuda(environment, "torch==2.13.9")
+    assert not packages.resolves_to_cuda(environment, "torch==2.13.0")
     environment.pip("the test", "install", "torch==2.11.0+cu130")
     assert tiny.set_up() == 0
     assert tiny.installed()["torch"] == "2.11.0+cu130"

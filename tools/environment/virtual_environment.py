@@ -81,19 +81,17 @@ class Environment:
 
         Raises SetupError naming `step` and pip's own reason where pip fails.
         """
+        command = [str(self.python), "-P", "-m", "pip", *arguments]
         output: list[str] = []
-        with (
-            self.log.open("a", encoding="utf-8") as log,
-            subprocess.Popen(
-                [str(self.python), "-P", "-m", "pip", *arguments],
-                env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                errors="replace",
-            ) as process,
-        ):
+        pipes = {
+            "env": os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"},
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "text": True,
+            "errors": "replace",
+        }
+        with self.log.open("a", encoding="utf-8") as log, subprocess.Popen(command, **pipes) as process:
             log.write(f"$ pip {' '.join(arguments)}\n")
             for line in process.stdout or ():
                 output.append(line)

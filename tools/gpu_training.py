@@ -1,0 +1,157 @@
+"""Checks of training: speed and memory of its steps, and resuming from a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cola_megatron.config import RunConfig
+from cola_megatron.models.cola import Cola
+from cola_megatron.objectives.randomness import sample_draws
+from cola_megatron.parallel import (
+    ProcessGroups,
+    gather_state_dict,
+    initialize_parameters,
+    load_full_state_dict,
+)
+from cola_megatron.scaling.flops import training_flops_per_sample
+from cola_megatron.training.checkpoint import check_checkpoint, load_checkpoint, save_checkpoint
+from cola_megatron.training.engine import Engine
+from tools.gpu_measurements import Record, Setting, bf16_peak, machine, release_memory, synchronize
+
+
+def check_training(setting: Setting, stage: int, zero_stage: int) -> list[Record]:
+    """Speed, utilisation and memory of optimiser steps on one batch, whose loss must fall."""
+    config = setting.config(setting.preset, f"stage={stage}", f"parallel.zero_stage={zero_stage}")
+    warm_up, measured = (1, 2) if setting.quick else (3, 10)
+    with fresh_engine(config, setting.groups) as engine:
+        batches = synthetic_batches(config, engine.accumulation, setting.device)
+        first, *_ = [engine.step(batches, step) for step in range(warm_up)]
+        synchronize(setting)
+        began = time.perf_counter()
+        metrics = [engine.step(batches, warm_up + step) for step in range(measured)]
+        synchronize(setting)
+        seconds = (time.perf_counter() - began) / measured
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
+    samples, length = config.training.global_batch_size, config.data.sequence_length
+    losses = first["loss"], metrics[-1]["loss"]
+    norms_are_finite = all(math.isfinite(step["gradient_norm"]) for step in [first, *metrics])
+    ok = norms_are_finite and all(map(math.isfinite, losses)) and losses[1] < losses[0]
+    name = f"train.stage{stage}.zero{zero_stage}"
+    detail = (
+        f"{setting.preset}, {parameters:,} parameters, bf16, {samples} sequences of {length} tokens a step, "
+        f"micro-batch {config.training.micro_batch_size}, {measured} steps after {warm_up}, synthetic batches on the "
+        f"device; loss {losses[0]:.4f} -> {losses[1]:.4f}"
+    )
+    rate = training_flops_per_sample(config) * samples / seconds
+    peak = bf16_peak(machine(setting))
+    if peak is None:
+        of_peak = f"no bfloat16 peak in the table for {machine(setting)}; {rate / 1e12:.4g} TFLOP/s of model FLOPs"
+    else:
+        of_peak = f"{rate / 1e12:.1f} of {peak / 1e12:.0f} TFLOP/s; model FLOPs, recomputation not counted"
+    memory = torch.cuda.max_memory_allocated(setting.device) / 2**30 if setting.on_gpu else None
+    return [
+        Record(f"{name}.speed", ok, samples * length / seconds, "tokens/s", detail),
+        Record(f"{name}.utilisation", ok, rate / peak if peak else None, "of bf16 peak", of_peak),
+        Record(f"{name}.memory", ok, memory, "GiB", "peak of what torch allocated, start included"),
+    ]
+
+
+def check_resume(setting: Setting, zero_stage: int) -> list[Record]:
+    """2 n steps against n, a checkpoint, a new engine and n more: the largest difference of a weight."""
+    preset, half = "small" if setting.on_gpu else "tiny", 1 if setting.quick else 2
+    with tempfile.TemporaryDirectory() as folder:
+        config = setting.config(preset, f"parallel.zero_stage={zero_stage}", f"runs_folder={folder}")
+        with reproducible():
+            straight = steps_from(setting, config, 0, 2 * half)
+            steps_from(setting, config, 0, half, save=True)
+            resumed = steps_from(setting, config, half, 2 * half)
+            difference = largest_difference(straight, resumed)
+            detail = f"{preset}, stage 2, bf16, {half} + {half} steps; 0 is bit for bit"
+            if difference:
+                again = largest_difference(straight, steps_from(setting, config, 0, 2 * half))
+                detail += f"; two uninterrupted runs differ by {again:.1e}"
+    return [Record(f"resume.zero{zero_stage}", difference == 0.0, difference, "largest difference", detail)]
+
+
+def steps_from(
+    setting: Setting, config: RunConfig, start: int, end: int, save: bool = False
+) -> dict[str, torch.Tensor]:
+    """Whole weights after steps start .. end - 1; from the checkpoint of `start` where that is not 0."""
+    fingerprint = "synthetic"
+    with fresh_engine(config, setting.groups) as engine:
+        if start:
+            checkpoint = config.run_folder / "checkpoints" / f"step_{start:08d}"
+            found = check_checkpoint(checkpoint, config, fingerprint, setting.groups)
+            if found != start:
+                raise RuntimeError(f"{checkpoint} says step {found}")
+            load_checkpoint(engine, checkpoint)
+        for step in range(start, end):
+            engine.step(synthetic_batches(config, engine.accumulation, setting.device, step), step)
+        if save:
+            save_checkpoint(engine, end, fingerprint, setting.groups)
+        return engine.whole_weights()
+
+
+def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """Over all weights of two models; NaN counts as different."""
+    differences = [(first[name] - second[name]).abs().max().nan_to_num(nan=math.inf).item() for name in first]
+    return max(differences)
+
+
+@contextlib.contextmanager
+def reproducible() -> Iterator[None]:
+    """Kernels that sum in the same order every time, where torch has them."""
+    before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # would write DeepSpeed's buckets for each engine
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+            torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@contextlib.contextmanager
+def fresh_engine(config: RunConfig, groups: ProcessGroups) -> Iterator[Engine]:
+    """The engine that training uses, on starting weights; in stage 2 the reference is the encoder as it starts."""
+    release_memory()
+    model = Cola(config, groups)
+    initialize_parameters(model, config.seed, groups)
+    if model.reference is not None:
+        load_full_state_dict(model.reference, gather_state_dict(model.vae.encoder, groups), groups)
+    engine = Engine(model.to(groups.device), config, groups)
+    del model
+    try:
+        yield engine
+    finally:
+        engine.deepspeed.destroy()
+
+
+def synthetic_batches(
+    config: RunConfig, count: int, device: torch.device, step: int = 0
+) -> Iterator[dict[str, torch.Tensor]]:
+    """`count` micro-batches of random tokens with the draws of training, on the device, over and over."""
+    size = config.training.micro_batch_size
+    micro_batches = []
+    for number in range(count):
+        rows = []
+        for index in range(number * size, (number + 1) * size):
+            random = np.random.default_rng([index, step])
+            tokens = random.integers(0, config.model.vocab_size, config.data.sequence_length)
+            rows.append({"tokens": tokens, **sample_draws(config, index, step)})
+        micro_batches.append(
+            {name: torch.from_numpy(np.stack([row[name] for row in rows])).to(device) for name in rows[0]}
+        )
+    return itertools.cycle(micro_batches)
