@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from cola_megatron.data.manifest import TOKENIZER_NAME, Manifest, ShardError, Verify, file_problems, read_manifest
+from cola_megatron.data.manifest import TOKENIZER_NAME, ShardError, Verify, file_problems, read_manifest
 from cola_megatron.data.streaming_backend import MDSReader
 
 __all__ = ["TOKENS_COLUMN", "TokenShards", "tokens_encoding"]
