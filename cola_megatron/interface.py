@@ -28,6 +28,8 @@ class Generation:
     """(blocks * block_size * patch_size,), int64; begins with the prompt's part of the first block."""
     latents: torch.Tensor
     """(blocks, block_size, d), float32, in the prior's coordinates."""
+    prompt_tokens: int
+    """How many of `token_ids` repeat the end of the prompt; `text` starts after them."""
 
 
 class ColaDLM:
@@ -225,6 +227,7 @@ class ColaDLM:
                 self.tokenizer.decode(block.token_ids[block.prompt_tokens :].tolist(), skip_special_tokens=False),
                 block.token_ids,
                 block.latents,
+                block.prompt_tokens,
             )
             for block in blocks
         ]

@@ -59,7 +59,12 @@ def generate(
     if as_json:
         print_json(
             [
-                {"prompt": given, "text": output.text, "token_ids": output.token_ids.tolist()}
+                {
+                    "prompt": given,
+                    "text": output.text,
+                    "token_ids": output.token_ids.tolist(),
+                    "prompt_tokens": output.prompt_tokens,
+                }
                 for given, output in zip(prompts, outputs, strict=True)
             ]
         )

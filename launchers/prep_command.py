@@ -30,6 +30,8 @@ def run(
     from pydantic import ValidationError
 
     from cola_megatron.config import ConfigError
+    from cola_megatron.data import read_manifest
+    from cola_megatron.errors import UserError
     from data_prep.prepare import PrepSettings, prepare
 
     try:
@@ -46,7 +48,14 @@ def run(
     except ValidationError as error:
         problem = error.errors()[0]
         raise ConfigError(f"{'.'.join(map(str, problem['loc']))}={problem['input']!r}: {problem['msg']}") from None
-    print(prepare(settings, force=force))
+    folder = prepare(settings, force=force)
+    for split, record in read_manifest(folder).splits.items():
+        if record.sequences == 0:
+            raise UserError(
+                f"{folder}: no document fell into {split}, so nothing can be trained on this. Documents are split by "
+                "hash: give more documents (one per line of a JSONL), or a larger --held-out-fraction, with --force"
+            )
+    print(folder)
 
 
 @app.command("verify")

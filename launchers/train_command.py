@@ -15,7 +15,7 @@ def train(
 ) -> None:
     """Train one stage; resumes where the run folder holds a checkpoint.
 
-    Under torchrun or srun every process runs this same command.
+    Under torchrun every process runs this same command.
 
     Examples: `cola train tiny stage=1 name=first data.path=data/corpus` and then
     `torchrun --nproc-per-node 8 -m launchers.cli train base name=second data.path=data/corpus

@@ -107,6 +107,13 @@ def test_generate_prints_text_or_json(trained, tmp_path):
     assert cola("generate", trained, "-p", "the prior", *options).startswith("the prior" + answers[0]["text"])
 
 
+def test_a_corpus_without_held_out_documents_is_refused(tmp_path):
+    text = tmp_path / "one.txt"
+    text.write_text("the prior writes latent blocks of noise and meaning flows back to words. " * 200)
+    with pytest.raises(UserError, match=r"no document fell into (train|held_out).*--held-out-fraction"):
+        cola("prep", "run", text, "--output", tmp_path / "out", "--vocab-size", 270, "--sequence-length", 16)
+
+
 def test_wrong_use_is_named(trained, tiny, tmp_path):
     with pytest.raises(ConfigError, match="--prompt"):
         cola("generate", trained)

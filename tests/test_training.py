@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from cola_megatron.config import ConfigError, load_config
+from cola_megatron.errors import UserError
 from cola_megatron.training.checkpoint import CheckpointError, newest_checkpoint, read_weights
 from cola_megatron.training.loop import TrainingDiverged, train
 from cola_megatron.training.metrics import read_metrics
+from cola_megatron.training.run_folder import lock_run_folder
 from cola_megatron.training.optimizer import learning_rate
 from tests.ranks import run_ranks
 
@@ -232,6 +234,22 @@ def test_stage_two_says_what_is_wrong_with_its_start(tiny):
     run(first)
     with pytest.raises(ConfigError, match=r"model.vae.block_size=2 \(there 1\)"):
         run(tiny(2, "name=b", joint, f"training.stage_one={first.run_folder}", "model.vae.block_size=2"))
+
+
+def test_stage_two_refuses_an_unfinished_stage_one_unless_its_checkpoint_is_named(tiny):
+    first = tiny(1, "name=first", "training.stop_after=2")
+    run(first)
+    joint = ["training.vae_update.from_scratch=false", "training.steps=1"]
+    with pytest.raises(ConfigError, match=r"stopped at step 2 of 6.*step_00000002"):
+        run(tiny(2, "name=second", f"training.stage_one={first.run_folder}", *joint))
+    run(tiny(2, "name=second", f"training.stage_one={newest_checkpoint(first.run_folder)}", *joint))
+
+
+def test_two_jobs_do_not_share_a_run_folder(tiny):
+    config = tiny(1)
+    with lock_run_folder(config.run_folder), pytest.raises(UserError, match="another job is training here"):
+        run(config)
+    run(config)
 
 
 def test_frozen_and_interval_vae_change_only_when_they_may(tiny):

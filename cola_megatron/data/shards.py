@@ -71,8 +71,8 @@ class TokenShards(Dataset[np.ndarray]):
         self._ends = np.cumsum([reader.samples for reader in self._readers], dtype=np.int64)
         if not self._readers:
             raise ShardError(
-                f"{self.folder / split} holds no sequence: its documents do not fill {self.sequence_length} tokens; "
-                "prepare with more text, or choose another split"
+                f"{self.folder / split} holds no sequence: its documents do not fill {self.sequence_length} tokens. "
+                "Documents are split by hash: prepare with more documents, or a larger --held-out-fraction"
             )
 
     def _open_readers(self) -> list[MDSReader]:

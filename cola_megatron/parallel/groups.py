@@ -68,7 +68,7 @@ def initialize_parallel(
 ) -> ProcessGroups:
     """Joins the job and builds its groups.
 
-    Under torchrun or srun (RANK, WORLD_SIZE, ... in the environment) it joins that job over nccl or gloo; in a
+    Under torchrun (RANK, WORLD_SIZE, ... in the environment) it joins that job over nccl or gloo; in a
     plain Python process it makes a job of one, without a network port. A second call in one process must ask for
     the same sizes and returns an equal object.
 
@@ -129,6 +129,11 @@ def _join_job(device: torch.device, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # gloo and nccl both remark on the device they were not given
+        tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+        if "WORLD_SIZE" not in os.environ and tasks > 1:
+            raise ConfigError(
+                f"srun started {tasks} tasks that do not know each other (no WORLD_SIZE); start one torchrun per node"
+            )
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
         else:

@@ -99,7 +99,8 @@ def save_checkpoint(engine: Engine, step: int, data_fingerprint: str, groups: Pr
             _prune(folder, config.training.checkpoint.keep_last)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
         raise CheckpointError(
-            f"{final}: the checkpoint could not be written ({error}); free space and resume"
+            f"{final}: the checkpoint could not be written ({error}); the one before stays good: "
+            "see that the disk has space, and run again"
         ) from error
     groups.barrier()
     return final

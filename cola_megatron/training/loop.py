@@ -1,5 +1,6 @@
 """The training loop: resume, step, save, measure, until the end or a signal."""
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from cola_megatron.errors import UserError
 from cola_megatron.models.cola import Cola
 from cola_megatron.parallel import ProcessGroups, initialize_parallel, initialize_parameters
 from cola_megatron.scaling.flops import training_flops
-from cola_megatron.training.batches import MicroBatches, micro_batch_loader
+from cola_megatron.training.batches import MicroBatches, micro_batch_loader, micro_batches_per_step
 from cola_megatron.training.checkpoint import (
     CheckpointError,
     check_checkpoint,
@@ -25,7 +26,14 @@ from cola_megatron.training.engine import Engine
 from cola_megatron.training.evaluation import evaluate
 from cola_megatron.training.metrics import MetricsLog
 from cola_megatron.training.open_shards import open_shards
-from cola_megatron.training.run_folder import Summary, finished_summary, read_history, record_start, write_summary
+from cola_megatron.training.run_folder import (
+    Summary,
+    finished_summary,
+    lock_run_folder,
+    read_history,
+    record_start,
+    write_summary,
+)
 from cola_megatron.training.starting_weights import load_starting_weights
 from cola_megatron.training.stop_signals import StopSignals
 
@@ -54,24 +62,30 @@ def train(config: RunConfig, progress: bool = True) -> Summary:
         finished = finished_summary(config, start)
         if finished is not None:
             return finished
-    model = Cola(config, groups)
-    if checkpoint is None:
-        initialize_parameters(model, config.seed, groups)
-        load_starting_weights(model, config, groups)
-    log = None
-    if groups.is_main:
-        record_start(config)
-        log = MetricsLog(config, start)
-    groups.barrier()
-    engine = Engine(model.to(groups.device), config, groups)
-    if checkpoint is not None:
-        load_checkpoint(engine, checkpoint)
-    run = _Run(config, groups, engine, train_shards, held_out_shards, start, log, progress)
-    try:
-        return run.to_the_end()
-    finally:
-        if log is not None:
-            log.close()
+    micro_batches_per_step(config, groups.data_parallel_size)  # refuse here what the engine would refuse late
+    with lock_run_folder(config.run_folder) if groups.is_main else contextlib.nullcontext():
+        model = Cola(config, groups)
+        if checkpoint is None:
+            initialize_parameters(model, config.seed, groups)
+            load_starting_weights(model, config, groups)
+        engine = Engine(model.to(groups.device), config, groups)
+        if checkpoint is not None:
+            load_checkpoint(engine, checkpoint)
+        # From here on the folder is written to: all that could refuse this start has had its say.
+        with _open_log(config, start, groups) as log:
+            return _Run(config, groups, engine, train_shards, held_out_shards, start, log, progress).to_the_end()
+
+
+@contextlib.contextmanager
+def _open_log(config: RunConfig, start: int, groups: ProcessGroups) -> Iterator[MetricsLog | None]:
+    """The main process's log; every rank waits until the records after `start` are gone from it."""
+    with contextlib.ExitStack() as at_the_end:
+        log = None
+        if groups.is_main:
+            record_start(config)
+            log = at_the_end.enter_context(contextlib.closing(MetricsLog(config, start)))
+        groups.barrier()
+        yield log
 
 
 class _Run:
@@ -115,9 +129,9 @@ class _Run:
                 self._one_step(batches, bar)
                 if self.step % training.checkpoint.every == 0 or self.step >= training.steps:
                     self._save()
-                self._measure_if_due()
                 if stop.requested():
-                    break
+                    break  # whoever asked will not wait for a measurement; the resumed job makes it up
+                self._measure_if_due()
             if self.saved_at != self.step:
                 self._save()
         return self._finish()
@@ -138,8 +152,8 @@ class _Run:
         bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
             raise TrainingDiverged(
-                f"step {self.step + 1}: {', '.join(bad)}; nothing of it was saved. Resume from step {self.saved_at} "
-                "with a lower training.optimizer.learning_rate under another name=, or look at the data"
+                f"step {self.step + 1}: {', '.join(bad)}; nothing of it was saved. Start again under another name= "
+                "with a lower training.optimizer.learning_rate, or look at the data of that step"
             )
 
     def _measure_if_due(self) -> None:

@@ -5,15 +5,18 @@ manifest.json   command, versions and git revision of the first start, and under
 summary.json    how the last job of the run ended
 """
 
+import fcntl
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 from cola_megatron.config import RunConfig, dump_config
+from cola_megatron.errors import UserError
 from cola_megatron.training.metrics import read_metrics
 from cola_megatron.training.versions import provenance
 
-CONFIG, MANIFEST, SUMMARY, METRICS = "config.yaml", "manifest.json", "summary.json", "metrics.jsonl"
+CONFIG, MANIFEST, SUMMARY, METRICS, LOCK = "config.yaml", "manifest.json", "summary.json", "metrics.jsonl", ".lock"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,22 @@ class Summary:
     """Time in training steps, measurements and saves, over all jobs of this run."""
     metrics: dict[str, float]
     """The last held-out measurement."""
+
+
+def lock_run_folder(folder: Path) -> IO:
+    """Claims a run folder for this job until the returned file is closed or the process ends.
+
+    Raises:
+        UserError: another job holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{folder}: another job is training here; wait for it, or use another name=") from None
+    return file
 
 
 def record_start(config: RunConfig) -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from cola_megatron.config import ConfigError, RunConfig, VAEConfig
-from cola_megatron.interop.published import CONFIG, read_published_vae
+from cola_megatron.interop.published import CONFIG, VAE_FOLDER, read_published_vae
 from cola_megatron.models.cola import Cola
 from cola_megatron.parallel import ProcessGroups, load_full_state_dict
-from cola_megatron.training.checkpoint import read_weights, require_checkpoint
+from cola_megatron.training.checkpoint import read_state, read_weights, require_checkpoint
 
 
 def load_starting_weights(model: Cola, config: RunConfig, groups: ProcessGroups) -> None:
@@ -46,6 +46,15 @@ def load_starting_weights(model: Cola, config: RunConfig, groups: ProcessGroups)
 def _read_vae(source: Path) -> tuple[VAEConfig, int, dict[str, torch.Tensor]]:
     if (source / CONFIG).is_file():
         return read_published_vae(source)
-    config, weights = read_weights(require_checkpoint(source))
+    if (source / VAE_FOLDER / CONFIG).is_file():
+        return read_published_vae(source / VAE_FOLDER)
+    checkpoint = require_checkpoint(source)
+    config, weights = read_weights(checkpoint)
+    step, steps = read_state(checkpoint)["step"], config.training.steps
+    if checkpoint != source and step < steps:
+        raise ConfigError(
+            f"training.stage_one={source} stopped at step {step} of {steps}: finish it, or name the checkpoint folder "
+            f"itself, training.stage_one={checkpoint}"
+        )
     state = {name.removeprefix("vae."): tensor for name, tensor in weights.items() if name.startswith("vae.")}
     return config.model.vae, config.model.vocab_size, state

@@ -6,13 +6,13 @@ import torch
 
 from cola_megatron.parallel import ProcessGroups
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
-    """SIGTERM and SIGUSR1 (pre-emption, time limit) end the run after the step in hand, with a checkpoint.
+    """SIGTERM, SIGUSR1 (pre-emption, time limit) and Ctrl-C: the run ends after the step in hand, with a checkpoint.
 
-    The ranks agree on it: one that was signalled stops all of them at the same step.
+    A second Ctrl-C interrupts at once. The ranks agree on it: one that was signalled stops all of them at the same step.
     """
 
     def __init__(self, groups: ProcessGroups):
@@ -28,6 +28,8 @@ class StopSignals:
 
     def _receive(self, number: int, frame: object) -> None:
         self.received = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     def requested(self) -> bool:
         """Whether any rank was signalled (a collective)."""
