@@ -12,8 +12,8 @@ from cola_megatron.errors import UserError
 from cola_megatron.training.checkpoint import CheckpointError, newest_checkpoint, read_weights
 from cola_megatron.training.loop import TrainingDiverged, train
 from cola_megatron.training.metrics import read_metrics
-from cola_megatron.training.run_folder import lock_run_folder
 from cola_megatron.training.optimizer import learning_rate
+from cola_megatron.training.run_folder import lock_run_folder
 from tests.ranks import run_ranks
 
 
