@@ -12,7 +12,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StopSignals:
     """SIGTERM, SIGUSR1 (pre-emption, time limit) and Ctrl-C end the run after the step in hand, with a save.
 
-    A second Ctrl-C interrupts at once. The ranks agree on it: one that was signalled stops all of them at the same step.
+    """SIGTERM and SIGUSR1 (pre-emption, time limit) and Ctrl-C end the run after the step in hand, having saved.
     """
 
     def __init__(self, groups: ProcessGroups):
