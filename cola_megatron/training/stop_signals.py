@@ -10,9 +10,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
-    """SIGTERM, SIGUSR1 (pre-emption, time limit) and Ctrl-C end the run after the step in hand, with a save.
-
     """SIGTERM and SIGUSR1 (pre-emption, time limit) and Ctrl-C end the run after the step in hand, having saved.
+
+    A second Ctrl-C interrupts at once. The ranks agree: one that was signalled stops all of them at the same step.
     """
 
     def __init__(self, groups: ProcessGroups):
