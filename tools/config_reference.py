@@ -74,7 +74,6 @@ MEANINGS = {
     "runs_folder": "The run folder is `runs_folder/name`.",
     "seed": "Key of the starting weights and of every random draw of training.",
     "stage": "1 trains the Text VAE alone, 2 the VAE and the DiT.",
-    "model.family": "Kind of model.",
     "model.vocab_size": "Token ids; the embedding has one more row, for [MASK]. Must equal the shards'.",
     "model.vae.encoder_layers": "Blocks of the encoder.",
     "model.vae.decoder_layers": "Blocks of the decoder.",

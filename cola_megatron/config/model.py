@@ -1,6 +1,6 @@
 """Architecture of the Text VAE and the DiT (paper section 3; names as in the field)."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -111,7 +111,6 @@ class DiTConfig(Section):
 class ModelConfig(Section):
     """Both levels of the model."""
 
-    family: Literal["cola"] = "cola"
     vocab_size: PositiveInt = 100_278
     vae: VAEConfig = VAEConfig()
     dit: DiTConfig = DiTConfig()
