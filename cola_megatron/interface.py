@@ -1,42 +1,45 @@
 """`ColaDLM`: a trained model in one process, for notebooks and for the command line."""
 
-import operator
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
 from cola_megatron.config import ModelConfig
 from cola_megatron.errors import UserError
-from cola_megatron.inference.generate import MAX_SAMPLE_ID, GenerationSettings, generate_blocks
+from cola_megatron.inference import text_generation
+from cola_megatron.inference.frozen import prepare
+from cola_megatron.inference.generate import FlowGenerator
+from cola_megatron.inference.graphs import record_on_cuda
+from cola_megatron.inference.protocol import Generation, Piece, Preview
+from cola_megatron.inference.requests import integers, read_requests, read_settings
+from cola_megatron.inference.settings import FlowSettings
 from cola_megatron.interop.published import TOKENIZER, read_published, write_published
 from cola_megatron.models.dit import DiT, two_copy_times
 from cola_megatron.models.text_vae import LOGVAR_MIN, TextVAE
-from cola_megatron.parallel import initialize_parallel, load_full_state_dict
+from cola_megatron.parallel import gather_state_dict, initialize_parallel, load_full_state_dict
+from cola_megatron.parallel.megatron import gather_from_tensor_model_parallel_region
 
 PADDING_TOKENS = ("<|pad|>", "<|endoftext|>")
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One continuation. `token_ids` and `latents` cover whole blocks as generated, `text` starts after the prompt."""
-
-    text: str
-    token_ids: torch.Tensor
-    """(blocks * block_size * patch_size,), int64; begins with the prompt's part of the first block."""
-    latents: torch.Tensor
-    """(blocks, block_size, d), float32, in the prior's coordinates."""
-    prompt_tokens: int
-    """How many of `token_ids` repeat the end of the prompt; `text` starts after them."""
 
 
 class ColaDLM:
     """Text VAE, prior and tokenizer in evaluation mode.
 
     Build it with `from_published` or `from_checkpoint`. Latents are float32; L tokens are L / patch latents of d
-    channels.
+    channels. It is an `inference.protocol.Generator`.
+
+    Args:
+        device: by default the GPU of this process, or the CPU.
+        dtype: of the weights and of the activations between them.
+        tensor_parallel_size: processes that share each matrix. Under torchrun every one of them makes the same calls
+            and gets the same answers.
+        cuda_graphs: replay the solver's steps as CUDA graphs; see `inference/graphs.py` for what is known about it.
+
+    Raises:
+        ValueError: CUDA graphs without a GPU or with tensor parallelism.
     """
 
     def __init__(
@@ -46,9 +49,11 @@ class ColaDLM:
         tokenizer: Path | None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        tensor_parallel_size: int = 1,
+        cuda_graphs: bool = False,
     ):
-        groups = initialize_parallel()
-        self.config = config
+        groups = initialize_parallel(tensor_parallel_size)
+        self.config, self.groups = config, groups
         self.device = torch.device(device) if device is not None else groups.device
         self.vae, self.dit = TextVAE(config.vocab_size, config.vae, groups), None
         load_full_state_dict(self.vae, _part(weights, "vae"), groups)
@@ -57,7 +62,11 @@ class ColaDLM:
             load_full_state_dict(self.dit, _part(weights, "dit"), groups)
         for network in (self.vae, self.dit):
             if network is not None:
-                network.to(self.device, dtype).eval().requires_grad_(False)
+                prepare(network.to(self.device, dtype).eval().requires_grad_(False), groups)
+        if cuda_graphs and (self.device.type != "cuda" or tensor_parallel_size > 1):
+            raise ValueError("cuda_graphs=True needs a GPU and tensor_parallel_size=1; leave it out")
+        recorder = record_on_cuda if cuda_graphs else None
+        self._flow = FlowGenerator(self.vae, self.dit, recorder) if self.dit is not None else None
         self.tokenizer_path = tokenizer
         self.tokenizer = _read_tokenizer(tokenizer) if tokenizer is not None else None
 
@@ -88,11 +97,16 @@ class ColaDLM:
 
     def save_published(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes the published layout; raises PublishedError where it cannot hold this model."""
-        weights = {f"vae.{name}": tensor for name, tensor in self.vae.state_dict().items()}
-        if self.dit is not None:
-            weights |= {f"dit.{name}": tensor for name, tensor in self.dit.state_dict().items()}
-        cpu_weights = {name: tensor.cpu() for name, tensor in weights.items()}
-        write_published(Path(folder), self.config, cpu_weights, self.tokenizer_path, dtype)
+        networks = {"vae": self.vae} | ({"dit": self.dit} if self.dit is not None else {})
+        weights = {
+            f"{part}.{name}": tensor
+            for part, network in networks.items()
+            for name, tensor in gather_state_dict(network, self.groups).items()
+        }
+        if self.groups.tensor_parallel_rank == 0:
+            write_published(Path(folder), self.config, weights, self.tokenizer_path, dtype)
+        if self.groups.tensor_parallel_size > 1:
+            torch.distributed.barrier(group=self.groups.tensor_group)
 
     @torch.no_grad()
     def encode(self, ids: torch.Tensor | Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,11 +143,13 @@ class ColaDLM:
             ValueError: z has another shape, or the lengths do not add up to its rows.
         """
         self._check_latents("z", z, 2)
-        lengths = _integers("lengths", lengths)
+        lengths = integers("lengths", lengths)
         if sum(lengths) != z.shape[0] or min(lengths, default=0) < 1:
             raise ValueError(f"lengths {lengths} must be positive and add up to the {z.shape[0]} rows of z")
         parts = z.to(self.device, torch.float32).split(lengths)
-        return torch.cat([self.vae.decoder(part[:, None])[:, 0].float() for part in parts])
+        logits = torch.cat([self.vae.decoder(part[:, None])[:, 0].float() for part in parts])
+        whole = gather_from_tensor_model_parallel_region(logits, group=self.groups.tensor_group)
+        return whole[:, : self.config.vocab_size]
 
     @torch.no_grad()
     def velocity(self, z_clean: torch.Tensor, z_noisy: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -177,76 +193,76 @@ class ColaDLM:
         self,
         prompts: Sequence[str | Sequence[int]],
         ids: Sequence[int] | None = None,
-        noise_seed: int = 66,
-        steps: int = 16,
-        guidance_scale: float = 7.0,
-        max_new_tokens: int = 32,
-        temperature: float = 0.0,
-        repetition_penalty: float = 1.1,
+        *,
         padding_id: int | None = None,
+        batch_size: int | None = None,
+        **options: Any,
     ) -> list[Generation]:
         """Continues each prompt.
 
         Args:
             prompts: texts, or token ids where they are known.
-            ids: one integer per prompt; a sample's noise depends on (noise_seed, id, block) alone. Default 0, 1, ...
-            max_new_tokens: generation covers this many tokens in whole blocks; a prompt that ends inside a block has
-                its last tokens in the first of them.
+            ids: one integer per prompt; a sample's draws depend on (noise_seed, id, block) alone. Default 0, 1, ...
             padding_id: fills a prompt's last block; by default the tokenizer's `<|pad|>`, else `<|endoftext|>`.
+            batch_size: prompts that are continued at once; default all. No result depends on it.
+            options: any fields of `inference.settings.FlowSettings`. `max_new_tokens` counts tokens in whole blocks (a
+                prompt that ends inside a block has its last tokens in the first of them) and may be a list, one number
+                per prompt.
 
         Raises:
             ValueError: settings, ids or token ids out of range, ids that do not match the prompts, no tokenizer.
             UserError: no prior.
         """
-        dit = self._prior()
+        return text_generation.collect(
+            self.stream(prompts, ids, padding_id=padding_id, batch_size=batch_size, **options), len(prompts)
+        )
+
+    def stream(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        ids: Sequence[int] | None = None,
+        *,
+        padding_id: int | None = None,
+        batch_size: int | None = None,
+        preview_steps: Sequence[int] = (),
+        **options: Any,
+    ) -> Iterator[Piece | Preview]:
+        """The same block by block: each block's text as soon as it is settled.
+
+        Args:
+            preview_steps: steps of the solver, 0 the first, at which the estimate z - t v of the clean block is decoded
+                and shown. This costs a pass of the decoder each and changes nothing.
+
+        Raises:
+            ValueError, UserError: as `generate`, at the call.
+        """
+        self._prior()
         if self.tokenizer is None:
             raise ValueError("this model came without a tokenizer.json")
-        sample_ids = list(range(len(prompts))) if ids is None else _integers("ids", ids)
-        if len(sample_ids) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(sample_ids)} ids")
-        for sample in sample_ids:
-            if abs(sample) > MAX_SAMPLE_ID:
-                raise ValueError(f"ids: {sample} must lie in -{MAX_SAMPLE_ID} .. {MAX_SAMPLE_ID}")
-        if not prompts:
-            return []
-        settings = GenerationSettings(
-            steps=steps,
-            guidance_scale=guidance_scale,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            repetition_penalty=repetition_penalty,
-            noise_seed=noise_seed,
-        )
-        token_ids = [self._token_ids(index, prompt) for index, prompt in enumerate(prompts)]
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        lengths = options.pop("max_new_tokens", FlowSettings.max_new_tokens)
+        settings = read_settings(FlowSettings, options)
+        requests = read_requests(FlowSettings, prompts, ids, lengths, self._encode_text, self.config.vocab_size)
         padding = self._padding_id() if padding_id is None else padding_id
         if not 0 <= padding < self.config.vocab_size:
             raise ValueError(f"padding_id={padding} must lie in 0 .. {self.config.vocab_size - 1}")
-        blocks = generate_blocks(self.vae, dit, token_ids, sample_ids, padding, settings)
-        return [
-            Generation(
-                self.tokenizer.decode(block.token_ids[block.prompt_tokens :].tolist(), skip_special_tokens=False),
-                block.token_ids,
-                block.latents,
-                block.prompt_tokens,
-            )
-            for block in blocks
-        ]
+        return text_generation.stream(
+            lambda batch: self._flow.start(batch, settings, padding),
+            requests,
+            lambda token_ids: self.tokenizer.decode(token_ids, skip_special_tokens=False),
+            settings,
+            batch_size,
+            preview_steps,
+        )
 
     def _prior(self) -> DiT:
         if self.dit is None:
             raise UserError("this model has no prior: it comes from a stage-1 run; train stage 2 first")
         return self.dit
 
-    def _token_ids(self, index: int, prompt: str | Sequence[int]) -> list[int]:
-        name = f"prompts[{index}]"
-        if isinstance(prompt, str):
-            token_ids = self.tokenizer.encode(prompt, add_special_tokens=False).ids
-        else:
-            token_ids = _integers(name, prompt)
-        for token in token_ids:
-            if not 0 <= token < self.config.vocab_size:
-                raise ValueError(f"{name}: token id {token} must lie in 0 .. {self.config.vocab_size - 1}")
-        return token_ids
+    def _encode_text(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _check_latents(self, name: str, z: torch.Tensor, dims: int) -> None:
         channels, form = self.config.vae.latent_dim, "(rows, d)" if dims == 2 else "(B, L, d)"
@@ -259,13 +275,6 @@ class ColaDLM:
             if found is not None:
                 return found
         raise ValueError(f"the tokenizer has none of {', '.join(PADDING_TOKENS)}; give padding_id")
-
-
-def _integers(name: str, values: Iterable[int]) -> list[int]:
-    try:
-        return [operator.index(value) for value in values]
-    except TypeError as error:
-        raise ValueError(f"{name} must be integers: {error}") from None
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:

@@ -7,7 +7,15 @@ import sys
 
 import typer
 
-from launchers import config_command, convert_command, eval_command, generate_command, prep_command, train_command
+from launchers import (
+    config_command,
+    convert_command,
+    eval_command,
+    generate_command,
+    plan_command,
+    prep_command,
+    train_command,
+)
 from launchers.output import fail
 
 app = typer.Typer(
@@ -23,7 +31,8 @@ app.command("config")(config_command.config)
 app.command("train")(train_command.train)
 app.add_typer(convert_command.app, name="convert")
 app.command("generate")(generate_command.generate)
-app.command("eval")(eval_command.evaluate)
+app.add_typer(eval_command.app, name="eval")
+app.command("plan")(plan_command.plan)
 
 
 @app.command("quickstart")

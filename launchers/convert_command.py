@@ -1,11 +1,13 @@
-"""`cola convert`: to and from the published inference layout."""
+"""`cola convert`: to and from the published inference layout, and into other files."""
 
 from enum import StrEnum
 from pathlib import Path
 
 import typer
 
-app = typer.Typer(help="Checkpoints to and from the published inference layout.", no_args_is_help=True)
+app = typer.Typer(
+    help="Checkpoints to and from the published inference layout; checkpoints in other files.", no_args_is_help=True
+)
 
 
 class Precision(StrEnum):
@@ -48,3 +50,21 @@ def import_(
     from cola_megatron.training.imported import import_published
 
     print(import_published(published, output, source, overrides or []))
+
+
+@app.command("reshard")
+def reshard_(
+    checkpoint: Path = typer.Argument(..., help="Run folder (its newest checkpoint) or a checkpoint folder."),
+    output: Path = typer.Argument(..., help="Checkpoint folder to write."),
+    ranks: int = typer.Option(..., min=1, help="Processes of the job that will read it: one set of files for each."),
+) -> None:
+    """Rewrite a checkpoint into as many even parts as the next job has processes.
+
+    No job needs it: any layout resumes from any checkpoint. It saves reading: a checkpoint of a thousand processes is
+    in as many small files, and a process of a smaller job, an export or a copy has to open them all.
+
+    Example: `cola convert reshard runs/second runs/moved/checkpoints/step_00250000 --ranks 8`
+    """
+    from cola_megatron.training.reshard import reshard
+
+    print(reshard(checkpoint, output, ranks))

@@ -1,13 +1,39 @@
-"""`cola eval`: held-out measurements of a trained run."""
+"""`cola eval`: held-out measurements of a run, and benchmarks of a model or of generations."""
 
 from pathlib import Path
 
 import typer
+from typer.core import TyperGroup
 
+from launchers import eval_benchmarks
 from launchers.output import print_json, print_table
 
 
-def evaluate(
+class _HeldOutByDefault(TyperGroup):
+    """`cola eval RUN` is `cola eval held-out RUN`."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["held-out", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_HeldOutByDefault,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Held-out measurements of a run, benchmarks of a model, verdicts on generations.\n\n"
+    "`cola eval RUN` is short for `cola eval held-out RUN`.\n\n"
+    "Examples: `cola eval runs/quickstart/stage2`, `cola eval score --task lambada generations.jsonl`",
+)
+app.command("score")(eval_benchmarks.score)
+app.command("run")(eval_benchmarks.run)
+app.command("table")(eval_benchmarks.table)
+app.command("lm-eval")(eval_benchmarks.lm_eval)
+
+
+@app.command("held-out")
+def held_out(
     run: Path = typer.Argument(..., help="Run folder or checkpoint folder."),
     data: Path = typer.Option(None, help="Prepared folder; by default the run's own."),
     samples: int = typer.Option(256, min=1, help="Held-out sequences to measure on."),
@@ -15,7 +41,7 @@ def evaluate(
 ) -> None:
     """Reconstruction accuracy and its robustness, flow-matching loss per time bin, VAE logSNR on held-out text.
 
-    Example: `cola eval runs/quickstart/stage2`
+    Example: `cola eval held-out runs/quickstart/stage2`
     """
     from cola_megatron.training.measure import measure_checkpoint
 

@@ -1,79 +1,169 @@
 """`cola generate`: continue prompts."""
 
+import json
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from launchers.generate_prompts import Prompt, read_prompts
 from launchers.output import print_json
 
+if TYPE_CHECKING:
+    from cola_megatron import ColaDLM
 
-def open_model(source: Path):
-    """A model from a published folder, a run folder or a checkpoint folder."""
+
+def open_model(source: Path, **options: Any) -> "ColaDLM":
+    """A model from a published folder, a run folder or a checkpoint folder; `options` are those of `ColaDLM`."""
     from cola_megatron import ColaDLM
     from cola_megatron.interop.published import VAE_FOLDER
 
-    return ColaDLM.from_published(source) if (source / VAE_FOLDER).is_dir() else ColaDLM.from_checkpoint(source)
+    if (source / VAE_FOLDER).is_dir():
+        return ColaDLM.from_published(source, **options)
+    return ColaDLM.from_checkpoint(source, **options)
 
 
 def generate(
     model: Path = typer.Argument(..., help="Published folder, run folder or checkpoint folder."),
     prompt: list[str] = typer.Option(None, "--prompt", "-p", help="A prompt; repeat for several."),
-    prompts_file: Path = typer.Option(None, help="One prompt per line."),
-    steps: int = typer.Option(16, help="Euler steps per block."),
-    guidance_scale: float = typer.Option(7.0, help="1 is no guidance."),
-    max_new_tokens: int = typer.Option(32, help="Rounded up to whole blocks."),
-    temperature: float = typer.Option(0.0, help="0 is greedy."),
-    repetition_penalty: float = typer.Option(1.1, help="1 is none."),
-    noise_seed: int = typer.Option(66, help="Seed of the latent noise."),
+    prompts_file: Path = typer.Option(
+        None, help='Prompts: one per line, or in FILE.jsonl one {"prompt": ..., "id": ..., "max_new_tokens": ...} each.'
+    ),
+    interactive: bool = typer.Option(
+        False, "--interactive", "-i", help="Continue lines of standard input, shown live."
+    ),
+    output: Path = typer.Option(None, help="JSONL file to write, one object per prompt in their order."),
     as_json: bool = typer.Option(False, "--json", help="JSON with texts and token ids."),
+    max_new_tokens: int = typer.Option(32, help="Rounded up to whole blocks."),
+    steps: int = typer.Option(16, help="Steps of the solver per block."),
+    solver: str = typer.Option("euler", help="euler, heun (two evaluations per step) or adams_bashforth."),
+    guidance_scale: float = typer.Option(7.0, help="1 is no guidance."),
+    guidance_interval: tuple[float, float] = typer.Option(
+        (0.0, 1.0), help="Flow times (1 is noise, 0 is clean) with guidance: low and high."
+    ),
+    temperature: float = typer.Option(0.0, help="0 is greedy."),
+    top_k: int = typer.Option(0, help="Draw from the K most likely tokens; 0: all."),
+    top_p: float = typer.Option(1.0, help="Draw from the most likely tokens that together reach P; 1: all."),
+    repetition_penalty: float = typer.Option(1.1, help="1 is none."),
+    stop: list[str] = typer.Option(None, help="End before this text; repeat for several."),
+    end_of_text: list[str] = typer.Option(None, help="End before this token, such as '<|endoftext|>'; repeatable."),
+    noise_seed: int = typer.Option(66, help="Seed of all draws."),
+    first_block: str = typer.Option(
+        "clean_condition", help="For prompts that end inside a block; or partial_repaint, left_pad, right_pad."
+    ),
+    repaint_until: float = typer.Option(0.0, help="partial_repaint: put the prompt back at flow times above this."),
+    repaint_rounds: int = typer.Option(1, help="partial_repaint: how often each such step is done."),
+    batch_size: int = typer.Option(32, min=1, help="Prompts that are continued at once; texts do not depend on it."),
+    preview_every: int = typer.Option(
+        2, min=0, help="--interactive: show the block every so many steps; 0: when done."
+    ),
+    precision: str = typer.Option("fp32", help="Of weights and activations: fp32 or bf16."),
+    tensor_parallel_size: int = typer.Option(1, min=1, help="Processes that share each matrix, under torchrun."),
 ) -> None:
     """Continue prompts with guided flow, block by block.
 
     Example: `cola generate runs/quickstart/export -p "The value of" --max-new-tokens 48`
+
+    Example: `cola generate exports/my-model --prompts-file prompts.jsonl --output continuations.jsonl --stop "."`
+
+    Example: `cola generate exports/my-model --interactive --preview-every 1`
     """
     from cola_megatron.config import ConfigError
+    from cola_megatron.inference.settings import FlowSettings
 
-    prompts = list(prompt or [])
-    if prompts_file is not None:
-        try:
-            prompts += [line for line in prompts_file.read_text(encoding="utf-8").splitlines() if line]
-        except OSError as error:
-            raise ConfigError(f"{prompts_file}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"{prompts_file}: not a text file (UTF-8)") from None
-    if not prompts:
-        raise ConfigError("give --prompt TEXT or --prompts-file FILE")
-    loaded = open_model(model)
-    try:
-        outputs = loaded.generate(
-            prompts,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            repetition_penalty=repetition_penalty,
-            noise_seed=noise_seed,
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(f"precision={precision} must be fp32 or bf16")
+    prompts = [Prompt(text) for text in prompt or []] + (read_prompts(prompts_file) if prompts_file is not None else [])
+    if interactive and (prompts or output is not None or tensor_parallel_size > 1):
+        raise ConfigError(
+            "--interactive reads prompts from standard input: it goes with no --prompt, --prompts-file, "
+            "--output or --tensor-parallel-size"
         )
+    if not prompts and not interactive:
+        raise ConfigError("give --prompt TEXT, --prompts-file FILE or --interactive")
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "steps": steps,
+        "solver": solver,
+        "guidance_scale": guidance_scale,
+        "guidance_interval": guidance_interval,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop or (),
+        "noise_seed": noise_seed,
+        "first_block": first_block,
+        "repaint_until": repaint_until,
+        "repaint_rounds": repaint_rounds,
+    }
+    try:
+        FlowSettings(**options)  # refuses what is out of range before a model is read
+        loaded = _open(model, precision, tensor_parallel_size)
+        options["end_of_text"] = [_token_id(loaded, token) for token in end_of_text or []]
+        if interactive:
+            from launchers.generate_terminal import converse
+
+            converse(loaded, options, list(range(0, steps, preview_every)) if preview_every else [], as_json)
+        else:
+            _continue(loaded, prompts, options, batch_size, output, as_json)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if as_json:
-        print_json(
-            [
-                {
-                    "prompt": given,
-                    "text": output.text,
-                    "token_ids": output.token_ids.tolist(),
-                    "prompt_tokens": output.prompt_tokens,
-                }
-                for given, output in zip(prompts, outputs, strict=True)
-            ]
-        )
+
+
+def _open(source: Path, precision: str, tensor_parallel_size: int) -> "ColaDLM":
+    import torch
+
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    return open_model(source, dtype=dtype, tensor_parallel_size=tensor_parallel_size)
+
+
+def _token_id(model: "ColaDLM", token: str) -> int:
+    found = model.tokenizer.token_to_id(token) if model.tokenizer is not None else None
+    if found is None:
+        raise ValueError(f"end_of_text={token} is no token of this model's tokenizer")
+    return found
+
+
+def _continue(
+    model: "ColaDLM",
+    prompts: list[Prompt],
+    options: dict[str, Any],
+    batch_size: int,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """All prompts; lines of the output file are written in order, each as soon as those before it are there."""
+    from tqdm import tqdm
+
+    from cola_megatron.inference.text_generation import finished
+
+    ids = [number if given.id is None else given.id for number, given in enumerate(prompts)]
+    lengths = [given.max_new_tokens or options["max_new_tokens"] for given in prompts]
+    pieces = model.stream(
+        [given.text for given in prompts], ids, batch_size=batch_size, **options | {"max_new_tokens": lengths}
+    )
+    results: dict[int, dict[str, Any]] = {}
+    written = 0
+    main = model.groups.is_main  # under tensor parallelism every process has the same results
+    file = output.open("w", encoding="utf-8") if output is not None and main else None
+    bar = tqdm(total=len(prompts), desc="prompts", file=sys.stderr, disable=None if output and main else True)
+    with bar:
+        for index, generation in finished(pieces, len(prompts)):
+            results[index] = prompts[index].result(generation, ids[index])
+            bar.update()
+            while file is not None and written in results:
+                file.write(json.dumps(results[written], ensure_ascii=False) + "\n")
+                file.flush()
+                written += 1
+    if file is not None:
+        file.close()
+    if not main:
         return
-    for given, output in zip(prompts, outputs, strict=True):
-        print(f"{given}\033[1m{output.text}\033[0m\n" if _is_terminal() else f"{given}{output.text}\n")
-
-
-def _is_terminal() -> bool:
-    import sys
-
-    return sys.stdout.isatty()
+    if as_json:
+        print_json([results[index] for index in range(len(prompts))])
+    elif output is None:
+        for index, given in enumerate(prompts):
+            text = results[index]["text"]
+            print(f"{given.text}\033[1m{text}\033[0m\n" if sys.stdout.isatty() else f"{given.text}{text}\n")

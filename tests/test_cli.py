@@ -50,6 +50,14 @@ def test_export_generates_like_the_checkpoint_and_imports_back(trained, tmp_path
     assert ColaDLM.from_checkpoint(imported).generate(prompts, **settings)[0].text == expected_text(from_checkpoint)
 
 
+def test_a_resharded_checkpoint_is_a_checkpoint(trained, tmp_path):
+    resharded = tmp_path / "resharded"
+    assert cola("convert", "reshard", trained, resharded, "--ranks", 2).strip() == str(resharded)
+    weights, again = read_weights(newest_checkpoint(trained))[1], read_weights(resharded)[1]
+    assert weights.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())
+
+
 def expected_text(model: ColaDLM) -> str:
     return model.generate(["the prior writes"], max_new_tokens=16, steps=4, guidance_scale=3.0)[0].text
 
@@ -187,7 +195,8 @@ def test_temperature_draws_repeatably_and_differently_from_greedy(trained):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["prep", "run"], ["config"], ["train"], ["convert", "export"], ["generate"], ["eval"]]
+    "command",
+    [[], ["prep", "run"], ["config"], ["train"], ["convert", "export"], ["convert", "reshard"], ["generate"], ["eval"]],
 )
 def test_every_command_has_help_with_an_example(command):
     shown = cola(*command, "--help")

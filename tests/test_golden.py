@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from cola_megatron.inference.generate import block_noise
-from cola_megatron.inference.solvers import euler, uniform_grid
+from cola_megatron.inference.solvers import euler, solve, uniform_grid
 from cola_megatron.interface import ColaDLM
 from cola_megatron.models.dit import two_copy_times
 
@@ -151,6 +151,6 @@ def test_generation_is_the_velocity_integrated_without_caches(model: ColaDLM) ->
                 return alone + run["guidance_scale"] * (in_context - alone)
 
             noise_SC = block_noise(GENERATION["noise_seed"], sample, block, (BLOCK_SIZE, known_SC.shape[1]))
-            expected_SC = euler(velocity, noise_SC, times, lambda z_SC: z_SC)
+            expected_SC = solve(euler, velocity, noise_SC, times)
             torch.testing.assert_close(drawn_SC, expected_SC, rtol=0.0, atol=RELATIVE * expected_SC.abs().max().item())
             known_SC = torch.cat((known_SC, drawn_SC))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cola_megatron.parallel import initialize_parallel
+from cola_megatron.parallel import initialize_parallel, initialize_parameters
 from tools import gpu_check, gpu_measurements, gpu_parity, gpu_training
 from tools.gpu_measurements import Record, Setting
 
@@ -132,7 +132,9 @@ def test_parity_fails_when_the_numbers_are_off(setting, monkeypatch, check, erro
 
 
 def test_resuming_fails_when_the_state_is_not_restored(setting, monkeypatch):
-    monkeypatch.setattr(gpu_training, "load_checkpoint", lambda engine, checkpoint: None)
+    monkeypatch.setattr(
+        gpu_training, "load_weights", lambda model, checkpoint, groups: initialize_parameters(model, 1, groups)
+    )
     (record,) = gpu_training.check_resume(setting, zero_stage=1)
     assert not record.ok and record.value > 0
     assert "two uninterrupted runs differ by 0.0e+00" in record.detail

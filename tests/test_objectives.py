@@ -8,7 +8,7 @@ import torch
 
 from cola_megatron.config import TimeConfig
 from cola_megatron.models.cola import Cola
-from cola_megatron.models.steps import run_steps
+from cola_megatron.models.steps import run_steps, steps_for
 from cola_megatron.objectives import flow_matching, vae
 from cola_megatron.objectives.randomness import draw_mask, draw_times, generator, sample_draws
 from cola_megatron.objectives.vae import Posterior
@@ -62,10 +62,14 @@ def test_flow_matching_reaches_the_encoder_through_z_t_only():
     assert through_target is None and through_velocity.abs().sum() > 0
 
 
+def outcome(model: Cola, state: dict, name: str) -> torch.Tensor:
+    """One name of the training pass, from what is given."""
+    return run_steps(steps_for(model.steps(), [name], state), state)[name]
+
+
 def flow_loss_with(model: Cola, batch: dict, latents: torch.Tensor) -> torch.Tensor:
     """The flow-matching loss as a function of the latents alone."""
-    steps = list(model.flow_steps())
-    return run_steps(steps, {**batch, "latents": latents})["loss_flow_matching"]
+    return outcome(model, {**batch, "latents": latents}, "loss_flow_matching")
 
 
 def test_each_latent_is_reached_from_its_own_block_alone(tiny):
@@ -89,8 +93,7 @@ def test_later_blocks_see_the_clean_context_and_no_block_sees_the_future(tiny):
     latents = torch.randn(32, 1, 4)
 
     def velocity(latents):
-        steps = [step for step in model.flow_steps() if "loss_flow_matching" not in step.writes]
-        return run_steps(steps, {**batch, "latents": latents})["velocity"][-32:]
+        return outcome(model, {**batch, "latents": latents}, "velocity")[-32:]
 
     # The noisy copy of block 1 forgets z0 at t = 1; what others see of it is its clean copy.
     batch["time"][:] = 1.0
@@ -194,7 +197,7 @@ def test_mask_loss_looks_at_masked_positions_of_the_second_view(tiny):
         ("other", torch.where(mask, (batch["tokens"] + 1) % 300, batch["tokens"])),
     ):
         model = build(config)
-        latents[name] = run_steps(model.encode_steps(True), {**batch, "tokens": tokens})["latents"]
+        latents[name] = outcome(model, {**batch, "tokens": tokens}, "latents")
     # The second view replaces the masked tokens, so its latents do not know them.
     assert torch.equal(latents["same"][:, 4:], latents["other"][:, 4:])
     assert not torch.equal(latents["same"][:, :4], latents["other"][:, :4])

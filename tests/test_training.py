@@ -186,7 +186,6 @@ def test_steps_after_the_checkpoint_are_logged_once(tiny):
         ("model.dit.num_layers=1", "model.dit.num_layers was 2, now 1"),
         ("training.optimizer.learning_rate=1e-3", "training.optimizer.learning_rate was 0.002, now 0.001"),
         ("seed=67", "seed was 66, now 67"),
-        ("parallel.zero_stage=2", "parallel.zero_stage was 1, now 2"),
     ],
 )
 def test_a_checkpoint_of_another_config_is_refused_naming_the_keys(tiny, override, key):
@@ -205,7 +204,7 @@ def test_resume_never_refuses_a_used_folder(tiny):
 def test_a_damaged_checkpoint_is_named(tiny):
     config = tiny(1, "training.steps=1")
     run(config)
-    damaged = next((newest_checkpoint(config.run_folder) / "engine").glob("*optim_states.pt"))
+    damaged = next((newest_checkpoint(config.run_folder) / "tensors").glob("*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=f"{damaged.name} is missing or cut short"):
         run(tiny(1, "training.steps=2"))

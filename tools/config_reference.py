@@ -111,7 +111,6 @@ MEANINGS = {
     "training.log.wandb": "Mode of wandb; `offline` writes below the run folder and needs no network.",
     "training.log.wandb_project": "Project there.",
     "parallel.tensor_parallel_size": "Processes that share every matrix; must divide the heads of VAE and DiT.",
-    "parallel.overlap_communication": "Reduce gradients during the backward pass (CUDA only).",
 }
 
 HEAD = """\

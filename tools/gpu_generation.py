@@ -7,38 +7,45 @@ import time
 import numpy as np
 import torch
 
-from cola_megatron.inference.generate import GeneratedBlocks, GenerationSettings, generate_blocks
+from cola_megatron.inference.generate import FlowGenerator
+from cola_megatron.inference.protocol import Request, TokenBlock
+from cola_megatron.inference.settings import FlowSettings
 from cola_megatron.models.cola import Cola
 from cola_megatron.parallel import initialize_parameters
 from tools.gpu_measurements import Record, Setting, synchronize
 
 
 def check_generation(setting: Setting, batch: int) -> list[Record]:
-    """Speed of guided generation with random weights: 16 Euler steps a block, both passes."""
+    """Speed of guided generation with random weights: 16 Euler steps a block, both passes in one batch."""
     config = setting.config(setting.preset, "training.vae_update.from_scratch=true")
     model = Cola(config, setting.groups)
     initialize_parameters(model, config.seed, setting.groups)
-    model = model.to(setting.device, torch.bfloat16).eval()
+    model = model.to(setting.device, torch.bfloat16).eval().requires_grad_(False)
+    generator = FlowGenerator(model.vae, model.dit)
     random = np.random.default_rng(0)
     prompts = random.integers(0, config.model.vocab_size, (batch, 64 if setting.on_gpu else 16)).tolist()
     new_tokens = (32 if setting.quick else 128) if setting.on_gpu else 16
-    timed_generation(setting, model, prompts, 1)
-    outputs, seconds = timed_generation(setting, model, prompts, new_tokens)
-    generated = sum(len(output.token_ids) for output in outputs)
-    ok = all(
-        output.latents.isfinite().all() and int(output.token_ids.max()) < config.model.vocab_size for output in outputs
+    timed_generation(setting, generator, prompts, 1)
+    blocks, seconds = timed_generation(setting, generator, prompts, new_tokens)
+    generated = sum(len(block.token_ids) for block in blocks)
+    ok = (
+        all(block.latents.isfinite().all() and max(block.token_ids) < config.model.vocab_size for block in blocks)
+        and generated == batch * -(-new_tokens // config.model.dit.block_size) * config.model.dit.block_size
     )
     detail = f"{setting.preset}, bf16, prompts of {len(prompts[0])} tokens, {new_tokens} new ones, 16 steps, guidance 7"
     return [Record(f"generate.batch{batch}", bool(ok), generated / seconds, "tokens/s", detail)]
 
 
 def timed_generation(
-    setting: Setting, model: Cola, prompts: list[list[int]], new_tokens: int
-) -> tuple[list[GeneratedBlocks], float]:
-    """The generated blocks and the seconds they took."""
-    settings = GenerationSettings(steps=16, guidance_scale=7.0, max_new_tokens=new_tokens)
+    setting: Setting, generator: FlowGenerator, prompts: list[list[int]], new_tokens: int
+) -> tuple[list[TokenBlock], float]:
+    """The generated blocks and the seconds they took, prompts included."""
+    settings = FlowSettings(steps=16, guidance_scale=7.0, max_new_tokens=new_tokens)
     synchronize(setting)
     began = time.perf_counter()
-    outputs = generate_blocks(model.vae, model.dit, prompts, list(range(len(prompts))), 0, settings)
+    session = generator.start([Request(prompt, index) for index, prompt in enumerate(prompts)], settings, 0)
+    blocks = []
+    while session.running:
+        blocks += session.advance()
     synchronize(setting)
-    return outputs, time.perf_counter() - began
+    return blocks, time.perf_counter() - began

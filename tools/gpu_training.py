@@ -9,6 +9,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +25,13 @@ from cola_megatron.parallel import (
     load_full_state_dict,
 )
 from cola_megatron.scaling.flops import training_flops_per_sample
-from cola_megatron.training.checkpoint import check_checkpoint, load_checkpoint, save_checkpoint
+from cola_megatron.training.checkpoint import (
+    check_checkpoint,
+    load_optimizer,
+    load_weights,
+    read_weights,
+    save_checkpoint,
+)
 from cola_megatron.training.engine import Engine
 from tools.gpu_measurements import Record, Setting, bf16_peak, machine, release_memory, synchronize
 
@@ -73,7 +80,7 @@ def check_resume(setting: Setting, zero_stage: int) -> list[Record]:
         config = setting.config(preset, f"parallel.zero_stage={zero_stage}", f"runs_folder={folder}")
         with reproducible():
             straight = steps_from(setting, config, 0, 2 * half)
-            steps_from(setting, config, 0, half, save=True)
+            steps_from(setting, config, 0, half)
             resumed = steps_from(setting, config, half, 2 * half)
             difference = largest_difference(straight, resumed)
             detail = f"{preset}, stage 2, bf16, {half} + {half} steps; 0 is bit for bit"
@@ -83,23 +90,18 @@ def check_resume(setting: Setting, zero_stage: int) -> list[Record]:
     return [Record(f"resume.zero{zero_stage}", difference == 0.0, difference, "largest difference", detail)]
 
 
-def steps_from(
-    setting: Setting, config: RunConfig, start: int, end: int, save: bool = False
-) -> dict[str, torch.Tensor]:
-    """Whole weights after steps start .. end - 1; from the checkpoint of `start` where that is not 0."""
-    fingerprint = "synthetic"
-    with fresh_engine(config, setting.groups) as engine:
-        if start:
-            checkpoint = config.run_folder / "checkpoints" / f"step_{start:08d}"
-            found = check_checkpoint(checkpoint, config, fingerprint, setting.groups)
-            if found != start:
-                raise RuntimeError(f"{checkpoint} says step {found}")
-            load_checkpoint(engine, checkpoint)
+def steps_from(setting: Setting, config: RunConfig, start: int, end: int) -> dict[str, torch.Tensor]:
+    """Whole weights of the checkpoint after steps start .. end - 1; from that of `start` where it is not 0."""
+    fingerprint, checkpoint = "synthetic", None
+    if start:
+        checkpoint = config.run_folder / "checkpoints" / f"step_{start:08d}"
+        found = check_checkpoint(checkpoint, config, fingerprint)
+        if found != start:
+            raise RuntimeError(f"{checkpoint} says step {found}")
+    with fresh_engine(config, setting.groups, checkpoint) as engine:
         for step in range(start, end):
             engine.step(synthetic_batches(config, engine.accumulation, setting.device, step), step)
-        if save:
-            save_checkpoint(engine, end, fingerprint, setting.groups)
-        return engine.whole_weights()
+        return read_weights(save_checkpoint(engine, end, fingerprint, setting.groups))[1]
 
 
 def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
@@ -124,15 +126,23 @@ def reproducible() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fresh_engine(config: RunConfig, groups: ProcessGroups) -> Iterator[Engine]:
-    """The engine that training uses, on starting weights; in stage 2 the reference is the encoder as it starts."""
+def fresh_engine(config: RunConfig, groups: ProcessGroups, checkpoint: Path | None = None) -> Iterator[Engine]:
+    """The engine that training uses, on starting weights or as a checkpoint has it.
+
+    In stage 2 the reference starts as the encoder.
+    """
     release_memory()
     model = Cola(config, groups)
-    initialize_parameters(model, config.seed, groups)
-    if model.reference is not None:
-        load_full_state_dict(model.reference, gather_state_dict(model.vae.encoder, groups), groups)
+    if checkpoint is not None:
+        load_weights(model, checkpoint, groups)
+    else:
+        initialize_parameters(model, config.seed, groups)
+        if model.reference is not None:
+            load_full_state_dict(model.reference, gather_state_dict(model.vae.encoder, groups), groups)
     engine = Engine(model.to(groups.device), config, groups)
     del model
+    if checkpoint is not None:
+        load_optimizer(engine, checkpoint)
     try:
         yield engine
     finally:

@@ -30,13 +30,27 @@ class ParallelConfig(Section):
     tensor_parallel_size: PositiveInt = 1
     sequence_parallel: bool = False
     """Shard the activations between tensor-parallel regions along the sequence."""
+    pipeline_parallel_size: PositiveInt = 1
+    """Stages that the chain of layers is cut into; each holds its own layers only."""
+    pipeline_split: list[PositiveInt] | None = None
+    """Steps with parameters in each stage, in order (`cola plan` shows them); null: balanced by cost."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed ZeRO: 1 shards optimiser state, 2 also gradients, 3 also parameters."""
     reduce_bucket_size: PositiveInt = 50_000_000
     """Elements per gradient reduction; DeepSpeed sets aside that many whatever the size of the model."""
+    allgather_bucket_size: PositiveInt = 500_000_000
+    """Elements per gathering of updated parameters (ZeRO 1 and 2)."""
+    prefetch_bucket_size: PositiveInt = 50_000_000
+    """Elements of parameters that ZeRO 3 gathers ahead of their use."""
     overlap_communication: bool = True
+    """Reduce gradients while the backward pass still runs (CUDA)."""
+    offload_optimizer: bool = False
+    """Keep optimiser state and float32 weights in host memory, and update them there (ZeRO 1 to 3)."""
     timeout_minutes: PositiveFloat = 30.0
     """A collective that waits longer ends the job."""
+    peer_timeout_seconds: PositiveFloat = 60.0
+    """A rank that is not heard of for that long is lost, and the job ends with its name. Must be longer than any call
+    of C++ code that keeps Python's lock (a build, a large file), which holds up the heartbeat."""
 
 
 class RunConfig(Section):
@@ -119,6 +133,7 @@ class RunConfig(Section):
 
     def _check_layout(self) -> None:
         """What the tensor-parallel ranks share must divide; every other width is a multiple of these."""
+        self._check_pipeline()
         model, ranks = self.model, self.parallel.tensor_parallel_size
         rule = f"must be divisible by parallel.tensor_parallel_size={ranks}"
         for key, size in (
@@ -141,3 +156,19 @@ class RunConfig(Section):
             raise ValueError(
                 f"model.dit.block_size={model.dit.block_size}: 2 * {latents} latents - block_size = {two_copies} {rule}"
             )
+
+    def _check_pipeline(self) -> None:
+        parallel = self.parallel
+        stages, split = parallel.pipeline_parallel_size, parallel.pipeline_split
+        if stages > 1 and parallel.zero_stage > 1:
+            raise ValueError(
+                f"parallel.zero_stage={parallel.zero_stage} with parallel.pipeline_parallel_size={stages} would move "
+                "gradients or parameters for every micro-batch; use zero_stage=1"
+            )
+        if split is not None and len(split) != stages:
+            raise ValueError(
+                f"parallel.pipeline_split={split} must name one number for each of the "
+                f"parallel.pipeline_parallel_size={stages} stages"
+            )
+        if parallel.offload_optimizer and parallel.zero_stage == 0:
+            raise ValueError("parallel.offload_optimizer=true needs parallel.zero_stage of 1 or more")

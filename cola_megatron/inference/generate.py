@@ -1,180 +1,223 @@
-"""Block-wise generation: encode the prompt, draw latent blocks, decode each (paper section 2.3).
+"""Block-wise generation by flow: encode the prompts, draw latent blocks, decode each (paper section 2.3).
 
-Shapes: B batch, S latents of one block, C latent channels, P tokens per latent, V vocabulary.
+Shapes: B running samples, S latents of one block, C latent channels, T = S * P tokens of one block, V vocabulary.
 """
 
-import math
-import numbers
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from cola_megatron.inference.kv_cache import KeyValueCache
-from cola_megatron.inference.prior import BlockPrior
+from cola_megatron.inference.decoder import BlockDecoder, encode_prompts
+from cola_megatron.inference.first_block import FirstBlock, PromptLayout, lay_out
+from cola_megatron.inference.frozen import prepare
+from cola_megatron.inference.graphs import Recorder
+from cola_megatron.inference.prior import BlockPrior, TimeGrid
+from cola_megatron.inference.protocol import Request, TokenBlock, TokenPreview
 from cola_megatron.inference.sampling import choose_tokens, penalize_repetition
+from cola_megatron.inference.settings import MAX_NOISE_SEED, MAX_SAMPLE_ID, FlowSettings
+from cola_megatron.inference.settings import FlowSettings as GenerationSettings
 from cola_megatron.models.dit import DiT
 from cola_megatron.models.text_vae import TextVAE
 
-# So that every seed of a block (see `block_noise`) fits a torch.Generator.
-MAX_NOISE_SEED, MAX_SAMPLE_ID = 2**62, 2**52
-GREEDY_BELOW = 1e-5
+__all__ = ["MAX_NOISE_SEED", "MAX_SAMPLE_ID", "FlowGenerator", "FlowSession", "GenerationSettings", "block_noise"]
 
-
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How to generate. A temperature below 1e-5 is 0: greedy, as in the published package.
-
-    Raises:
-        ValueError: a setting out of range.
-    """
-
-    steps: int = 16
-    guidance_scale: float = 7.0
-    max_new_tokens: int = 32
-    temperature: float = 0.0
-    repetition_penalty: float = 1.1
-    noise_seed: int = 66
-
-    def __post_init__(self):
-        for name in ("steps", "max_new_tokens", "noise_seed"):
-            if not isinstance(getattr(self, name), numbers.Integral):
-                raise ValueError(f"{name}={getattr(self, name)} must be an integer")
-        for name in ("guidance_scale", "temperature", "repetition_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)} must be finite")
-        for name, least in (("steps", 1), ("max_new_tokens", 1), ("temperature", 0.0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be above 0")
-        if abs(self.noise_seed) > MAX_NOISE_SEED:
-            raise ValueError(f"noise_seed={self.noise_seed} must lie in -{MAX_NOISE_SEED} .. {MAX_NOISE_SEED}")
-        if self.temperature < GREEDY_BELOW:
-            object.__setattr__(self, "temperature", 0.0)
-
-
-@dataclass(frozen=True)
-class GeneratedBlocks:
-    """One sample: whole blocks as generated, the prompt's part of the first block included.
-
-    `token_ids` (blocks * block_size * P,), `latents` (blocks, block_size, C) float32, both on the CPU;
-    `prompt_tokens`: how many of the ids repeat the end of the prompt.
-    """
-
-    token_ids: torch.Tensor
-    latents: torch.Tensor
-    prompt_tokens: int
+# Added to the seed of a block's noise for its other draws, so that they are independent of it.
+TOKEN_DRAWS, REPAINT_DRAWS = 5_000_000_000_000, 7_000_000_000_000
 
 
 def block_noise(seed: int, sample_id: int, block: int, shape: tuple[int, int]) -> torch.Tensor:
     """The noise of one block, a function of (seed, sample id, block) alone: a sample does not depend on its batch."""
-    generator = torch.Generator().manual_seed(seed + sample_id * 1_000 + block * 10_000_000)
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=_generator(seed, sample_id, block))
 
 
-@torch.no_grad()
-def generate_blocks(
-    vae: TextVAE,
-    dit: DiT,
-    prompts: list[list[int]],
-    sample_ids: list[int],
-    padding_id: int,
-    settings: GenerationSettings,
-) -> list[GeneratedBlocks]:
-    """Continues token-id prompts.
+class FlowGenerator:
+    """Cola DLM as a family: begins sessions.
 
-    A prompt that does not fill its last block is padded; the latents that hold prompt tokens are kept clean in the
-    first generated block (clean-condition repaint), and that block counts towards `max_new_tokens`.
+    The networks are prepared for inference (`frozen.py`); they must be in evaluation mode, without gradients.
+
+    Args:
+        recorder: see `graphs.py`.
     """
-    device = next(dit.parameters()).device
-    block_size, patch = dit.config.block_size, vae.config.patch_size
-    block_tokens = block_size * patch
-    blocks = -(-settings.max_new_tokens // block_tokens)
-    latents = [_encode_padded(vae, prompt, block_tokens, padding_id, device) for prompt in prompts]
-    counts = [-(-len(prompt) // patch) for prompt in prompts]  # latents that hold prompt tokens
-    whole = [count // block_size * block_size for count in counts]
 
-    capacity = max(whole) + blocks * block_size
-    prior = BlockPrior(dit, len(prompts), capacity, settings.steps, settings.guidance_scale)
-    decoder = _CachedDecoder(vae, len(prompts), capacity, device)
-    prefix_SBC = torch.zeros(max(whole), len(prompts), dit.config.latent_dim, device=device)
-    held_SB = torch.zeros(block_size, len(prompts), dtype=torch.bool, device=device)
-    clean_SBC = torch.zeros(block_size, len(prompts), dit.config.latent_dim, device=device)
-    for sample, (z_SC, count, start) in enumerate(zip(latents, counts, whole, strict=True)):
-        prefix_SBC[:start, sample] = z_SC[:start]
-        held_SB[: count - start, sample] = True
-        clean_SBC[: count - start, sample] = z_SC[start:count]
-    real_B = torch.tensor(whole, device=device)
-    prior.remember(prefix_SBC, real_B)
-    decoder.remember(prefix_SBC, real_B)
+    def __init__(self, vae: TextVAE, dit: DiT, recorder: Recorder | None = None):
+        self.vae, self.dit, self.recorder = vae, dit, recorder
+        for network in (vae.encoder, vae.decoder, dit):
+            prepare(network, network.groups)
+        self._grid: TimeGrid | None = None
 
-    seen_BV = torch.zeros(len(prompts), _vocab_size(vae), dtype=torch.bool, device=device)
-    ids, drawn = [], []
-    for block in range(blocks):
-        noise = [
-            block_noise(settings.noise_seed, sample, block, (block_size, dit.config.latent_dim))
-            for sample in sample_ids
+    def start(self, requests: Sequence[Request], settings: FlowSettings, padding_id: int) -> "FlowSession":
+        """Encodes the prompts and fills the caches.
+
+        Args:
+            padding_id: fills a prompt up to what the encoder takes, or up to whole blocks; see `first_block.py`.
+        """
+        grid = self._time_grid(settings.steps)
+        return FlowSession(self.vae, self.dit, grid, requests, settings, padding_id, self.recorder)
+
+    @torch.no_grad()
+    def _time_grid(self, steps: int) -> TimeGrid:
+        if self._grid is None or self._grid.clean_row != steps:
+            self._grid = TimeGrid(self.dit, steps)
+        return self._grid
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One running sample; the batch is a list of these, in order of their contexts' length."""
+
+    index: int
+    """Of its request."""
+    sample_id: int
+    blocks: int
+    layout: PromptLayout
+
+
+class FlowSession:
+    """A batch under way (`protocol.Session`).
+
+    Prompts that do not fill their last block are handled as `settings.first_block` says; that block counts towards
+    `max_new_tokens`.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        vae: TextVAE,
+        dit: DiT,
+        grid: TimeGrid,
+        requests: Sequence[Request],
+        settings: FlowSettings,
+        padding_id: int,
+        recorder: Recorder | None = None,
+    ):
+        self.settings, self.grid = settings, grid
+        self.device = grid.times_T.device
+        self.shape = (dit.config.block_size, dit.config.latent_dim)
+        self.block = 0
+        self._unremembered_SBC: torch.Tensor | None = None
+        self._samples = _in_order(vae, dit, requests, settings, padding_id)
+        latents = encode_prompts(vae, [sample.layout.token_ids for sample in self._samples], self.device)
+        contexts = [z_NC[: sample.layout.whole] for sample, z_NC in zip(self._samples, latents, strict=True)]
+        capacity = max((sample.layout.whole + sample.blocks * self.shape[0] for sample in self._samples), default=0)
+        batch = len(self._samples)
+        self.prior = BlockPrior(dit, grid, batch, capacity, settings, recorder)
+        self.decoder = BlockDecoder(vae, batch, capacity, self.shape[0])
+        self.prior.remember_prompts(contexts)
+        self.decoder.remember_prompts(contexts)
+        self._held = [
+            z_NC[sample.layout.whole : sample.layout.whole + sample.layout.held]
+            for sample, z_NC in zip(self._samples, latents, strict=True)
         ]
-        z_SBC = prior.draw(torch.stack(noise, dim=1).to(device), held_SB, clean_SBC)
-        logits_BTV = penalize_repetition(decoder.decode(z_SBC), seen_BV, settings.repetition_penalty)
-        ids_BT = choose_tokens(logits_BTV, settings.temperature, _token_generators(settings, sample_ids, block))
-        seen_BV.scatter_(1, ids_BT, True)
-        ids.append(ids_BT)
-        drawn.append(z_SBC)
-        held_SB = torch.zeros_like(held_SB)
-        if block + 1 < blocks:
-            prior.remember(z_SBC)
-    ids_BT, drawn_NSBC = torch.cat(ids, dim=1).cpu(), torch.stack(drawn).cpu()
-    return [
-        GeneratedBlocks(ids_BT[sample], drawn_NSBC[:, :, sample], len(prompt) - start * patch)
-        for sample, (prompt, start) in enumerate(zip(prompts, whole, strict=True))
-    ]
+        self._seen_BV = None
+        if settings.repetition_penalty != 1.0:
+            self._seen_BV = torch.zeros(batch, self.decoder.vocab_size, dtype=torch.bool, device=self.device)
 
+    @property
+    def running(self) -> list[int]:
+        """Indices of the requests that are not finished."""
+        return sorted(sample.index for sample in self._samples)
 
-class _CachedDecoder:
-    """The conditional decoder, one block at a time."""
+    @torch.no_grad()
+    def advance(self, preview_steps: Sequence[int] = ()) -> Iterator[TokenPreview | TokenBlock]:
+        """One block of every running sample; before it its estimates at some of the solver's steps (0 is the first)."""
+        if self._unremembered_SBC is not None:
+            self.prior.remember(self._unremembered_SBC)
+            self._unremembered_SBC = None
+        noise_SBC = self._noise()
+        drawing = self.prior.draw(noise_SBC, self._first_block(noise_SBC) if self.block == 0 else None)
+        while True:
+            try:
+                evaluation = next(drawing)
+            except StopIteration as end:
+                z_SBC = end.value
+                break
+            if evaluation.step in preview_steps:
+                ids_BT = self._tokens(self.decoder.decode(evaluation.clean, commit=False))
+                for sample, ids in zip(list(self._samples), ids_BT.tolist(), strict=True):
+                    yield TokenPreview(sample.index, evaluation.step, evaluation.time, ids, self._repeated(sample))
+        ids_BT = self._tokens(self.decoder.decode(z_SBC))
+        if self._seen_BV is not None:
+            self._seen_BV.scatter_(1, ids_BT, True)
+        found = zip(self._samples, ids_BT.tolist(), z_SBC.cpu().unbind(1), strict=True)
+        blocks = [
+            TokenBlock(sample.index, ids, self._repeated(sample), self.block + 1 == sample.blocks, z_SC)
+            for sample, ids, z_SC in found
+        ]
+        self.block += 1
+        # The prior reads it when the next block begins: by then finished samples are gone.
+        self._unremembered_SBC = z_SBC
+        self.drop([block.sample for block in blocks if block.last])
+        yield from blocks
 
-    def __init__(self, vae: TextVAE, batch: int, capacity: int, device: torch.device):
-        self.decoder = vae.decoder
-        self.cache = KeyValueCache(batch, capacity, device)
+    @torch.no_grad()
+    def drop(self, samples: Sequence[int]) -> None:
+        """Ends these samples: batch and caches close up."""
+        rows = [row for row, sample in enumerate(self._samples) if sample.index not in samples]
+        if len(rows) == len(self._samples):
+            return
+        self._samples = [self._samples[row] for row in rows]
+        self.prior.keep(rows)
+        self.decoder.keep(rows)
+        rows_B = torch.tensor(rows, dtype=torch.long, device=self.device)
+        if self._seen_BV is not None:
+            self._seen_BV = self._seen_BV[rows_B]
+        if self._unremembered_SBC is not None:
+            self._unremembered_SBC = self._unremembered_SBC[:, rows_B]
 
-    def remember(self, z_SBC: torch.Tensor, real_B: torch.Tensor) -> None:
-        """Commits the prompt's whole blocks; their logits are not needed."""
-        if z_SBC.shape[0]:
-            self._hidden(z_SBC, real_B)
+    def _repeated(self, sample: _Sample) -> int:
+        return sample.layout.repeated_tokens if self.block == 0 else 0
 
-    def decode(self, z_SBC: torch.Tensor) -> torch.Tensor:
-        """Commits one block and returns its logits (B, S * P, V), float32."""
-        return self.decoder.logits(self._hidden(z_SBC)).transpose(0, 1).float()
+    def _noise(self) -> torch.Tensor:
+        seed, block = self.settings.noise_seed, self.block
+        noise = [block_noise(seed, sample.sample_id, block, self.shape) for sample in self._samples]
+        return torch.stack(noise, dim=1).to(self.device)
 
-    def _hidden(self, z_SBC: torch.Tensor, real_B: torch.Tensor | None = None) -> torch.Tensor:
-        positions, mask = self.cache.place(z_SBC.shape[0], self.decoder.config.block_size, real_B)
-        hidden = self.decoder.run_blocks(
-            self.decoder.embed(z_SBC), self.decoder.context_at(positions, mask, self.cache)
+    def _first_block(self, noise_SBC: torch.Tensor) -> FirstBlock | None:
+        if not any(sample.layout.held for sample in self._samples):
+            return None
+        clean_SBC = torch.zeros_like(noise_SBC)
+        held_SB = torch.zeros(noise_SBC.shape[:2], dtype=torch.bool, device=self.device)
+        for row, z_NC in enumerate(self._held):
+            clean_SBC[: len(z_NC), row] = z_NC
+            held_SB[: len(z_NC), row] = True
+        settings = self.settings
+        return FirstBlock(
+            held_SB,
+            clean_SBC,
+            noise_SBC,
+            self._generators(REPAINT_DRAWS),
+            settings.first_block == "partial_repaint",
+            settings.repaint_until,
+            settings.repaint_rounds,
         )
-        self.cache.commit()
-        return hidden
+
+    def _tokens(self, logits_BTV: torch.Tensor) -> torch.Tensor:
+        settings = self.settings
+        if self._seen_BV is not None:
+            logits_BTV = penalize_repetition(logits_BTV, self._seen_BV, settings.repetition_penalty)
+        generators = self._generators(TOKEN_DRAWS) if settings.temperature else None
+        return choose_tokens(logits_BTV, settings.temperature, generators, settings.top_k, settings.top_p)
+
+    def _generators(self, draws: int) -> list[torch.Generator]:
+        seed, block = self.settings.noise_seed, self.block
+        return [_generator(seed, sample.sample_id, block, draws) for sample in self._samples]
 
 
-def _encode_padded(
-    vae: TextVAE, prompt: list[int], block_tokens: int, padding_id: int, device: torch.device
-) -> torch.Tensor:
-    """Posterior mean in the prior's coordinates, (latents, C), of a prompt padded to whole blocks."""
-    padded = prompt + [padding_id] * (-len(prompt) % block_tokens)
-    if not padded:
-        return torch.zeros(0, vae.config.latent_dim, device=device)
-    return vae.to_prior(vae.encoder(torch.tensor([padded], device=device)).mean)[:, 0]
+def _in_order(
+    vae: TextVAE, dit: DiT, requests: Sequence[Request], settings: FlowSettings, padding_id: int
+) -> list[_Sample]:
+    """The samples in order of their contexts: neighbours of one length share their attention."""
+    block_size, patch_size = dit.config.block_size, vae.config.patch_size
+    # The encoder sees whole blocks of its own; one that is longer than the prior's sees what there is of it.
+    unit = patch_size * (vae.config.block_size if block_size % vae.config.block_size == 0 else block_size)
+    samples = []
+    for index, request in enumerate(requests):
+        tokens = settings.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+        layout = lay_out(request.token_ids, settings.first_block, block_size, patch_size, unit, padding_id)
+        samples.append(_Sample(index, request.sample_id, -(-tokens // (block_size * patch_size)), layout))
+    return sorted(samples, key=lambda sample: sample.layout.whole)
 
 
-def _vocab_size(vae: TextVAE) -> int:
-    return vae.encoder.mask_token_id
-
-
-def _token_generators(settings: GenerationSettings, sample_ids: list[int], block: int) -> list[torch.Generator] | None:
-    if settings.temperature == 0.0:
-        return None
-    # One past the latent noise's seeds, so that tokens and latents are drawn independently.
-    return [
-        torch.Generator().manual_seed(settings.noise_seed + sample * 1_000 + block * 10_000_000 + 5_000_000_000_000)
-        for sample in sample_ids
-    ]
+def _generator(seed: int, sample_id: int, block: int, draws: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed + sample_id * 1_000 + block * 10_000_000 + draws)

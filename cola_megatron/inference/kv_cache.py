@@ -1,70 +1,48 @@
 """Preallocated keys and values of a batch whose samples have different lengths.
 
-Shapes: S new positions, B batch, A heads on this rank, D head channels, K capacity.
+Shapes: B batch, A heads on this rank, D head channels, K capacity.
 """
 
-import torch
-from torch import nn
+from collections.abc import Hashable, Sequence
 
-from cola_megatron.layers.masks import AttentionMask, block_causal_visibility
+import torch
 
 
 class KeyValueCache:
-    """What the layers of one stack have seen so far.
+    """What the layers of one stack have seen so far, one store per layer.
 
-    A forward pass writes its keys and values behind each sample's committed length. `commit` makes them part of it;
-    without `commit` the next pass overwrites them. So the steps of a solver share one place, and nothing is copied.
+    Samples fill their rows from the front. New keys and values are written behind a sample's length; `advance` makes
+    them part of it. Until then the next pass overwrites them: the steps of a solver share one place and nothing is
+    copied or concatenated.
 
     Args:
         capacity: latents per sample, the longest.
     """
 
-    def __init__(self, batch: int, capacity: int, device: torch.device):
-        self.lengths_B = torch.zeros(batch, dtype=torch.long, device=device)
+    def __init__(self, batch: int, capacity: int):
         self.capacity = capacity
-        self.key_positions_K = torch.arange(capacity, device=device)
-        self.stores: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.positions_SB: torch.Tensor | None = None
-        self.added_B: torch.Tensor | None = None
-        self.visible_until = self.longest = 0
+        self.lengths = [0] * batch
+        """Committed latents of each sample. Kept on the host: asking the device would wait for it."""
+        self._stores: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def place(
-        self, new: int, block_size: int, real_B: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, AttentionMask]:
-        """Where `new` positions of every sample stand, and what they see; call it before a pass.
+    def of_layer(self, layer: Hashable, like_BASD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer, (B, A, K, D) each; `like_BASD` gives heads, channels, type and device."""
+        if layer not in self._stores:
+            shape = (len(self.lengths), like_BASD.shape[1], self.capacity, like_BASD.shape[3])
+            # Zeros: what a mask hides is multiplied by zero, which an arbitrary bit pattern would survive as NaN.
+            self._stores[layer] = (like_BASD.new_zeros(shape), like_BASD.new_zeros(shape))
+        return self._stores[layer]
 
-        Args:
-            real_B: how many of the new positions are real in each sample (a ragged prefix: at least one sample fills
-                it); the others are written but never seen, and `commit` leaves them out.
+    def advance(self, added: Sequence[int]) -> None:
+        """Keeps `added` more latents of each sample."""
+        self.lengths = [length + more for length, more in zip(self.lengths, added, strict=True)]
 
-        Returns:
-            positions (S, B) and a block-causal mask over the cache.
-        """
-        offsets_S = torch.arange(new, device=self.lengths_B.device)
-        self.positions_SB = self.lengths_B[None, :] + offsets_S[:, None]
-        self.visible_until = self.longest + new  # counted here: asking the device would wait for it
-        self.added_B = torch.full_like(self.lengths_B, new) if real_B is None else real_B
-        keys_K = self.key_positions_K[: self.visible_until]
-        visible_BSK = block_causal_visibility(
-            self.positions_SB.t(), keys_K[None].expand(len(self.lengths_B), -1), block_size
-        )
-        visible_BSK &= (keys_K < (self.lengths_B + self.added_B)[:, None])[:, None]
-        # A padded query of a ragged prefix must see something; what it computes is never read.
-        visible_BSK |= self.positions_SB.t()[..., None] == keys_K
-        return self.positions_SB, AttentionMask(visible_BSK[:, None])
-
-    def commit(self) -> None:
-        """Keeps what the last pass wrote."""
-        self.lengths_B = self.lengths_B + self.added_B
-        self.longest = self.visible_until
-
-    def extend(self, layer: nn.Module, k_SBAD: torch.Tensor, v_SBAD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes one layer's new keys and values and returns all that may be seen, (K, B, A, D)."""
-        if layer not in self.stores:
-            shape = (self.capacity, *k_SBAD.shape[1:])
-            self.stores[layer] = (k_SBAD.new_zeros(shape), v_SBAD.new_zeros(shape))
-        keys, values = self.stores[layer]
-        samples_B = torch.arange(k_SBAD.shape[1], device=k_SBAD.device)
-        keys[self.positions_SB, samples_B] = k_SBAD
-        values[self.positions_SB, samples_B] = v_SBAD
-        return keys[: self.visible_until], values[: self.visible_until]
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drops every sample but these, in ascending order, without a new allocation."""
+        for layer, (keys, values) in self._stores.items():
+            for place, row in enumerate(rows):
+                if place != row:
+                    keys[place, :, : self.lengths[row]] = keys[row, :, : self.lengths[row]]
+                    values[place, :, : self.lengths[row]] = values[row, :, : self.lengths[row]]
+            self._stores[layer] = (keys[: len(rows)], values[: len(rows)])
+        self.lengths = [self.lengths[row] for row in rows]

@@ -1,61 +1,222 @@
 """Guided sampling of one latent block after another from the DiT (paper section 2.3).
 
-Shapes: S latents of one block, B batch, C latent channels, T times of the solver's grid.
+Shapes: S latents of one block, B batch, R rows of a pass (the B samples, then the unconditional copies of some), N
+latents of all prompts laid end to end, C latent channels, T times.
 """
+
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
+from cola_megatron.inference.cached_attention import MaskedBlocks, NewBlocks, PackedPrompts, blocks_for, packs
+from cola_megatron.inference.first_block import FirstBlock
+from cola_megatron.inference.frozen import phases
+from cola_megatron.inference.graphs import RecordedVelocity, Recorder, common_width
 from cola_megatron.inference.kv_cache import KeyValueCache
-from cola_megatron.inference.solvers import euler, uniform_grid
+from cola_megatron.inference.settings import FlowSettings
+from cola_megatron.inference.solvers import RULES, Evaluation, integrate, uniform_grid
+from cola_megatron.layers.attention import AttentionContext
 from cola_megatron.layers.masks import AttentionMask
-from cola_megatron.models.dit import DiT, TimeTable
+from cola_megatron.models.dit import DiT, Modulations, TimeTable
+
+
+class TimeGrid:
+    """The solver's times and all that the DiT computes from them alone: made once, used by every step of every block.
+
+    Row i belongs to the i-th time; the last row is t = 0, that of clean latents.
+    """
+
+    def __init__(self, dit: DiT, steps: int):
+        device = next(dit.parameters()).device
+        self.times_T = uniform_grid(steps, device)
+        self.times = self.times_T.tolist()
+        self.modulations = dit.modulations(self.times_T)
+        # Views of single rows, which every position of a pass shares.
+        self.rows = [_row(self.modulations, row) for row in range(steps + 1)]
+        self.clean_row = steps
+
+
+class _Blocks(NamedTuple):
+    """The next block of every sample: where it stands and what it sees."""
+
+    attention: NewBlocks | MaskedBlocks
+    context: AttentionContext
+    guided: AttentionContext
+    """The same with the unconditional copies as further rows."""
+    with_context: torch.Tensor | None
+    """Rows of the samples that have a context to leave out, (G,); None: all of them."""
+    unconditional: int
+    """How many of them."""
 
 
 class BlockPrior:
     """Draws blocks z^(b) ~ p(z^(b) | z^(<b)) and remembers them.
 
+    The conditional and the unconditional pass of a step are rows of one batch: every matrix is read once. The
+    unconditional rows see their own block, so they need neither the cache nor a mask.
+
     Args:
         capacity: latents per sample, prompt and generation together.
-        steps: Euler steps on a uniform grid.
-        guidance_scale: s in v = v_uncond + s (v_cond - v_uncond); the unconditional pass sees the block alone.
+        grid: for `settings.steps`.
+        recorder: records the solver's evaluations and replays them (`graphs.py`); None: runs each.
     """
 
-    def __init__(self, dit: DiT, batch: int, capacity: int, steps: int, guidance_scale: float):
-        self.dit, self.guidance_scale = dit, guidance_scale
-        device = next(dit.parameters()).device
+    def __init__(
+        self,
+        dit: DiT,
+        grid: TimeGrid,
+        batch: int,
+        capacity: int,
+        settings: FlowSettings,
+        recorder: Recorder | None = None,
+    ):
+        self.dit, self.grid, self.settings = dit, grid, settings
+        self.device = next(dit.parameters()).device
         self.block_size = dit.config.block_size
-        self.cache = KeyValueCache(batch, capacity, device)
-        self.times = uniform_grid(steps, device)
-        # The modulations depend on the grid alone: row i is the i-th time, and the last row is t = 0.
-        self.modulations = dit.modulations(self.times)
-        self.clean_row = steps
+        self.cache = KeyValueCache(batch, capacity)
+        self.recorder = recorder
+        self._recorded: dict[tuple[int, int], RecordedVelocity] = {}
+        self._next: _Blocks | None = None
 
-    def remember(self, z_SBC: torch.Tensor, real_B: torch.Tensor | None = None) -> None:
-        """Commits clean latents (t = 0) to the cache; `real_B` of them count where samples differ in length."""
-        if z_SBC.shape[0] == 0:
-            return
-        positions, mask = self.cache.place(z_SBC.shape[0], self.block_size, real_B)
-        rows_SB = torch.full(z_SBC.shape[:2], self.clean_row, device=z_SBC.device)
-        self._velocity(z_SBC, rows_SB, self.dit.context_at(positions, mask, self.cache))
-        self.cache.commit()
+    def remember_prompts(self, prompts: Sequence[torch.Tensor]) -> None:
+        """Commits each sample's clean prompt latents (n, C), at t = 0 from position 0 on."""
+        for pack in packs([len(z_NC) for z_NC in prompts]):
+            z_NC = torch.cat([prompts[sample] for sample in pack])
+            attention = PackedPrompts(
+                [len(prompts[sample]) for sample in pack], self.block_size, self.device, self.cache, pack
+            )
+            self._velocity(z_NC[:, None], self.grid.clean_row, self._context(attention.positions, attention))
+        self.cache.advance([len(z_NC) for z_NC in prompts])
 
-    def draw(self, noise_SBC: torch.Tensor, held_SB: torch.Tensor, clean_SBC: torch.Tensor) -> torch.Tensor:
-        """One block by integrating from `noise`; positions in `held` stay at `clean` with t = 0 throughout."""
-        scale_B = torch.where(self.cache.lengths_B > 0, self.guidance_scale, 1.0)
-        positions, mask = self.cache.place(self.block_size, self.block_size)
-        conditional = self.dit.context_at(positions, mask, self.cache)
-        unconditional = self.dit.context_at(positions, AttentionMask())
+    def remember(self, z_SBC: torch.Tensor) -> None:
+        """Commits one clean block (t = 0) of every sample."""
+        self._velocity(z_SBC, self.grid.clean_row, self._next_blocks().context)
+        self.cache.advance([self.block_size] * z_SBC.shape[1])
+        self._next = None
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drops every sample but these."""
+        self.cache.keep(rows)
+        self._next = None
+        self._recorded = {}
+
+    def draw(
+        self, noise_SBC: torch.Tensor, first: FirstBlock | None = None
+    ) -> Generator[Evaluation, None, torch.Tensor]:
+        """Integrates one block from noise: yields the evaluations of the solver, returns the block.
+
+        Args:
+            first: where prompts end inside this block: the latents that belong to them.
+        """
+        blocks, settings, grid = self._next_blocks(), self.settings, self.grid
+        batch = noise_SBC.shape[1]
 
         def velocity(z_SBC: torch.Tensor, step: int) -> torch.Tensor:
-            rows_SB = torch.where(held_SB, self.clean_row, step)
-            alone = self._velocity(z_SBC, rows_SB, unconditional)
-            in_context = self._velocity(z_SBC, rows_SB, conditional)
-            return alone + scale_B[:, None] * (in_context - alone)
+            index_SB = None
+            if first is not None:
+                z_SBC = first.hold(z_SBC, grid.times[step])
+                index_SB = first.time_rows(step, grid.clean_row)
+            if not (blocks.unconditional and settings.guided(grid.times[step])):
+                return self._evaluate(z_SBC, step, blocks.attention, blocks.context, index_SB)
+            v_SRC = self._evaluate(
+                _with_copies(z_SBC, blocks.with_context),
+                step,
+                blocks.attention,
+                blocks.guided,
+                _with_copies(index_SB, blocks.with_context),
+            )
+            in_context, alone = v_SRC[:, :batch], v_SRC[:, batch:]
+            if blocks.with_context is None:
+                return alone + settings.guidance_scale * (in_context - alone)
+            apart = in_context[:, blocks.with_context] - alone
+            return in_context.index_copy(1, blocks.with_context, alone + settings.guidance_scale * apart)
 
-        def hold(z_SBC: torch.Tensor) -> torch.Tensor:
-            return torch.where(held_SB[..., None], clean_SBC, z_SBC)
+        steps = integrate(RULES[settings.solver], velocity, noise_SBC, grid.times)
+        if first is not None:
+            steps = integrate(
+                RULES[settings.solver],
+                velocity,
+                noise_SBC,
+                grid.times,
+                rounds=lambda step: first.rounds(grid.times[step]),
+                noise_back=lambda later_SBC, before_SBC, step: first.noise_back(
+                    later_SBC, before_SBC, grid.times[step + 1], grid.times[step]
+                ),
+            )
+        z_SBC = yield from steps
+        return z_SBC if first is None else first.hold(z_SBC, 0.0)
 
-        return euler(velocity, noise_SBC, self.times, hold)
+    def _next_blocks(self) -> _Blocks:
+        if self._next is None:
+            self._next = self._blocks()
+        return self._next
 
-    def _velocity(self, z_SBC: torch.Tensor, rows_SB: torch.Tensor, context) -> torch.Tensor:
-        return self.dit(z_SBC, TimeTable(self.times, rows_SB), context, self.modulations)
+    def _blocks(self) -> _Blocks:
+        size = self.block_size
+        if self.recorder is None:
+            attention = blocks_for(self.device)(self.cache, size, size, self.device)
+        else:
+            attention = MaskedBlocks(self.cache, size, size, self.device, common_width(self.cache, size))
+        rows = [row for row, length in enumerate(self.cache.lengths) if length]
+        positions_SB, every = attention.positions_SB, len(rows) == len(self.cache.lengths)
+        with_context = None if every else torch.tensor(rows, dtype=torch.long, device=self.device)
+        return _Blocks(
+            attention,
+            self._context(positions_SB, attention),
+            self._context(_with_copies(positions_SB, with_context), attention),
+            with_context,
+            len(rows),
+        )
+
+    def _context(
+        self, positions: torch.Tensor, attention: PackedPrompts | NewBlocks | MaskedBlocks
+    ) -> AttentionContext:
+        context = self.dit.context_at(positions, AttentionMask(), attention)
+        return replace(context, rotary=phases(context.rotary))
+
+    def _evaluate(
+        self,
+        z_SRC: torch.Tensor,
+        step: int,
+        attention: NewBlocks | MaskedBlocks,
+        context: AttentionContext,
+        index_SR: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`_velocity` of a step of the solver, from a recording where there is a recorder."""
+        if self.recorder is None:
+            return self._velocity(z_SRC, step, context, index_SR)
+        key = (z_SRC.shape[1], attention.width)
+        if key not in self._recorded:
+            self._recorded[key] = RecordedVelocity(
+                lambda z_SRC, index_SR, context: self._velocity(z_SRC, 0, context, index_SR),
+                attention,
+                context,
+                z_SRC.shape[-1],
+                self.recorder,
+            )
+        self._recorded[key].move_to(attention, context)
+        return self._recorded[key](z_SRC, step if index_SR is None else index_SR)
+
+    def _velocity(
+        self, z_SRC: torch.Tensor, row: int, context: AttentionContext, index_SR: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """All positions at the time of one row of the grid, or each at that of its own."""
+        modulations = self.grid.rows[row] if index_SR is None else self.grid.modulations
+        return self.dit(z_SRC, TimeTable(self.grid.times_T, index_SR), context, modulations)
+
+
+def _with_copies(x_SB: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
+    """The samples, then the copies of some (`rows`) or all of them, along dimension 1."""
+    if x_SB is None:
+        return None
+    return torch.cat((x_SB, x_SB if rows is None else x_SB[:, rows]), dim=1)
+
+
+def _row(modulations: Modulations, row: int) -> Modulations:
+    return Modulations(
+        modulations.silu_time_T1H[row : row + 1],
+        tuple(tuple(table[row : row + 1] for table in tables) for tables in modulations.blocks),
+        modulations.output[row : row + 1],
+    )

@@ -1,4 +1,7 @@
-"""From logits to token ids."""
+"""From logits to token ids.
+
+Shapes: B batch, T tokens, V vocabulary.
+"""
 
 import torch
 
@@ -11,13 +14,41 @@ def penalize_repetition(logits_BTV: torch.Tensor, seen_BV: torch.Tensor, penalty
     return torch.where(seen_BV[:, None], penalized, logits_BTV)
 
 
+def keep_top_k(logits_BTV: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Minus infinity for all logits below the k-th largest; 0: none. Ties with the k-th stay."""
+    if top_k == 0 or top_k >= logits_BTV.shape[-1]:
+        return logits_BTV
+    least_BT1 = logits_BTV.topk(top_k, dim=-1).values[..., -1:]
+    return logits_BTV.masked_fill(logits_BTV < least_BT1, -torch.inf)
+
+
+def keep_top_p(logits_BTV: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Minus infinity for all but the most likely ids that together reach probability `top_p`; 1: none.
+
+    The id that reaches it stays, so the most likely one always does.
+    """
+    if top_p == 1.0:
+        return logits_BTV
+    ordered_BTV, order_BTV = logits_BTV.sort(dim=-1, descending=True, stable=True)
+    probabilities_BTV = torch.softmax(ordered_BTV, dim=-1)
+    before_BTV = probabilities_BTV.cumsum(dim=-1) - probabilities_BTV
+    dropped_BTV = torch.zeros_like(order_BTV, dtype=torch.bool).scatter(-1, order_BTV, before_BTV >= top_p)
+    return logits_BTV.masked_fill(dropped_BTV, -torch.inf)
+
+
 def choose_tokens(
-    logits_BTV: torch.Tensor, temperature: float, generators: list[torch.Generator] | None = None
+    logits_BTV: torch.Tensor,
+    temperature: float,
+    generators: list[torch.Generator] | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> torch.Tensor:
-    """Greedy at temperature 0, else one draw from softmax(logits / temperature), each sample from its own generator."""
+    """Ids (B, T): greedy at temperature 0, else one draw from softmax(logits / temperature) of what top k, then top p
+    leave; each sample from its own generator."""
     if temperature == 0.0:
         return logits_BTV.argmax(-1)
-    probabilities_BTV = torch.softmax(logits_BTV.float() / temperature, dim=-1).cpu()
+    kept_BTV = keep_top_p(keep_top_k(logits_BTV.float() / temperature, top_k), top_p)
+    probabilities_BTV = torch.softmax(kept_BTV, dim=-1).cpu()
     drawn = [
         torch.multinomial(probabilities, 1, generator=generator)[:, 0]
         for probabilities, generator in zip(probabilities_BTV, generators, strict=True)

@@ -17,16 +17,17 @@ from cola_megatron.parallel.parameters import Initializer
 
 
 class KeyValueStore(Protocol):
-    """What attention needs of a cache: it takes the new keys and values and answers with all that may be seen."""
+    """Attention through a cache: it takes the new queries, keys and values, and knows what each query may see."""
 
-    def extend(
-        self, layer: nn.Module, k_SBAD: torch.Tensor, v_SBAD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def attend(
+        self, layer: nn.Module, q_SBAD: torch.Tensor, k_SBAD: torch.Tensor, v_SBAD: torch.Tensor
+    ) -> torch.Tensor:
+        """(S, B, A, D) -> (S, B, A * D), as `attend` below."""
 
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """Where the queries stand and what they see; the same for every layer of a stack."""
+    """Where the queries stand and what they see; the same for every layer of a stack. A cache has its own mask."""
 
     rotary: RotaryTable
     mask: AttentionMask
@@ -88,7 +89,7 @@ class Attention(nn.Module):
             q, k = self._normed(self.query_norm, q), self._normed(self.key_norm, k)
         q, k = self.rotate(q, context.rotary), self.rotate(k, context.rotary)
         if context.cache is not None:
-            k, v = context.cache.extend(self, k, v)
+            return self.output(context.cache.attend(self, q, k, v))
         return self.output(attend(q, k, v, context.mask))
 
     def _normed(self, norm: nn.Module, x_SBAD: torch.Tensor) -> torch.Tensor:

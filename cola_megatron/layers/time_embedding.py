@@ -80,9 +80,10 @@ class Modulation(nn.Module):
             table_TH = copy_to_tensor_model_parallel_region(table_TH, group=self.groups.tensor_group)
         return table_TH
 
-    def look_up(self, table_TH: torch.Tensor, time_index_SB: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The rows of each position, as `parts` tensors (S, B, H)."""
-        return F.embedding(time_index_SB, table_TH).chunk(self.parts, dim=-1)
+    def look_up(self, table_TH: torch.Tensor, time_index_SB: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """The rows of each position, as `parts` tensors (S, B, H); without an index the only row, as (1, H)."""
+        rows = table_TH if time_index_SB is None else F.embedding(time_index_SB, table_TH)
+        return rows.chunk(self.parts, dim=-1)
 
 
 def modulate(normed_SBH: torch.Tensor, shift_SBH: torch.Tensor, scale_SBH: torch.Tensor) -> torch.Tensor:

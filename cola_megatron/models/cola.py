@@ -1,190 +1,257 @@
-"""Cola DLM in training: the Text VAE alone (stage 1), or VAE and DiT jointly (stage 2), as a list of steps.
+"""Cola DLM in training: the Text VAE alone (stage 1), or VAE and DiT jointly (stage 2), as a chain of steps.
 
 Shapes: B batch, W views of each sample stacked along the batch (the text, then its masked view), L tokens, S latents,
 C latent channels, N blocks, H hidden.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
 
 from cola_megatron.config import RunConfig
 from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.models.dit import DiT, two_copy_times
-from cola_megatron.models.steps import Step, run_steps
+from cola_megatron.models.pipelined import PipelinedModel
+from cola_megatron.models.steps import Step
 from cola_megatron.models.text_vae import TextEncoder, TextVAE
 from cola_megatron.objectives import flow_matching, masking, vae
 from cola_megatron.objectives.vae import Posterior
 from cola_megatron.parallel import ProcessGroups
 
 
-class Cola(nn.Module):
-    """All networks of one stage, and its loss.
+class Cola(PipelinedModel):
+    """All networks of one stage of training, and its loss.
 
     Stage 2 holds a frozen copy of the stage-1 encoder as `reference` where `objective.reference_weight` asks for it.
+    Called on a batch (`tokens` (B, L) and the draws of `objectives.randomness.sample_draws`, stacked over B) it
+    returns the loss and its terms; `train_vae=False` leaves the VAE out of the loss and of the graph (frozen, or a
+    frozen step of an interval).
+
+    Args:
+        split: for each stage of the pipeline the number of its steps with parameters; None: all of them are here.
     """
 
-    def __init__(self, config: RunConfig, groups: ProcessGroups):
-        super().__init__()
+    def __init__(self, config: RunConfig, groups: ProcessGroups, split: Sequence[int] | None = None):
+        super().__init__(groups, split)
         self.config = config
-        self.vae = TextVAE(config.model.vocab_size, config.model.vae, groups)
-        self.dit = DiT(config.model.dit, groups) if config.stage == 2 else None
-        self.reference = None
-        if config.uses_reference:
-            self.reference = TextEncoder(config.model.vocab_size, config.model.vae, groups).requires_grad_(False)
-        if config.stage == 2 and config.training.vae_update.mode == "frozen":
-            self.vae.requires_grad_(False)
+        with self.under_construction():
+            self.vae = TextVAE(config.model.vocab_size, config.model.vae, groups)
+            self.dit = DiT(config.model.dit, groups) if config.stage == 2 else None
+            self.reference = None
+            if config.uses_reference:
+                self.reference = TextEncoder(config.model.vocab_size, config.model.vae, groups).requires_grad_(False)
+            if config.stage == 2 and config.training.vae_update.mode == "frozen":
+                self.vae.requires_grad_(False)
+        self.keep_own_stage()
 
-    def forward(self, batch: Mapping[str, torch.Tensor], train_vae: bool = True) -> dict[str, torch.Tensor]:
-        """Loss and its terms for one micro-batch.
-
-        Args:
-            batch: `tokens` (B, L) and the draws of `objectives.randomness.sample_draws`, stacked over B.
-            train_vae: False leaves the VAE out of the loss and of the graph (frozen, or a frozen step of an interval).
-
-        Returns:
-            float32 scalars: `loss`, and each term by name.
-        """
-        state = run_steps(self.steps(train_vae), batch)
-        terms = {name.removeprefix("loss_"): term for name, term in state.items() if name.startswith("loss_")}
-        return {"loss": self._weighted(terms), **{name: term.detach() for name, term in terms.items()}}
+    @property
+    def batch_names(self) -> set[str]:
+        """What every stage finds in its micro-batch."""
+        names = {"tokens", "masked", "posterior_noise"}
+        return names | {"flow_noise", "time", "at_zero", "context_dropped"} if self.dit is not None else names
 
     def steps(self, train_vae: bool = True) -> list[Step]:
-        """The stage's computation in order."""
-        steps = [*self.encode_steps(train_vae)]
-        if self.dit is not None:
-            steps += self.flow_steps()
-        if train_vae:
-            steps += self.decode_steps()
-        return steps
+        """One training pass in order; a part that has no work in it is there as an idle step."""
+        return [
+            *self._views(train_vae),
+            *self.encoder_steps("views", gradient=train_vae),
+            *self._posterior_terms(train_vae),
+            *self.reference_steps(train_vae),
+            *(self._noise_steps() if self.dit is not None else ()),
+            *(self.flow_steps() if self.dit is not None else ()),
+            *(self._flow_term() if self.dit is not None else ()),
+            *self._decoding(train_vae),
+        ]
 
-    def _weighted(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def weights(self) -> dict[str, float]:
         """Stage 1: L_VAE. Stage 2: vae_weight * L_VAE + flow.weight * L_FM + reference_weight * KL(q || q_ref)."""
         objective = self.config.objective
         vae_weight = objective.vae_weight if self.dit is not None else 1.0
-        weights = {
+        return {
             "reconstruction": vae_weight,
             "posterior": vae_weight * objective.vae.beta,
             "mask": vae_weight * objective.vae.mask_weight,
             "flow_matching": objective.flow.weight,
             "reference": objective.reference_weight,
         }
-        return sum(weights[name] * term for name, term in terms.items())
 
-    def encode_steps(self, train_vae: bool) -> Iterator[Step]:
-        """tokens -> latents of all views, and the terms of the posterior."""
-        encoder, config = self.vae.encoder, self.config
-        patch_size, recompute = config.model.vae.patch_size, config.training.activation_checkpointing
-        has_mask_view = train_vae and config.objective.vae.mask_weight > 0
+    # Networks: the steps that hold parameters, in the order of the chain whatever is computed with them.
 
-        def views(tokens_BL: torch.Tensor, masked_BL: torch.Tensor) -> torch.Tensor:
-            return torch.cat((tokens_BL, masking.masked_view(tokens_BL, masked_BL, encoder.mask_token_id)))
+    def encoder_steps(self, tokens: str, gradient: bool = True) -> Iterator[Step]:
+        """Token ids under the name `tokens` -> mean, logvar."""
+        encoder, recompute = self.vae.encoder, self.config.training.activation_checkpointing and gradient
+        context = encoder.context(self.config.latent_length, self.groups.device)
+        mode = (lambda run: run) if gradient else torch.no_grad()
+        part = "vae.encoder."
+        embed = [encoder.embedding, encoder.patch]
+        yield Step(f"{tokens} -> hidden", mode(encoder.embed), part=f"{part}embed", modules=embed)
+        for block in encoder.blocks:
+            yield Step(
+                "hidden -> hidden",
+                mode(lambda x, block=block: block(x, context)),
+                part=f"{part}block",
+                modules=[block],
+                recompute=recompute,
+            )
+        yield Step("hidden -> mean, logvar", mode(encoder.posterior), part=f"{part}head", modules=[encoder.head])
 
-        yield (
-            Step("tokens, masked -> views", views)
-            if has_mask_view
-            else Step("tokens -> views", lambda tokens_BL: tokens_BL)
+    def reference_steps(self, train_vae: bool) -> Iterator[Step]:
+        """KL(q || q_ref): the frozen stage-1 encoder on the text."""
+        if self.reference is None:
+            return
+        if not train_vae:
+            yield Step.idle("reference", [self.reference])
+            return
+        patch_size = self.config.model.vae.patch_size
+        yield Step(
+            "tokens -> reference_mean, reference_logvar",
+            torch.no_grad()(self.reference),
+            part="reference",
+            modules=[self.reference],
         )
-        if train_vae:
-            context = encoder.context(config.latent_length, _device(self))
-            yield Step("views -> hidden", encoder.embed)
-            for block in encoder.blocks:
-                yield Step("hidden -> hidden", lambda x, block=block: block(x, context), recompute=recompute)
-            yield Step("hidden -> mean, logvar", encoder.posterior)
+        yield Step(
+            "mean, logvar, reference_mean, reference_logvar, tokens -> loss_reference",
+            lambda mean, logvar, reference_mean, reference_logvar, tokens: vae.kl_to_reference(
+                _of_the_text(mean, logvar, tokens), Posterior(reference_mean, reference_logvar), patch_size
+            ),
+        )
+
+    def flow_steps(self) -> Iterator[Step]:
+        """two_copies (`[clean copy | noisy copy]`), its times and its context -> velocity of every position."""
+        dit, recompute = self.dit, self.config.training.activation_checkpointing
+        yield Step("distinct_times -> time_hidden", dit.embed_time, part="dit.time", modules=[dit.time_embedding])
+        yield Step("two_copies -> flow_hidden", dit.embed, part="dit.embed", modules=[dit.input])
+        for block in dit.blocks:
+            yield Step(
+                "flow_hidden, time_hidden, time_index, flow_context -> flow_hidden",
+                block,
+                part="dit.block",
+                modules=[block],
+                recompute=recompute,
+            )
+        yield Step(
+            "flow_hidden, time_hidden, time_index -> velocity",
+            dit.velocity,
+            part="dit.head",
+            modules=[dit.output_norm, dit.output_shift_scale, dit.output],
+        )
+
+    def decoder_steps(self, head: Step) -> Iterator[Step]:
+        """latents -> hidden, and then `head`, which holds unpatching, norm and vocabulary."""
+        decoder, recompute = self.vae.decoder, self.config.training.activation_checkpointing
+        context = decoder.context(self.config.latent_length, self.groups.device)
+        yield Step("latents -> hidden", decoder.embed, part="vae.decoder.embed", modules=[decoder.input])
+        for block in decoder.blocks:
+            yield Step(
+                "hidden -> hidden",
+                lambda x, block=block: block(x, context),
+                part="vae.decoder.block",
+                modules=[block],
+                recompute=recompute,
+            )
+        head.part, head.modules = "vae.decoder.head", (decoder.unpatch, decoder.norm, decoder.head)
+        yield head
+
+    # What training computes with them.
+
+    def _has_mask_view(self, train_vae: bool) -> bool:
+        return train_vae and self.config.objective.vae.mask_weight > 0
+
+    def _views(self, train_vae: bool) -> Iterator[Step]:
+        mask_token_id = self.vae.encoder.mask_token_id
+        if self._has_mask_view(train_vae):
+            yield Step(
+                "tokens, masked -> views",
+                lambda tokens_BL, masked_BL: torch.cat(
+                    (tokens_BL, masking.masked_view(tokens_BL, masked_BL, mask_token_id))
+                ),
+            )
         else:
-            yield Step("views -> mean, logvar", torch.no_grad()(encoder))
+            yield Step("tokens -> views", lambda tokens_BL: tokens_BL)
+
+    def _posterior_terms(self, train_vae: bool) -> Iterator[Step]:
+        """The latents of all views, and the regulariser of the posterior."""
+        config, views = self.config, 1 + self._has_mask_view(train_vae)
 
         def sample(mean_SWC: torch.Tensor, logvar_SWC: torch.Tensor | None, noise_BVSC: torch.Tensor) -> torch.Tensor:
-            noise_SWC = noise_BVSC[:, : 1 + has_mask_view].permute(2, 1, 0, 3).flatten(1, 2)
+            noise_SWC = noise_BVSC[:, :views].permute(2, 1, 0, 3).flatten(1, 2)
             return self.vae.to_prior(vae.sample_posterior(Posterior(mean_SWC, logvar_SWC), noise_SWC))
 
         yield Step("mean, logvar, posterior_noise -> latents", sample)
-
-        def of_the_text(mean_SWC: torch.Tensor, logvar_SWC: torch.Tensor | None, tokens_BL: torch.Tensor) -> Posterior:
-            batch = tokens_BL.shape[0]
-            return Posterior(mean_SWC[:, :batch], None if logvar_SWC is None else logvar_SWC[:, :batch])
-
         if train_vae and config.model.vae.variational:
             term = vae.kl_to_standard_normal if config.posterior_term == "kl" else vae.negative_entropy
             yield Step(
                 "mean, logvar, tokens -> loss_posterior",
-                lambda mean, logvar, tokens: term(of_the_text(mean, logvar, tokens), patch_size),
-            )
-        if train_vae and self.reference is not None:
-            yield Step("tokens -> reference_mean, reference_logvar", torch.no_grad()(self.reference))
-            yield Step(
-                "mean, logvar, reference_mean, reference_logvar, tokens -> loss_reference",
-                lambda mean, logvar, reference_mean, reference_logvar, tokens: vae.kl_to_reference(
-                    of_the_text(mean, logvar, tokens), Posterior(reference_mean, reference_logvar), patch_size
-                ),
+                lambda mean, logvar, tokens: term(_of_the_text(mean, logvar, tokens), config.model.vae.patch_size),
             )
 
-    def flow_steps(self) -> Iterator[Step]:
-        """latents -> velocity and the flow-matching loss, in one pass over `[clean copy | noisy copy]`."""
-        dit, length = self.dit, self.config.latent_length
-        clean_length = length - self.config.model.dit.block_size  # nobody sees the last clean block
-        recompute = self.config.training.activation_checkpointing
+    def _noise_steps(self) -> Iterator[Step]:
+        """latents -> `[clean copy | noisy copy]`; the rest follows from the batch alone."""
+        dit, length, clean_length = self.dit, self.config.latent_length, self.clean_length
+        has_dropout = self.config.objective.flow.context_dropout > 0
 
         def noise(
-            latents_SWC: torch.Tensor, z1_BSC: torch.Tensor, time_BN: torch.Tensor, at_zero_BS: torch.Tensor
-        ) -> tuple[torch.Tensor, ...]:
-            z0_SBC = latents_SWC[:, : z1_BSC.shape[0]]
-            z1_SBC, at_zero_SB = z1_BSC.transpose(0, 1), at_zero_BS.t()
+            latents_SWC: torch.Tensor, z1_SBC: torch.Tensor, time_BN: torch.Tensor, at_zero_BS: torch.Tensor
+        ) -> torch.Tensor:
+            z0_SBC = latents_SWC[:, : z1_SBC.shape[1]]
             t_SB = time_BN.repeat_interleave(length // time_BN.shape[1], dim=1).t()
-            zt_SBC = flow_matching.noisy_latents(z0_SBC, z1_SBC, t_SB, at_zero_SB)
-            two_copies = torch.cat((z0_SBC[:clean_length].detach(), zt_SBC))
-            times = two_copy_times(time_BN, length, clean_length, at_zero_BS)
-            return z0_SBC, z1_SBC, two_copies, times.times_T, dit.local_index(times.index_SB)
+            zt_SBC = flow_matching.noisy_latents(z0_SBC, z1_SBC, t_SB, at_zero_BS.t())
+            return torch.cat((z0_SBC[:clean_length].detach(), zt_SBC))
 
-        yield Step("latents, flow_noise, time, at_zero -> z0, z1, two_copies, distinct_times, time_index", noise)
-        yield Step("distinct_times -> time_hidden", dit.embed_time)
-        yield Step("two_copies -> flow_hidden", dit.embed)
+        def times(time_BN: torch.Tensor, at_zero_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            table = two_copy_times(time_BN, length, clean_length, at_zero_BS)
+            return table.times_T, dit.local_index(table.index_SB)
+
+        yield Step("flow_noise -> z1", lambda z1_BSC: z1_BSC.transpose(0, 1))
+        yield Step("latents, z1, time, at_zero -> two_copies", noise)
+        yield Step("time, at_zero -> distinct_times, time_index", times)
+        # One mask for the whole batch unless blocks lose their context.
         yield Step(
-            "two_copies, context_dropped -> flow_context",
-            lambda two_copies, dropped: dit.two_copy_context(
-                # One mask for the whole batch unless blocks lose their context.
-                length,
-                clean_length,
-                dropped if self.config.objective.flow.context_dropout > 0 else None,
-                two_copies.device,
-            ),
-        )
-        for block in dit.blocks:
-            yield Step("flow_hidden, time_hidden, time_index, flow_context -> flow_hidden", block, recompute=recompute)
-        yield Step("flow_hidden, time_hidden, time_index -> velocity", dit.velocity)
-        yield Step(
-            "velocity, z0, z1, at_zero -> loss_flow_matching",
-            lambda velocity, z0, z1, at_zero_BS: flow_matching.flow_matching_loss(
-                velocity[clean_length:], z0, z1, at_zero_BS.t()
+            "context_dropped -> flow_context",
+            lambda dropped_BN: dit.two_copy_context(
+                length, clean_length, dropped_BN if has_dropout else None, dropped_BN.device
             ),
         )
 
-    def decode_steps(self) -> Iterator[Step]:
+    def _flow_term(self) -> Iterator[Step]:
+        clean_length = self.clean_length
+        yield Step(
+            "velocity, latents, z1, at_zero -> loss_flow_matching",
+            lambda velocity, latents_SWC, z1_SBC, at_zero_BS: flow_matching.flow_matching_loss(
+                velocity[clean_length:], latents_SWC[:, : z1_SBC.shape[1]], z1_SBC, at_zero_BS.t()
+            ),
+        )
+
+    def _decoding(self, train_vae: bool) -> Iterator[Step]:
         """latents of all views -> logits, the reconstruction and the mask loss."""
-        decoder, config = self.vae.decoder, self.config
-        recompute = config.training.activation_checkpointing
-        context = decoder.context(config.latent_length, _device(self))
+        decoder = self.vae.decoder
+        if not train_vae:
+            for step in self.decoder_steps(Step("hidden -> logits", decoder.logits)):
+                yield Step.idle(step.part, step.modules)
+            return
 
         def token_nll(logits_TWV: torch.Tensor, tokens_BL: torch.Tensor) -> torch.Tensor:
             views = logits_TWV.shape[1] // tokens_BL.shape[0]
             return token_cross_entropy(logits_TWV, tokens_BL.t().repeat(1, views))
 
-        yield Step("latents -> hidden", decoder.embed)
-        for block in decoder.blocks:
-            yield Step("hidden -> hidden", lambda x, block=block: block(x, context), recompute=recompute)
-        yield Step("hidden -> logits", decoder.logits)
+        yield from self.decoder_steps(Step("hidden -> logits", decoder.logits))
         yield Step("logits, tokens -> nll", token_nll)
         yield Step(
             "nll, tokens -> loss_reconstruction",
             lambda nll_TW, tokens_BL: vae.reconstruction_loss(nll_TW[:, : tokens_BL.shape[0]]),
         )
-        if config.objective.vae.mask_weight > 0:
+        if self._has_mask_view(train_vae):
             yield Step(
                 "nll, masked, tokens -> loss_mask",
                 lambda nll_TW, masked_BL, tokens_BL: masking.mask_loss(nll_TW[:, tokens_BL.shape[0] :], masked_BL),
             )
 
+    @property
+    def clean_length(self) -> int:
+        """Positions of the clean copy: nobody sees its last block."""
+        return self.config.latent_length - self.config.model.dit.block_size
 
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+
+def _of_the_text(mean_SWC: torch.Tensor, logvar_SWC: torch.Tensor | None, tokens_BL: torch.Tensor) -> Posterior:
+    batch = tokens_BL.shape[0]
+    return Posterior(mean_SWC[:, :batch], None if logvar_SWC is None else logvar_SWC[:, :batch])

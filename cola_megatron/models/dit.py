@@ -24,10 +24,10 @@ from cola_megatron.parallel.megatron import gather_from_sequence_parallel_region
 
 
 class TimeTable(NamedTuple):
-    """The distinct times of a batch and where each position finds its own."""
+    """The distinct times of a batch and where each position finds its own; no index: all share the only one."""
 
     times_T: torch.Tensor
-    index_SB: torch.Tensor
+    index_SB: torch.Tensor | None
 
 
 class Modulations(NamedTuple):
@@ -132,9 +132,9 @@ class DiT(nn.Module):
         """silu of the time embedding, (T,) -> (T, 1, H): every modulation reads it."""
         return F.silu(self.time_embedding(times_T))
 
-    def local_index(self, index_SB: torch.Tensor) -> torch.Tensor:
+    def local_index(self, index_SB: torch.Tensor | None) -> torch.Tensor | None:
         """The rows of `index_SB` that belong to this rank's part of the sequence."""
-        if not self.groups.sequence_parallel:
+        if index_SB is None or not self.groups.sequence_parallel:
             return index_SB
         return index_SB.chunk(self.groups.tensor_parallel_size)[self.groups.tensor_parallel_rank]
 

@@ -8,9 +8,12 @@ from cola_megatron.parallel.parameters import (
     mark_parameter,
     sum_partial_gradients,
 )
+from cola_megatron.parallel.peer_watch import PeerWatch, RankLost
 
 __all__ = [
+    "PeerWatch",
     "ProcessGroups",
+    "RankLost",
     "gather_state_dict",
     "initialize_parallel",
     "initialize_parameters",

@@ -22,11 +22,18 @@ class ProcessGroups:
 
     tensor_parallel_size: int
     tensor_parallel_rank: int
+    pipeline_parallel_size: int
+    pipeline_parallel_rank: int
+    """The stage of the pipeline that this process computes."""
     data_parallel_size: int
     data_parallel_rank: int
     sequence_parallel: bool
     device: torch.device
     tensor_group: dist.ProcessGroup = field(repr=False)
+    pipeline_group: dist.ProcessGroup = field(repr=False)
+    """The stages of one replica (with the same tensor-parallel rank), in order."""
+    replica_group: dist.ProcessGroup = field(repr=False)
+    """The ranks that together hold one replica: its stages times their tensor-parallel ranks."""
     data_group: dist.ProcessGroup = field(repr=False)
     layer_config: ModelParallelConfig = field(repr=False)
     replicated_input_config: ModelParallelConfig = field(repr=False)
@@ -51,20 +58,24 @@ class ProcessGroups:
         if self.world_size > 1:
             dist.barrier()
 
-    def mean_over_data_parallel(self, values_N: torch.Tensor) -> torch.Tensor:
-        """Mean of a small tensor over the data-parallel ranks (in float64, so that the order does not show)."""
-        if self.data_parallel_size == 1:
-            return values_N.double()
+    def sum_over_stages_and_replicas(self, values_N: torch.Tensor) -> torch.Tensor:
+        """Sum of a small tensor over pipeline stages and data-parallel ranks, alike on every rank.
+
+        In float64, so that the order of the terms does not show.
+        """
         total_N = values_N.double()
-        # gloo reduces float64; nccl does as well.
-        dist.all_reduce(total_N, group=self.data_group)
-        return total_N / self.data_parallel_size
+        if self.pipeline_parallel_size > 1:
+            dist.all_reduce(total_N, group=self.pipeline_group)
+        if self.data_parallel_size > 1:
+            dist.all_reduce(total_N, group=self.data_group)
+        return total_N
 
 
 def initialize_parallel(
     tensor_parallel_size: int = 1,
     sequence_parallel: bool = False,
     timeout_minutes: float = 30.0,
+    pipeline_parallel_size: int = 1,
 ) -> ProcessGroups:
     """Joins the job and builds its groups.
 
@@ -73,23 +84,37 @@ def initialize_parallel(
     the same sizes and returns an equal object.
 
     Raises:
-        ConfigError: the world size is not divisible by the tensor-parallel size, or the groups exist with others.
+        ConfigError: the world size is not divisible by the tensor- times the pipeline-parallel size, or the groups
+            exist with other sizes.
     """
+    if tensor_parallel_size > 1:
+        # One queue keeps collectives and kernels in the order of their launch, which megatron-core's overlap relies on.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = _local_device()
     if not dist.is_initialized():
         _join_job(device, timedelta(minutes=timeout_minutes))
     world_size = dist.get_world_size()
-    if world_size % tensor_parallel_size:
+    replica_size = tensor_parallel_size * pipeline_parallel_size
+    if world_size % replica_size:
         raise ConfigError(
-            f"parallel.tensor_parallel_size={tensor_parallel_size} does not divide the {world_size} processes of this "
-            f"job; start a multiple of {tensor_parallel_size} processes"
+            f"parallel.tensor_parallel_size={tensor_parallel_size} times parallel.pipeline_parallel_size="
+            f"{pipeline_parallel_size} does not divide the {world_size} processes of this job; start a multiple of "
+            f"{replica_size} processes"
         )
     if not parallel_state.is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel_size)
-    elif parallel_state.get_tensor_model_parallel_world_size() != tensor_parallel_size:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor_parallel_size,
+            pipeline_model_parallel_size=pipeline_parallel_size,
+            distributed_timeout_minutes=timeout_minutes,
+        )
+    sizes = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    if sizes != (tensor_parallel_size, pipeline_parallel_size):
         raise ConfigError(
-            f"this process already runs with tensor_parallel_size="
-            f"{parallel_state.get_tensor_model_parallel_world_size()}, not {tensor_parallel_size}"
+            f"this process already runs with tensor_parallel_size={sizes[0]} and pipeline_parallel_size={sizes[1]}, "
+            f"not {tensor_parallel_size} and {pipeline_parallel_size}"
         )
     sequence_parallel = sequence_parallel and tensor_parallel_size > 1
 
@@ -106,11 +131,15 @@ def initialize_parallel(
     return ProcessGroups(
         tensor_parallel_size=tensor_parallel_size,
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_parallel_size=pipeline_parallel_size,
+        pipeline_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         sequence_parallel=sequence_parallel,
         device=device,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
+        pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
+        replica_group=parallel_state.get_model_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
         layer_config=layer_config(sequence_parallel),
         replicated_input_config=layer_config(False),

@@ -21,6 +21,11 @@ with warnings.catch_warnings():
         vocab_parallel_cross_entropy,
     )
 
+# torch 2.13 renames two collectives that megatron-core calls by their old names in every step.
+warnings.filterwarnings(
+    "ignore", r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated", FutureWarning
+)
+
 __all__ = [
     "ColumnParallelLinear",
     "ModelParallelConfig",

@@ -2,9 +2,28 @@
 
 Counted are the matrices, the attention scores that the masks keep, and nothing elementwise. Recomputation is not
 counted: it is a way of running, not of the model.
+
+`chain_parts` (in `scaling/parts.py`) is the one place where the model's parameters and multiply-adds are written down;
+`stage_costs` makes of it the costs by which a pipeline is balanced.
 """
 
-from cola_megatron.config import DiTConfig, RunConfig, VAEConfig
+from cola_megatron.config import RunConfig
+from cola_megatron.scaling.hardware import GPUS, Efficiency
+from cola_megatron.scaling.parts import Part, chain_parts
+
+# Share of the peak that a whole micro-batch reaches, elementwise work included: what the byte rates compare with.
+TYPICAL_MFU = 0.35
+
+__all__ = [
+    "Part",
+    "chain_parts",
+    "paper_nominal_flops",
+    "parameter_step_cost",
+    "stage_costs",
+    "training_flops",
+    "training_flops_per_sample",
+    "vae_step_counts",
+]
 
 
 def paper_nominal_flops(backbone_parameters: float, tokens: int) -> float:
@@ -14,22 +33,20 @@ def paper_nominal_flops(backbone_parameters: float, tokens: int) -> float:
 
 def training_flops_per_sample(config: RunConfig, train_vae: bool = True) -> float:
     """FLOPs of one sample through one optimiser step of the config's stage."""
-    vae, latents = config.model.vae, config.latent_length
-    encoder = encoder_macs(vae, latents)
-    if not train_vae:
-        forward_only, trained = encoder, 0.0
-    else:
-        views = 2 if config.objective.vae.mask_weight > 0 else 1
-        forward_only = encoder if config.uses_reference else 0.0
-        trained = views * (encoder + decoder_macs(vae, config.model.vocab_size, latents))
-    if config.stage == 2:
-        times = latents // config.model.dit.block_size if config.objective.flow.time.per == "block" else 1
-        trained += two_copy_macs(config.model.dit, latents, times)
-    return 2.0 * (forward_only + 3.0 * trained)
+    return sum(part.flops for part in chain_parts(config, train_vae))
 
 
 def training_flops(config: RunConfig, steps: int) -> float:
     """FLOPs of the first `steps` optimiser steps, frozen steps counted as such."""
+    joint, frozen = vae_step_counts(config, steps)
+    per_sample = joint * training_flops_per_sample(config, True)
+    if frozen:
+        per_sample += frozen * training_flops_per_sample(config, False)
+    return config.training.global_batch_size * per_sample
+
+
+def vae_step_counts(config: RunConfig, steps: int) -> tuple[int, int]:
+    """How many of the first `steps` steps train the VAE, and how many do not."""
     update = config.training.vae_update
     if config.stage == 1 or update.mode == "joint":
         joint = steps
@@ -38,46 +55,47 @@ def training_flops(config: RunConfig, steps: int) -> float:
     else:
         period = update.joint_steps + update.frozen_steps
         joint = steps // period * update.joint_steps + min(steps % period, update.joint_steps)
-    per_sample = joint * training_flops_per_sample(config, True)
-    if steps > joint:
-        per_sample += (steps - joint) * training_flops_per_sample(config, False)
-    return config.training.global_batch_size * per_sample
+    return joint, steps - joint
 
 
-def encoder_macs(config: VAEConfig, latents: int) -> float:
-    """Multiply-adds of one sequence through the encoder."""
-    width = config.hidden_size
-    outputs = (2 if config.variational else 1) * config.latent_dim
-    ends = latents * (config.patch_size * width * width + width * outputs)
-    return ends + config.encoder_layers * _text_block_macs(config, latents)
+def parameter_step_cost(config: RunConfig, data_parallel_size: int) -> float:
+    """What one trained parameter costs in one optimiser step, in FLOP-equivalents.
+
+    Bytes that the step moves, times the FLOPs that the device does meanwhile:
+
+    * memory: read master weight, gradient and two moments and write all but the gradient, all float32 (28 bytes),
+      write the compute copy (6 bytes with its reading), read the gradient for its norm and scale it by the clip (12
+      bytes): 46 bytes; and in every micro-batch add the gradient to its float32 sum and clear it (12 bytes);
+    * links: a ring all-reduce of the gradient and an all-gather of the weight in the compute type (three times its
+      size), times (replicas - 1) / replicas, over the network ports of a node.
+
+    The rates are those of an H100 with the assumed efficiencies: a balance asks for ratios only.
+    """
+    gpu, efficiency = GPUS["h100"], Efficiency()
+    flops = gpu.bf16_flops * TYPICAL_MFU
+    e, training = 2 if config.training.precision == "bf16" else 4, config.training
+    micro_batches = training.global_batch_size / (training.micro_batch_size * data_parallel_size)
+    memory = (46 + 12 * micro_batches) * flops / (gpu.memory_bandwidth * efficiency.memory)
+    node = min(gpu.node_bandwidth, 8 * gpu.network_bandwidth)
+    links = 3 * e * flops / (node * efficiency.link)
+    return memory + links * (data_parallel_size - 1) / data_parallel_size
 
 
-def decoder_macs(config: VAEConfig, vocab_size: int, latents: int) -> float:
-    """Multiply-adds of one sequence through the decoder and the vocabulary head."""
-    width, patch = config.hidden_size, config.patch_size
-    ends = latents * (config.latent_dim * width + patch * width * width + patch * width * vocab_size)
-    return ends + config.decoder_layers * _text_block_macs(config, latents)
+def stage_costs(config: RunConfig, data_parallel_size: int = 1) -> list[float]:
+    """Cost of each part of `chain_parts`, in FLOP-equivalents per sample, for `parallel.split.balance`.
 
-
-def two_copy_macs(config: DiTConfig, latents: int, distinct_times: int) -> float:
-    """Multiply-adds of one sequence through `[clean | noisy]`; modulations once per distinct time."""
-    width, inner, block = config.hidden_size, config.num_attention_heads * config.head_dim, config.block_size
-    clean = latents - block
-    matrices = (clean + latents) * (4 * width * inner + 2 * width * config.ffn_hidden_size)
-    blocks, clean_blocks = latents // block, clean // block
-    clean_pairs = block * block * clean_blocks * (clean_blocks + 1) / 2
-    noisy_pairs = block * block * (blocks * (blocks - 1) / 2 + blocks)
-    attention = 2 * inner * (clean_pairs + noisy_pairs)
-    modulation = 6 * width * width * distinct_times
-    time_embedding = distinct_times * (config.time_embedding_dim * width + 2 * width * width)
-    ends = (clean + latents) * config.latent_dim * width + latents * width * config.latent_dim
-    ends += 2 * width * width * distinct_times
-    return config.num_layers * (matrices + attention + modulation) + time_embedding + ends
-
-
-def _text_block_macs(config: VAEConfig, latents: int) -> float:
-    width, block = config.hidden_size, config.block_size
-    blocks = latents / block
-    pairs = block * block * blocks * (blocks + 1) / 2
-    matrices = latents * (4 * width * width + 1.5 * width * config.ffn_hidden_size)
-    return matrices + 2 * width * pairs
+    FLOPs, plus `parameter_step_cost` for each trained parameter, divided over the samples that one replica contributes
+    to an optimiser step: global_batch_size / data_parallel_size. With `vae_update.mode=interval` the FLOPs are the mean
+    over one period.
+    """
+    samples = config.training.global_batch_size / data_parallel_size
+    update = config.training.vae_update
+    joint, frozen = vae_step_counts(config, update.joint_steps + update.frozen_steps)
+    trained = chain_parts(config, True) if joint else chain_parts(config, False)
+    still = chain_parts(config, False) if frozen else trained
+    per_parameter = parameter_step_cost(config, data_parallel_size) / samples
+    return [
+        (joint * first.flops + frozen * second.flops) / (joint + frozen)
+        + (first.parameters * per_parameter if first.backward else 0.0)
+        for first, second in zip(trained, still, strict=True)
+    ]

@@ -1,31 +1,41 @@
 """Checkpoints: written beside, moved into place when complete, found again, refused when they do not fit.
 
     checkpoints/step_00000200/
-        state.json            step, samples seen, config, layout, data fingerprint, versions, files with their sizes
-        weights.safetensors   whole float32 tensors by name: what export, evaluation, stage 2 and notebooks read
-        engine/               DeepSpeed's state, one set of files per rank: what resuming reads
+        state.json    step, samples seen, config, layout, data fingerprint, versions, files with their sizes
+        tensors/      weights and moments of AdamW in float32, by name: see `sharded_tensors`
 
-Randomness and data order are pure functions of (seed, step), so `step` is their state.
+A checkpoint belongs to no layout: tensors are whole whoever wrote them, and every process reads its own part. Resuming
+reads all of them; export, evaluation, stage 2 and notebooks read the weights. Randomness and data order are pure
+functions of (seed, step), so `step` is their state and the counter of AdamW.
 """
 
 import json
-import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from torch import nn
 
 from cola_megatron.config import RunConfig, resolve_config
-from cola_megatron.errors import UserError
-from cola_megatron.interop.tensor_files import write_tensors
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.training.engine import Engine
+from cola_megatron.training.engine_state import WEIGHTS, pieces_to_load, pieces_to_save, weight_pieces
+from cola_megatron.training.sharded_tensors import (
+    CheckpointError,
+    StoredTensors,
+    Written,
+    flush,
+    write_index,
+    write_pieces,
+)
 from cola_megatron.training.versions import versions
 
-ENGINE, WEIGHTS, STATE = "engine", "weights.safetensors", "state.json"
+STATE, TENSORS = "state.json", "tensors"
+T = TypeVar("T")
 
 # May differ between a checkpoint and the run that resumes it: they change how a run is run, not what it computes.
 FREE_KEYS = (
@@ -33,9 +43,7 @@ FREE_KEYS = (
     "runs_folder",
     "data.path",
     "data.verify",
-    "parallel.timeout_minutes",
-    "parallel.reduce_bucket_size",
-    "parallel.overlap_communication",
+    "parallel",
     "training.steps",
     "training.stop_after",
     "training.micro_batch_size",
@@ -47,10 +55,6 @@ FREE_KEYS = (
     "training.checkpoint",
     "training.log",
 )
-
-
-class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that is missing, damaged, or of another config; one line with the cure."""
 
 
 def checkpoints_folder(run_folder: Path) -> Path:
@@ -76,41 +80,42 @@ def save_checkpoint(engine: Engine, step: int, data_fingerprint: str, groups: Pr
     config = engine.config
     folder = checkpoints_folder(config.run_folder)
     final, unfinished = folder / f"step_{step:08d}", folder / f".saving_step_{step:08d}"
-    weights = engine.whole_weights()
+
+    def begin() -> None:
+        for leftover in folder.glob(".saving_*"):
+            shutil.rmtree(leftover)
+        (unfinished / TENSORS).mkdir(parents=True)
+
+    def write() -> list[Written]:
+        return write_pieces(unfinished / TENSORS, f"rank_{groups.rank:05d}", pieces_to_save(engine, step))
+
+    def finish() -> None:
+        write_index(unfinished / TENSORS, [piece for pieces in parts for piece in pieces])
+        write_state(unfinished, _state(config, step, data_fingerprint, groups))
+        if final.exists():
+            shutil.rmtree(final)
+        unfinished.rename(final)
+        flush(folder)
+        _prune(folder, config.training.checkpoint.keep_last)
+
     try:
-        if groups.is_main:
-            for leftover in folder.glob(".saving_*"):
-                shutil.rmtree(leftover)
-            unfinished.mkdir(parents=True)
-            write_tensors(unfinished / WEIGHTS, weights)
-        groups.barrier()
-        engine.save(unfinished, ENGINE)
-        groups.barrier()
-        if groups.is_main:
-            for script in unfinished.glob("zero_to_*.py"):
-                script.unlink()  # DeepSpeed's recovery scripts; weights.safetensors is what they would recover
-            state = _state(config, step, data_fingerprint, groups, unfinished)
-            (unfinished / STATE).write_text(json.dumps(state, indent=1) + "\n")
-            _flush_to_disk(unfinished)
-            if final.exists():
-                shutil.rmtree(final)
-            unfinished.rename(final)
-            _flush_entry(folder)
-            _prune(folder, config.training.checkpoint.keep_last)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
+        _together(groups, begin if groups.is_main else None)
+        parts = _together(groups, write)
+        _together(groups, finish if groups.is_main else None)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"{final}: the checkpoint could not be written ({error}); the one before stays good: "
+            f"{final}: the checkpoint could not be written ({reason}); the one before stays good: "
             "see that the disk has space, and run again"
         ) from error
-    groups.barrier()
     return final
 
 
-def check_checkpoint(checkpoint: Path, config: RunConfig, data_fingerprint: str, groups: ProcessGroups) -> int:
+def check_checkpoint(checkpoint: Path, config: RunConfig, data_fingerprint: str) -> int:
     """Whether a run of this config can go on from a checkpoint; returns the number of steps done.
 
     Raises:
-        CheckpointError: another config (the message names the keys), another layout, other data, or missing files.
+        CheckpointError: another config (the message names the keys), other data, or missing files.
     """
     state = read_state(checkpoint)
     differing = differing_keys(state["config"], config.model_dump(mode="json"))
@@ -120,9 +125,6 @@ def check_checkpoint(checkpoint: Path, config: RunConfig, data_fingerprint: str,
             + "; ".join(f"{key} was {old!r}, now {new!r}" for key, old, new in differing)
             + "; give the old values, or another name= for a new run"
         )
-    layout = _layout(groups)
-    if state["layout"] != layout:
-        raise CheckpointError(f"{checkpoint} was written by {state['layout']}, this job has {layout}; start it alike")
     if state["data_fingerprint"] != data_fingerprint:
         raise CheckpointError(f"{checkpoint} was trained on other shards than those in data.path={config.data.path}")
     for name, size in state["files"].items():
@@ -132,22 +134,43 @@ def check_checkpoint(checkpoint: Path, config: RunConfig, data_fingerprint: str,
     return state["step"]
 
 
-def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
-    """Restores an engine from a checkpoint that `check_checkpoint` let pass."""
-    engine.load(checkpoint, ENGINE)
+def load_weights(module: nn.Module, checkpoint: Path, groups: ProcessGroups, prefix: str = "") -> None:
+    """Fills a module, or this rank's part of one, that no engine has taken over yet; all ranks call it.
+
+    Args:
+        prefix: what the names in the checkpoint have before those in the module: "vae." for a VAE alone.
+
+    Raises:
+        CheckpointError: missing or damaged files, or another model; on every rank.
+    """
+    _together(groups, lambda: StoredTensors(checkpoint / TENSORS).fill(weight_pieces(module, groups, prefix)))
+
+
+def load_optimizer(engine: Engine, checkpoint: Path) -> None:
+    """Gives an engine over a model from `load_weights` the exact float32 masters and the optimiser's state.
+
+    Raises:
+        CheckpointError: missing or damaged files; on every rank.
+    """
+
+    def load() -> None:
+        steps = read_state(checkpoint)["step"]
+        StoredTensors(checkpoint / TENSORS).fill(pieces_to_load(engine, steps))
+
+    _together(engine.groups, load)
 
 
 def read_weights(checkpoint: Path) -> tuple[RunConfig, dict[str, torch.Tensor]]:
-    """The config and the whole float32 tensors of a checkpoint, without an engine.
+    """The config and the whole float32 weights of a checkpoint but the reference encoder's, without an engine.
 
     Raises:
         CheckpointError: missing or damaged files.
     """
-    state = read_state(checkpoint)
-    path = checkpoint / WEIGHTS
-    if not path.is_file() or path.stat().st_size != state["files"][WEIGHTS]:
-        raise CheckpointError(f"{path} is missing or cut short")
-    return resolve_config(state["config"]), load_file(path)
+    config, stored = resolve_config(read_state(checkpoint)["config"]), StoredTensors(checkpoint / TENSORS)
+    names = [name for name in stored.shapes if name.startswith(WEIGHTS)]
+    return config, {
+        name.removeprefix(WEIGHTS): stored.read(name) for name in names if not name.startswith(f"{WEIGHTS}reference.")
+    }
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -168,6 +191,15 @@ def require_checkpoint(run_folder: Path) -> Path:
     return checkpoint
 
 
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Completes a checkpoint whose other files are there with state.json, which also gets their sizes."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    (folder / STATE).write_text(json.dumps({**state, "files": sizes}, indent=1) + "\n")
+    flush(folder / STATE)
+    flush(folder)
+
+
 def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     """(key, old, new) where two plain config trees differ outside `FREE_KEYS`."""
     found = []
@@ -182,34 +214,20 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
     return found
 
 
-def _state(config: RunConfig, step: int, data_fingerprint: str, groups: ProcessGroups, folder: Path) -> dict[str, Any]:
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+def _state(config: RunConfig, step: int, data_fingerprint: str, groups: ProcessGroups) -> dict[str, Any]:
     return {
         "step": step,
         "samples_seen": step * config.training.global_batch_size,
-        "layout": _layout(groups),
+        "layout": {
+            "tensor_parallel": groups.tensor_parallel_size,
+            "pipeline_parallel": groups.pipeline_parallel_size,
+            "data_parallel": groups.data_parallel_size,
+            "zero_stage": config.parallel.zero_stage,
+        },
         "data_fingerprint": data_fingerprint,
         "versions": versions(),
-        "files": files,
         "config": config.model_dump(mode="json"),
     }
-
-
-def _layout(groups: ProcessGroups) -> dict[str, int]:
-    return {"tensor_parallel": groups.tensor_parallel_size, "data_parallel": groups.data_parallel_size}
-
-
-def _flush_to_disk(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _flush_entry(path)
-
-
-def _flush_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _prune(folder: Path, keep_last: int) -> None:
@@ -221,3 +239,29 @@ def _checkpoints(folder: Path) -> list[Path]:
     """In order of steps; other names (`step_00000200.bak`, ...) are the user's own and are left alone."""
     found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def _together(groups: ProcessGroups, work: Callable[[], T] | None) -> list[T]:
+    """Runs `work` on every rank (None: nothing to do on this one).
+
+    Returns:
+        the results of all ranks, on the main process; elsewhere nothing.
+
+    Raises:
+        Exception: what `work` raised; on the other ranks a CheckpointError with the same message.
+    """
+    result = failure = None
+    try:
+        result = work() if work is not None else None
+    except Exception as error:  # raised again below, when all ranks know of it
+        failure = error
+    answers = [None] * groups.world_size if groups.is_main else None
+    message = None if failure is None else (str(failure) or type(failure).__name__).splitlines()[0]
+    dist.gather_object((result, message), answers)
+    first = [next((message for _, message in answers if message is not None), None)] if groups.is_main else [None]
+    dist.broadcast_object_list(first)
+    if failure is not None:
+        raise failure
+    if first[0] is not None:
+        raise CheckpointError(first[0])
+    return [result for result, _ in answers] if groups.is_main else []

@@ -1,16 +1,18 @@
 """One optimiser step on DeepSpeed: ZeRO 0 to 3, accumulation, clipping, mixed precision."""
 
 import logging
+from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from cola_megatron.config import RunConfig
-from cola_megatron.parallel import ProcessGroups, gather_state_dict, sum_partial_gradients
+from cola_megatron.parallel import ProcessGroups, sum_partial_gradients
 from cola_megatron.parallel.deepspeed_grid import DeepSpeedGrid
+from cola_megatron.parallel.pipeline import Neighbours, SeedGradients, Tensors, one_forward_one_backward
 from cola_megatron.training.batches import micro_batches_per_step
+from cola_megatron.training.engine_state import frozen_weights
 from cola_megatron.training.optimizer import build_optimizer, learning_rate, set_learning_rates
 
 
@@ -27,9 +29,10 @@ class Engine:
         self.config, self.groups = config, groups
         self.accumulation = micro_batches_per_step(config, groups.data_parallel_size)
         sum_partial_gradients(model, groups)
+        self.frozen = frozen_weights(model, groups)
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, config),
+            optimizer=build_optimizer(model, config, groups),
             config=deepspeed_config(config, groups, self.accumulation),
             mpu=DeepSpeedGrid,
             dist_init_required=False,
@@ -45,76 +48,96 @@ class Engine:
 
         Returns:
             the loss and its terms, averaged over the global batch, `gradient_norm` (before clipping) and
-            `learning_rate`.
+            `learning_rate`; alike on every rank.
         """
         training = self.config.training
-        train_vae = self.config.stage == 1 or training.vae_update.trains_at(step)
+        mode = {"train_vae": self.config.stage == 1 or training.vae_update.trains_at(step)}
         rate = learning_rate(training, step)
-        set_learning_rates(self.deepspeed.optimizer.param_groups, rate, train_vae)
-        sums: dict[str, torch.Tensor] = {}
-        for _ in range(self.accumulation):
-            terms = self.deepspeed(next(batches), train_vae=train_vae)
-            self.deepspeed.backward(terms["loss"])
-            if self.deepspeed.is_gradient_accumulation_boundary():
-                if not train_vae:
-                    self._clear_stale_vae_gradients()
-                gradient_norm = self._clip_without_zero()
-            self.deepspeed.step()
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0.0) + term.detach().float()
-        means = self.groups.mean_over_data_parallel(torch.stack(list(sums.values())) / self.accumulation)
-        metrics = dict(zip(sums, means.tolist(), strict=True))
+        set_learning_rates(self.deepspeed.optimizer.param_groups, rate, **mode)
+        names = ["loss", *self.model.term_names(**mode)]
+        stage = self.model.stage(**mode)
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.groups.device)
+        losses: deque[torch.Tensor] = deque()
+
+        def forward(taken: Tensors) -> Tensors:
+            outputs = self.deepspeed(next(batches), taken, **mode)
+            losses.append(outputs["loss"])
+            for index, name in enumerate(names):
+                if name in outputs:
+                    sums[index] += outputs[name].detach()
+            return {name: outputs[name] for name in stage.hands_on}
+
+        def backward(taken: Tensors, handed_on: Tensors, gradients: Tensors) -> Tensors:
+            outputs = [handed_on[name] for name in gradients]
+            self.deepspeed.backward(self._scalar(losses.popleft(), outputs, list(gradients.values())))
+            if not self.deepspeed.is_gradient_accumulation_boundary():
+                self.deepspeed.step()  # counts the micro-batch; the update waits until every stage has its gradients
+            return {
+                name: torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+                for name, tensor in taken.items()
+                if tensor.requires_grad
+            }
+
+        neighbours = Neighbours(self.groups, stage.takes, stage.hands_on)
+        one_forward_one_backward(neighbours, self.accumulation, forward, backward)
+        self._complete_gradients(**mode)
+        gradient_norm = self._clip_without_zero()
+        self.deepspeed.step()
+        means = self.groups.sum_over_stages_and_replicas(sums) / (self.accumulation * self.groups.data_parallel_size)
+        metrics = dict(zip(names, means.tolist(), strict=True))
         metrics["gradient_norm"] = float(self.deepspeed.get_global_grad_norm() or gradient_norm)
         metrics["learning_rate"] = rate
         return metrics
 
+    def _scalar(self, loss: torch.Tensor, outputs: list[torch.Tensor], gradients: list[torch.Tensor]) -> torch.Tensor:
+        """What DeepSpeed runs backward from: this stage's loss, and the gradients that came from the stage behind."""
+        if not loss.requires_grad and not outputs:
+            # A stage without work in this pass still takes part in the update.
+            first = next(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+            return 0.0 * first.sum()
+        return SeedGradients.apply(loss, gradients, *outputs)
+
     def _clip_without_zero(self) -> float:
-        """Clips where there is no ZeRO and returns the norm before: DeepSpeed's own clipping does not keep it."""
+        """Clips where there is no ZeRO and returns the norm before; DeepSpeed's own counts one stage only."""
         if self.config.parallel.zero_stage > 0:
             return 0.0
-        from deepspeed.runtime.utils import clip_grad_norm_
+        gradients = [(parameter, parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
+        squares = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        for parameter, gradient in gradients:
+            if parameter.tensor_model_parallel or self.groups.tensor_parallel_rank == 0:
+                squares += gradient.square().sum()
+        torch.distributed.all_reduce(squares, group=self.groups.replica_group)
+        norm = float(squares.sqrt())
+        scale = self.config.training.optimizer.clip / (norm + 1e-6)  # as ZeRO does it
+        if scale < 1:
+            for _, gradient in gradients:
+                gradient.mul_(scale)
+        return norm
 
-        return float(clip_grad_norm_(self.model.parameters(), self.config.training.optimizer.clip, mpu=DeepSpeedGrid))
+    def _complete_gradients(self, train_vae: bool) -> None:
+        """A VAE that is left out of this step has gradient 0, in the norm and in the moments, under every ZeRO stage.
 
-    def _clear_stale_vae_gradients(self) -> None:
-        """ZeRO 3 keeps the last gradient of a parameter that got none; it would count in the norm and the moments."""
-        if self.config.parallel.zero_stage < 3:
+        Without ZeRO AdamW would skip it; ZeRO 3 would keep its last gradient.
+        """
+        if train_vae or self.config.parallel.zero_stage not in (0, 3):
             return
         from deepspeed.utils import safe_set_local_grad
 
         for parameter in self.model.vae.parameters():
-            if parameter.requires_grad:
+            if not parameter.requires_grad:
+                continue
+            if self.config.parallel.zero_stage == 0:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
                 safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor, dtype=torch.float32))
-
-    def save(self, folder: Path, tag: str) -> None:
-        """Writes parameters and optimiser state, every rank its part."""
-        self.deepspeed.save_checkpoint(str(folder), tag=tag, save_latest=False)
-
-    def load(self, folder: Path, tag: str) -> None:
-        """Reads what `save` wrote under the same layout."""
-        self.deepspeed.load_checkpoint(str(folder), tag=tag)
-
-    def whole_weights(self) -> dict[str, torch.Tensor]:
-        """Whole float32 tensors of all parameters but the reference encoder's, on the main process (a collective).
-
-        A frozen network has no master copy: under bf16 it comes out in the precision in which it is used.
-        """
-        from deepspeed.runtime.zero import GatheredParameters
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        def master_copy(parameter: nn.Parameter) -> torch.Tensor:
-            if parameter.requires_grad and self.config.parallel.zero_stage > 0:
-                return safe_get_full_fp32_param(parameter)
-            with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                return parameter.detach().clone()
-
-        networks = {name: child for name, child in self.model.named_children() if name != "reference"}
-        return gather_state_dict(nn.ModuleDict(networks), self.groups, master_copy, keep=self.groups.is_main)
 
 
 def deepspeed_config(config: RunConfig, groups: ProcessGroups, accumulation: int) -> dict:
     """DeepSpeed's own config, written from ours; nothing in it is left to DeepSpeed's defaults that matters."""
     training, parallel = config.training, config.parallel
+    on_cuda, offload = groups.device.type == "cuda", {}
+    if parallel.offload_optimizer:
+        offload = {"offload_optimizer": {"device": "cpu", "pin_memory": on_cuda}}
     return {
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -125,9 +148,13 @@ def deepspeed_config(config: RunConfig, groups: ProcessGroups, accumulation: int
         "zero_optimization": {
             "stage": parallel.zero_stage,
             "reduce_bucket_size": parallel.reduce_bucket_size,
-            "overlap_comm": parallel.overlap_communication and groups.device.type == "cuda",
+            "allgather_bucket_size": parallel.allgather_bucket_size,
+            "stage3_prefetch_bucket_size": parallel.prefetch_bucket_size,
+            "overlap_comm": parallel.overlap_communication and on_cuda,
             "contiguous_gradients": True,
+            **offload,
         },
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler on the host either
         "zero_allow_untested_optimizer": True,  # torch's AdamW: compiles nothing, and fused on CUDA
         "steps_per_print": 2**62,
     }

@@ -1,22 +1,22 @@
 """Published weights as a checkpoint of ours."""
 
-import json
 import shutil
 from pathlib import Path
 
 from cola_megatron.config import load_config, resolve_config
 from cola_megatron.errors import UserError
 from cola_megatron.interop.published import TOKENIZER, read_published
-from cola_megatron.interop.tensor_files import write_tensors
-from cola_megatron.training.checkpoint import STATE, WEIGHTS
+from cola_megatron.training.checkpoint import TENSORS, write_state
+from cola_megatron.training.engine_state import WEIGHTS
+from cola_megatron.training.sharded_tensors import Piece, write_index, write_pieces
 from cola_megatron.training.versions import versions
 
 
 def import_published(published: Path, output: Path, source: str, overrides: list[str]) -> Path:
-    """Writes a folder with state.json and weights.safetensors, the form `read_weights` takes, and the tokenizer.
+    """Writes a checkpoint folder without optimiser state, the form `read_weights` takes, and the tokenizer.
 
-    It has no optimiser state: stage 2 starts from it, a run does not resume from it. The model section comes from the
-    published folder, the others from `source`.
+    Stage 2 starts from it, a run does not resume from it. The model section comes from the published folder, the
+    others from `source`.
 
     Raises:
         PublishedError, ConfigError: either side is not what it should be. UserError: `output` exists.
@@ -31,12 +31,14 @@ def import_published(published: Path, output: Path, source: str, overrides: list
     config = resolve_config(tree)
     unfinished = output.with_name(f".importing_{output.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    write_tensors(unfinished / WEIGHTS, weights)
+    (unfinished / TENSORS).mkdir(parents=True)
+    pieces = (
+        Piece(f"{WEIGHTS}{name}", tuple(tensor.shape), (0,) * tensor.dim(), tensor) for name, tensor in weights.items()
+    )
+    write_index(unfinished / TENSORS, write_pieces(unfinished / TENSORS, "imported", pieces))
     if (published / TOKENIZER).is_file():
         shutil.copyfile(published / TOKENIZER, unfinished / TOKENIZER)
-    files = {WEIGHTS: (unfinished / WEIGHTS).stat().st_size}
-    state = {"step": 0, "imported_from": str(published), "versions": versions(), "files": files}
-    (unfinished / STATE).write_text(json.dumps({**state, "config": config.model_dump(mode="json")}, indent=1) + "\n")
+    state = {"step": 0, "imported_from": str(published), "versions": versions()}
+    write_state(unfinished, {**state, "config": config.model_dump(mode="json")})
     unfinished.rename(output)
     return output

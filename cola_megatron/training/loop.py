@@ -11,19 +11,20 @@ from tqdm import tqdm
 from cola_megatron.config import RunConfig
 from cola_megatron.data import TokenShards
 from cola_megatron.errors import UserError
-from cola_megatron.models.cola import Cola
-from cola_megatron.parallel import ProcessGroups, initialize_parallel, initialize_parameters
+from cola_megatron.parallel import PeerWatch, ProcessGroups, initialize_parameters
 from cola_megatron.scaling.flops import training_flops
 from cola_megatron.training.batches import MicroBatches, micro_batch_loader, micro_batches_per_step
 from cola_megatron.training.checkpoint import (
     CheckpointError,
     check_checkpoint,
-    load_checkpoint,
+    load_optimizer,
+    load_weights,
     newest_checkpoint,
     save_checkpoint,
 )
 from cola_megatron.training.engine import Engine
 from cola_megatron.training.evaluation import evaluate
+from cola_megatron.training.layout import build_model, initialize_run
 from cola_megatron.training.metrics import MetricsLog
 from cola_megatron.training.open_shards import open_shards
 from cola_megatron.training.run_folder import (
@@ -49,31 +50,38 @@ def train(config: RunConfig, progress: bool = True) -> Summary:
         ConfigError, ShardError, CheckpointError: before the first step, one line each.
         TrainingDiverged: in the step that produced it.
         CheckpointError: a save failed.
+        RankLost: another rank died, failed or fell silent. Where a rank cannot raise, because it waits for the lost
+            one, its process ends instead, with the same line and exit code 1.
     """
-    groups = initialize_parallel(
-        config.parallel.tensor_parallel_size, config.parallel.sequence_parallel, config.parallel.timeout_minutes
-    )
+    groups = initialize_run(config)
+    with PeerWatch(groups, config.parallel.peer_timeout_seconds) as watch:
+        return _train(config, groups, watch, progress)
+
+
+def _train(config: RunConfig, groups: ProcessGroups, watch: PeerWatch, progress: bool) -> Summary:
     train_shards, held_out_shards = open_shards(config, config.data.path, ["train", "held_out"], groups)
     checkpoint, start = newest_checkpoint(config.run_folder), 0
     if checkpoint is not None:
         if config.training.resume == "never":
             raise CheckpointError(f"{config.run_folder} holds checkpoints and training.resume=never; use another name=")
-        start = check_checkpoint(checkpoint, config, train_shards.fingerprint, groups)
+        start = check_checkpoint(checkpoint, config, train_shards.fingerprint)
         finished = finished_summary(config, start)
         if finished is not None:
             return finished
     micro_batches_per_step(config, groups.data_parallel_size)  # refuse here what the engine would refuse late
     with lock_run_folder(config.run_folder) if groups.is_main else contextlib.nullcontext():
-        model = Cola(config, groups)
+        model = build_model(config, groups)
         if checkpoint is None:
             initialize_parameters(model, config.seed, groups)
             load_starting_weights(model, config, groups)
+        else:
+            load_weights(model, checkpoint, groups)
         engine = Engine(model.to(groups.device), config, groups)
         if checkpoint is not None:
-            load_checkpoint(engine, checkpoint)
+            load_optimizer(engine, checkpoint)
         # From here on the folder is written to: all that could refuse this start has had its say.
         with _open_log(config, start, groups) as log:
-            return _Run(config, groups, engine, train_shards, held_out_shards, start, log, progress).to_the_end()
+            return _Run(config, groups, engine, train_shards, held_out_shards, start, log, watch, progress).to_the_end()
 
 
 @contextlib.contextmanager
@@ -100,12 +108,13 @@ class _Run:
         held_out_shards: TokenShards,
         start: int,
         log: MetricsLog | None,
+        watch: PeerWatch,
         progress: bool,
     ):
         self.config, self.groups, self.engine = config, groups, engine
         self.train_shards, self.held_out_shards = train_shards, held_out_shards
         self.step, self.saved_at = start, start
-        self.log, self.progress = log, progress and groups.is_main
+        self.log, self.watch, self.progress = log, watch, progress and groups.is_main
         history = read_history(config.run_folder, start)
         self.seconds_before, self.measured_at, self.measured = history.seconds, history.measured_at, history.measured
         self.began = time.perf_counter()
@@ -123,7 +132,7 @@ class _Run:
         bar = tqdm(
             total=training.steps, initial=self.step, disable=not self.progress, unit="step", desc=self.config.name
         )
-        with StopSignals(self.groups) as stop, bar:
+        with StopSignals(self.groups) as stop, bar, self.watch.naming_lost_ranks():
             self._measure_if_due()  # a job that died between a save and its measurement left it to us
             while self.step < last:
                 self._one_step(batches, bar)
@@ -137,7 +146,7 @@ class _Run:
         return self._finish()
 
     def _one_step(self, batches: Iterator[dict[str, torch.Tensor]], bar: tqdm) -> None:
-        began = time.perf_counter()
+        began, self.watch.step = time.perf_counter(), self.step + 1
         metrics = self.engine.step(batches, self.step)
         seconds = time.perf_counter() - began
         self._stop_if_diverged(metrics)

@@ -3,9 +3,11 @@
 import math
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from cola_megatron.config import RunConfig, TrainingConfig
+from cola_megatron.config import ConfigError, RunConfig, TrainingConfig
+from cola_megatron.parallel import ProcessGroups
 
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict]:
@@ -30,17 +32,50 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict]:
     return list(groups.values())
 
 
-def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; its learning rates are set anew before every step."""
+def build_optimizer(model: nn.Module, config: RunConfig, groups: ProcessGroups) -> torch.optim.AdamW:
+    """AdamW over the trained parameters of this stage; its learning rates are set anew before every step.
+
+    Raises:
+        ConfigError: a pipeline stage with too few tensors.
+    """
     optimizer = config.training.optimizer
     on_cuda = next(model.parameters()).is_cuda
     return torch.optim.AdamW(
-        parameter_groups(model, config),
+        as_many_on_every_stage(parameter_groups(model, config), groups),
         lr=optimizer.learning_rate,
         betas=optimizer.betas,
         eps=optimizer.eps,
         fused=on_cuda,
     )
+
+
+def as_many_on_every_stage(parameter_groups: list[dict], groups: ProcessGroups) -> list[dict]:
+    """Splits groups until every pipeline stage has the same number of them.
+
+    ZeRO sums the gradient norm group by group over all stages, and a stage without a partner would wait forever.
+
+    Raises:
+        ConfigError: a stage has fewer tensors than another has groups.
+    """
+    if groups.pipeline_parallel_size == 1:
+        return parameter_groups
+    wanted = torch.tensor(len(parameter_groups), device=groups.device)
+    dist.all_reduce(wanted, op=dist.ReduceOp.MAX, group=groups.pipeline_group)
+    tensors = sum(len(group["params"]) for group in parameter_groups)
+    fewest = torch.tensor(tensors, device=groups.device)
+    dist.all_reduce(fewest, op=dist.ReduceOp.MIN, group=groups.pipeline_group)
+    if fewest < wanted:
+        raise ConfigError(
+            f"a pipeline stage holds {int(fewest)} trained tensors, and every stage needs {int(wanted)}; use fewer "
+            "stages or give it more steps with parallel.pipeline_split"
+        )
+    split = list(parameter_groups)
+    while len(split) < wanted:
+        largest = max(split, key=lambda group: len(group["params"]))
+        half = len(largest["params"]) // 2
+        split = [group for group in split if group is not largest]
+        split += [{**largest, "params": part} for part in (largest["params"][:half], largest["params"][half:])]
+    return split
 
 
 def learning_rate(training: TrainingConfig, step: int) -> float:

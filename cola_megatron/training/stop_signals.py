@@ -4,7 +4,7 @@ import signal
 
 import torch
 
-from cola_megatron.parallel import ProcessGroups
+from cola_megatron.parallel import ProcessGroups, RankLost
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -22,7 +22,9 @@ class StopSignals:
         self.previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type | None, *rest: object) -> None:
+        if kind is not None and issubclass(kind, RankLost):
+            return  # the launcher's SIGTERM, on its way, must not take the process away before its last words
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 

@@ -1,0 +1,95 @@
+"""Generate, score and record: one task, any model, as many data-parallel ranks as the job has."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from cola_megatron.evaluation.decoding import cut_at
+from cola_megatron.evaluation.items import Item
+from cola_megatron.evaluation.model import EvaluationModel, sample_id
+from cola_megatron.evaluation.records import (
+    append_records,
+    as_stored,
+    check_settings,
+    drop_half_line,
+    make_record,
+    read_records,
+    start_settings,
+)
+from cola_megatron.evaluation.results import TaskResult
+from cola_megatron.evaluation.scoring import score
+from cola_megatron.evaluation.tasks import Task
+from cola_megatron.parallel import ProcessGroups
+
+T = TypeVar("T")
+
+
+def evaluate_task(
+    model: EvaluationModel,
+    task: Task,
+    items: Sequence[Item],
+    output: Path,
+    groups: ProcessGroups,
+    batch_size: int = 20,
+    progress: bool = True,
+) -> TaskResult | None:
+    """Evaluates a task and stores OUTPUT/TASK.json; goes on where an earlier call, on any number of ranks, ended.
+
+    Item i belongs to data-parallel rank i % n, which appends its records to OUTPUT/TASK/records_rank_<rank>.jsonl
+    after every batch. Ranks of one replica compute together, and its first one writes.
+
+    Returns:
+        The result on the main process, None on the others.
+
+    Raises:
+        EvaluationError: the folder was begun with other settings or prompts.
+    """
+    folder = output / task.name
+    settings = as_stored({"task": task.name, "decoding": asdict(task.decoding), "model": model.describe()})
+    if groups.is_main:
+        start_settings(folder, settings)
+    groups.barrier()
+    check_settings(folder, settings)
+    done = read_records(folder, items)
+    groups.barrier()  # nobody writes before everybody has read: ranks of one replica must find the same work
+    own = items[groups.data_parallel_rank :: groups.data_parallel_size]
+    left = [item for item in own if item.id not in done]
+    writes = groups.tensor_parallel_rank == 0 and groups.pipeline_parallel_rank == 0
+    path = folder / f"records_rank_{groups.data_parallel_rank}.jsonl"
+    if writes:
+        drop_half_line(path)
+    with tqdm(
+        total=len(own),
+        initial=len(own) - len(left),
+        desc=task.name,
+        unit="item",
+        disable=not (progress and groups.is_main),
+    ) as bar:
+        for batch in batches_by_length(left, [len(item.prompt) for item in left], batch_size):
+            texts = model.generate(
+                [item.prompt for item in batch], [sample_id(item.id) for item in batch], task.decoding
+            )
+            records = []
+            for item, text in zip(batch, texts, strict=True):
+                text = cut_at(text, task.decoding.stop)
+                records.append(make_record(item, text, score(task.rule, text, item.truths, item.options)))
+            if writes:
+                append_records(path, records)
+            bar.update(len(batch))
+    groups.barrier()
+    if not groups.is_main:
+        return None
+    done = read_records(folder, items)
+    result = TaskResult(task.name, model.name, settings, [done[item.id] for item in items])
+    result.write(output)
+    return result
+
+
+def batches_by_length(values: Sequence[T], lengths: Sequence[int], size: int) -> Iterator[list[T]]:
+    """Batches of about equal lengths, the longest first: what does not fit in memory shows at once."""
+    order = sorted(range(len(values)), key=lambda index: -lengths[index])
+    for start in range(0, len(order), size):
+        yield [values[index] for index in order[start : start + size]]

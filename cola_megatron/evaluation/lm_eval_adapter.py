@@ -1,0 +1,231 @@
+"""Any `EvaluationModel` as a model of lm-eval, so that its whole catalogue of tasks runs.
+
+Hand an `EvaluationLM` to `lm_eval.simple_evaluate(model=...)`, or call `evaluate_catalogue`. lm-eval is optional:
+importing this module without it raises one `UserError`.
+"""
+
+import json
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from cola_megatron.errors import UserError
+from cola_megatron.evaluation.decoding import Decoding, cut_at
+from cola_megatron.evaluation.harness import batches_by_length
+from cola_megatron.evaluation.model import NO_LIKELIHOOD, EvaluationModel
+from cola_megatron.parallel import ProcessGroups
+
+try:
+    import lm_eval
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import handle_non_serializable, make_table
+except ImportError as error:
+    raise UserError(f"lm-eval is not installed ({error}): pip install 'cola-megatron[eval]'") from error
+
+# lm-eval's own default, for requests that name no length.
+DEFAULT_NEW_TOKENS = 256
+LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+# A request's repetitions draw other noise: sample ids of one prompt lie this far apart.
+REPETITION_STRIDE = 2**32
+
+
+class EvaluationLM(LM):
+    """Requests of lm-eval, answered by an `EvaluationModel`; lm-eval shares the items out over data-parallel ranks."""
+
+    def __init__(self, model: EvaluationModel, groups: ProcessGroups, batch_size: int = 20):
+        super().__init__()
+        self.model, self.groups, self.batch_size = model, groups, batch_size
+        self._rank, self._world_size = groups.data_parallel_rank, groups.data_parallel_size
+        self._device = groups.device
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of lm-eval's cache keys."""
+        return self.model.name
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Texts cut at the first of each request's `until` strings.
+
+        Raises:
+            UserError: a request wants a way of sampling that is none of ours.
+        """
+        prompts = [request.args[0] for request in requests]
+        decodings = [read_decoding(request.args[1]) for request in requests]
+        ids = _sample_ids(prompts)
+        answers: dict[int, str] = {}
+        with self._progress("generate", len(requests)) as bar:
+            for decoding in dict.fromkeys(decodings):
+                alike = [index for index, own in enumerate(decodings) if own == decoding]
+                for batch in batches_by_length(alike, [len(prompts[index]) for index in alike], self.batch_size):
+                    texts = self.model.generate([prompts[i] for i in batch], [ids[i] for i in batch], decoding)
+                    for index, text in zip(batch, texts, strict=True):
+                        answers[index] = cut_at(text, decoding.stop)
+                        self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
+                    bar.update(len(batch))
+        return [answers[index] for index in range(len(requests))]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """log p(continuation | context) in nats, and whether greedy decoding gives the continuation.
+
+        Raises:
+            UserError: the model gives no log-likelihoods.
+        """
+        answers = []
+        with self._progress("log-likelihood", len(requests)) as bar:
+            for request in requests:
+                answers.append(self._likelihood(*request.args))
+                self.cache_hook.add_partial("loglikelihood", request.args, answers[-1])
+                bar.update()
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """log p(text) in nats, of whole texts.
+
+        Raises:
+            UserError: the model gives no log-likelihoods.
+        """
+        answers = []
+        with self._progress("log-likelihood of texts", len(requests)) as bar:
+            for request in requests:
+                answers.append(self._likelihood("", request.args[0])[0])
+                self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[-1])
+                bar.update()
+        return answers
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """One small tensor of every data-parallel rank, stacked."""
+        if self.world_size == 1:
+            return tensor
+        gathered = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(gathered, tensor, group=self.groups.data_group)
+        return torch.stack(gathered)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """The objects of every data-parallel rank on rank `dst` of them, None on the others."""
+        if self.world_size == 1:
+            return [obj]
+        gathered = [None] * self.world_size
+        dist.all_gather_object(gathered, obj, group=self.groups.data_group)
+        return gathered if self.rank == dst else None
+
+    def barrier(self) -> None:
+        """Waits for every process of the job."""
+        self.groups.barrier()
+
+    def _likelihood(self, context: str, continuation: str) -> tuple[float, bool]:
+        estimate = getattr(self.model, "loglikelihood", None)
+        if estimate is None:
+            raise UserError(f"{self.model.name} {NO_LIKELIHOOD}")
+        return estimate(context, continuation)
+
+    def _progress(self, what: str, total: int) -> tqdm:
+        return tqdm(total=total, desc=what, unit="request", disable=not self.groups.is_main)
+
+
+@dataclass(frozen=True)
+class CatalogueResults:
+    """What lm-eval found."""
+
+    document: dict[str, Any]
+    """Its own result: `results`, `groups`, `configs`, `samples`, ..."""
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Metrics by task."""
+        return self.document["results"]
+
+    @property
+    def table(self) -> str:
+        """lm-eval's tables of tasks and groups."""
+        tables = [make_table(self.document)]
+        if self.document.get("groups"):
+            tables.append(make_table(self.document, "groups"))
+        return "\n".join(tables)
+
+    def as_json(self) -> str:
+        """The whole document."""
+        return json.dumps(self.document, indent=1, default=handle_non_serializable) + "\n"
+
+
+def evaluate_catalogue(
+    model: EvaluationModel,
+    tasks: Sequence[str],
+    groups: ProcessGroups,
+    batch_size: int = 20,
+    include_path: Path | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+) -> CatalogueResults | None:
+    """Runs tasks of lm-eval by name; `include_path` is a folder with further task files.
+
+    Returns:
+        The results on the main process, None on the others.
+
+    Raises:
+        UserError: a name is none of its tasks, its data are not here, or the model lacks what a task asks for.
+    """
+    catalogue = TaskManager(include_path=str(include_path) if include_path is not None else None)
+    for name in tasks:
+        if not catalogue.match_tasks([name]):
+            raise UserError(f"lm-eval has no task {name!r}: `lm-eval ls tasks` lists them")
+    try:
+        document = lm_eval.simple_evaluate(
+            model=EvaluationLM(model, groups, batch_size),
+            tasks=list(tasks),
+            task_manager=catalogue,
+            num_fewshot=shots,
+            limit=limit,
+        )
+    except (ConnectionError, FileNotFoundError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"the data of {', '.join(tasks)} are not here ({reason}); --download fetches them") from error
+    return CatalogueResults(document) if document is not None else None
+
+
+def read_decoding(arguments: dict[str, Any]) -> Decoding:
+    """A request's generation arguments in our terms.
+
+    As in lm-eval, greedy unless `do_sample` or a temperature says otherwise.
+
+    Raises:
+        UserError: it samples in a way that is none of ours.
+    """
+    arguments = dict(arguments)
+    lengths = [arguments.pop(name) for name in LENGTH_NAMES if name in arguments]
+    stop = arguments.pop("until", None) or ()
+    temperature, top_k, top_p = (arguments.pop(name, None) for name in ("temperature", "top_k", "top_p"))
+    samples = arguments.pop("do_sample", temperature is not None and float(temperature) > 0)
+    if samples and arguments:
+        name, value = next(iter(arguments.items()))
+        raise UserError(f"{name}={value}: sampling here knows temperature, top_k and top_p alone")
+    greedy = Decoding(
+        max_new_tokens=int(next((length for length in lengths if length is not None), DEFAULT_NEW_TOKENS)),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+    )
+    if not samples:
+        return greedy
+    return replace(
+        greedy,
+        temperature=1.0 if temperature is None else float(temperature),
+        top_k=0 if top_k is None else int(top_k),
+        top_p=1.0 if top_p is None else float(top_p),
+    )
+
+
+def _sample_ids(prompts: Sequence[str]) -> list[int]:
+    """By prompt, so that an answer depends neither on the order nor on the number of requests."""
+    seen: Counter[str] = Counter()
+    ids = []
+    for prompt in prompts:
+        ids.append(zlib.crc32(prompt.encode(errors="surrogatepass")) + REPETITION_STRIDE * seen[prompt])
+        seen[prompt] += 1
+    return ids

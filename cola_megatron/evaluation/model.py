@@ -1,0 +1,111 @@
+"""What the harness asks of a model, and a generator of text seen that way."""
+
+import hashlib
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+
+from cola_megatron.errors import UserError
+from cola_megatron.evaluation.decoding import Decoding
+from cola_megatron.inference.protocol import Generator
+from cola_megatron.inference.settings import MAX_SAMPLE_ID, CommonSettings
+
+NO_LIKELIHOOD = "gives no log-likelihoods: choose tasks that generate (output_type: generate_until)"
+
+# How far greedy decoding is followed to see whether it gives a continuation; doubled from the first to the last.
+FIRST_GREEDY_TOKENS, MOST_GREEDY_TOKENS = 16, 4096
+
+
+class EvaluationModel(Protocol):
+    """A model of any family, as the harness sees it. `loglikelihood` may be left out."""
+
+    name: str
+    """What results call it; two names of the same weights make no difference."""
+
+    def describe(self) -> dict[str, Any]:
+        """What results depend on, as JSON: weights and settings. A resumed evaluation must find the same."""
+
+    def generate(self, prompts: Sequence[str], sample_ids: Sequence[int], decoding: Decoding) -> list[str]:
+        """Continues each prompt. A text depends on its prompt and sample id, not on the others of the batch."""
+
+    def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
+        """log p(continuation | context) in nats, and whether greedy decoding gives the continuation."""
+
+
+def sample_id(item_id: int | str) -> int:
+    """The number that an item's noise is drawn from, as published: its id, or the CRC-32 of an id that is no number."""
+    try:
+        number = int(item_id)
+    except ValueError:
+        number = None
+    if number is None or abs(number) > MAX_SAMPLE_ID:
+        return zlib.crc32(str(item_id).encode(errors="surrogatepass"))
+    return number
+
+
+class GeneratorModel:
+    """A model that generates text (`inference.protocol.Generator`), of any family, as an `EvaluationModel`.
+
+    Args:
+        settings: the family's, such as `FlowSettings`; a request's `Decoding` goes before it.
+    """
+
+    def __init__(self, generator: Generator, name: str, settings: CommonSettings):
+        self.generator, self.name, self.settings = generator, name, settings
+        # The last greedy text: (context, tokens asked for, text). The options of one question share their context.
+        self._greedy = ("", 0, "")
+
+    def describe(self) -> dict[str, Any]:
+        """The family, a fingerprint of the weights, and the settings."""
+        asked_for = asdict(Decoding())
+        settings = {name: value for name, value in asdict(self.settings).items() if name not in asked_for}
+        return {"family": type(self.generator).__name__, "weights": _fingerprint(self.generator), **settings}
+
+    def generate(self, prompts: Sequence[str], sample_ids: Sequence[int], decoding: Decoding) -> list[str]:
+        """See `EvaluationModel`.
+
+        Raises:
+            UserError: the model cannot write text, or a setting is out of range.
+        """
+        options = asdict(self.settings) | asdict(decoding)
+        try:
+            outputs = self.generator.generate(list(prompts), ids=list(sample_ids), **options)
+        except ValueError as error:
+            raise UserError(f"{self.name}: {error}") from error
+        return [output.text for output in outputs]
+
+    def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
+        """See `EvaluationModel`.
+
+        Raises:
+            UserError: the model offers no likelihood.
+        """
+        estimate = getattr(self.generator, "loglikelihood", None)
+        if estimate is None:
+            raise UserError(f"{self.name} {NO_LIKELIHOOD}")
+        return float(estimate(context, continuation)), self._greedily(context, continuation)
+
+    def _greedily(self, context: str, continuation: str) -> bool:
+        """Whether the text that greedy decoding writes after the context begins with the continuation."""
+        if self._greedy[0] != context:
+            self._greedy = (context, 0, "")
+        _, tokens, text = self._greedy
+        # Most continuations part from the greedy text at once; the others are followed for as long as they are.
+        while len(text) < len(continuation) and continuation.startswith(text) and tokens < MOST_GREEDY_TOKENS:
+            tokens = max(FIRST_GREEDY_TOKENS, 2 * tokens)
+            (text,) = self.generate([context], [sample_id(context)], Decoding(max_new_tokens=tokens))
+        self._greedy = (context, tokens, text)
+        return text.startswith(continuation)
+
+
+def _fingerprint(generator: Generator) -> str:
+    """A short hash over names, shapes, types and the first values of every tensor: other weights differ in it."""
+    digest = hashlib.sha256()
+    for network, module in sorted(vars(generator).items()):
+        for name, tensor in sorted(module.state_dict().items()) if isinstance(module, torch.nn.Module) else ():
+            first = tensor.flatten()[:16].to("cpu", torch.float64)
+            digest.update(f"{network}.{name} {tuple(tensor.shape)} {tensor.dtype} {first.tolist()}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,176 @@
+"""Attention of inference: through a cache, over samples of different lengths, without padding.
+
+Each class answers `attend` for all layers of one pass (`layers.attention.KeyValueStore`). They take a sample's product
+over exactly the keys that it sees, so that its numbers do not depend on its neighbours. Only `MaskedBlocks` runs over
+one common width under a mask: a GPU prefers that to many small products.
+
+Shapes: S new positions, R rows of a pass (the B samples, then copies of some that see nothing but themselves), N
+positions of all prompts laid end to end, A heads on this rank, D head channels, K keys.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cola_megatron.inference.kv_cache import KeyValueCache
+from cola_megatron.layers.attention import attend
+from cola_megatron.layers.masks import block_causal_mask, block_causal_visibility
+
+# Prompts are laid end to end up to this many latents in one pass; more only takes memory for activations.
+PACKED_LATENTS = 8192
+
+
+def packs(lengths: Sequence[int], limit: int = PACKED_LATENTS) -> Iterator[list[int]]:
+    """Indices of the prompts that have latents, in order, in packs of at most `limit` latents (or of one prompt)."""
+    pack: list[int] = []
+    total = 0
+    for sample, length in enumerate(lengths):
+        if pack and total + length > limit:
+            yield pack
+            pack, total = [], 0
+        if length:
+            pack.append(sample)
+            total += length
+    if pack:
+        yield pack
+
+
+class PackedPrompts:
+    """Prompts laid end to end in one row, (N, 1): each sees itself, block-causally, from position 0.
+
+    Args:
+        lengths: latents of each prompt, at least one.
+        cache: takes the keys and values, where they are wanted.
+        samples: whose prompts these are, as rows of the cache.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        block_size: int,
+        device: torch.device,
+        cache: KeyValueCache | None = None,
+        samples: Sequence[int] = (),
+    ):
+        self.lengths, self.cache, self.samples = lengths, cache, samples
+        self.masks = {length: block_causal_mask(length, block_size, device) for length in set(lengths)}
+        self.positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+
+    def attend(
+        self, layer: nn.Module, q_NRAD: torch.Tensor, k_NRAD: torch.Tensor, v_NRAD: torch.Tensor
+    ) -> torch.Tensor:
+        """(N, 1, A, D) -> (N, 1, A * D)."""
+        parts = [x.split(self.lengths) for x in (q_NRAD, k_NRAD, v_NRAD)]
+        if self.cache is not None:
+            keys, values = self.cache.of_layer(layer, k_NRAD.permute(1, 2, 0, 3))
+            for sample, k, v in zip(self.samples, *parts[1:], strict=True):
+                keys[sample, :, : len(k)] = k[:, 0].transpose(0, 1)
+                values[sample, :, : len(v)] = v[:, 0].transpose(0, 1)
+        return torch.cat([attend(q, k, v, self.masks[len(q)]) for q, k, v in zip(*parts, strict=True)])
+
+
+class _Group(NamedTuple):
+    """Neighbouring samples of one length."""
+
+    rows: slice
+    length: int
+    visible_SK: torch.Tensor | None
+
+
+class NewBlocks:
+    """The next block of every sample: its queries see the sample's committed latents and the block itself.
+
+    One product per group of neighbours of equal length, over slices of the cache: put samples in order of length.
+
+    Args:
+        size: positions of the block, S.
+        block_size: of the stack's block-causal mask.
+    """
+
+    def __init__(self, cache: KeyValueCache, size: int, block_size: int, device: torch.device):
+        self.cache, self.size = cache, size
+        starts = torch.tensor(cache.lengths, dtype=torch.long)
+        self.positions_SB = (starts + torch.arange(size)[:, None]).to(device)
+        self.groups = []
+        row = 0
+        for length, members in groupby(cache.lengths):
+            count = len(list(members))
+            visible_SK = block_causal_visibility(
+                torch.arange(length, length + size), torch.arange(length + size), block_size
+            )
+            visible_SK = None if visible_SK.all() else visible_SK.to(device)
+            self.groups.append(_Group(slice(row, row + count), length, visible_SK))
+            row += count
+
+    def attend(
+        self, layer: nn.Module, q_SRAD: torch.Tensor, k_SRAD: torch.Tensor, v_SRAD: torch.Tensor
+    ) -> torch.Tensor:
+        """(S, R, A, D) -> (S, R, A * D). Rows beyond the samples see their own block alone."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SRAD, k_SRAD, v_SRAD))
+        keys, values = self.cache.of_layer(layer, k)
+        products = []
+        for rows, length, visible_SK in self.groups:
+            end = length + self.size
+            keys[rows, :, length:end] = k[rows]
+            values[rows, :, length:end] = v[rows]
+            products.append(
+                F.scaled_dot_product_attention(
+                    q[rows], keys[rows, :, :end], values[rows, :, :end], attn_mask=visible_SK
+                )
+            )
+        return _joined(products, q, k, v, len(self.cache.lengths))
+
+
+class MaskedBlocks:
+    """`NewBlocks` in one product over the width of the longest sample, under a mask.
+
+    Args:
+        width: keys that the product runs over; by default just enough for the longest sample.
+    """
+
+    def __init__(
+        self, cache: KeyValueCache, size: int, block_size: int, device: torch.device, width: int | None = None
+    ):
+        self.cache = cache
+        self.width = max(cache.lengths) + size if width is None else width
+        self.samples_B1 = torch.arange(len(cache.lengths), device=device)[:, None]
+        starts_B = torch.tensor(cache.lengths, dtype=torch.long)
+        positions_BS = starts_B[:, None] + torch.arange(size)
+        keys_K = torch.arange(self.width)
+        visible_BSK = block_causal_visibility(positions_BS, keys_K.expand(len(starts_B), -1), block_size)
+        visible_BSK &= (keys_K < starts_B[:, None] + size)[:, None]
+        self.positions_SB = positions_BS.t().to(device)
+        self.visible_B1SK = visible_BSK[:, None].to(device)
+
+    def attend(
+        self, layer: nn.Module, q_SRAD: torch.Tensor, k_SRAD: torch.Tensor, v_SRAD: torch.Tensor
+    ) -> torch.Tensor:
+        """(S, R, A, D) -> (S, R, A * D). Rows beyond the samples see their own block alone."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SRAD, k_SRAD, v_SRAD))
+        keys, values = self.cache.of_layer(layer, k)
+        batch, positions_BS = len(self.samples_B1), self.positions_SB.t()
+        keys[self.samples_B1, :, positions_BS] = k[:batch].transpose(1, 2)
+        values[self.samples_B1, :, positions_BS] = v[:batch].transpose(1, 2)
+        product = F.scaled_dot_product_attention(
+            q[:batch], keys[:, :, : self.width], values[:, :, : self.width], attn_mask=self.visible_B1SK
+        )
+        return _joined([product], q, k, v, batch)
+
+
+def blocks_for(device: torch.device) -> type[NewBlocks] | type[MaskedBlocks]:
+    """The form for a device: exact products per length on a CPU, one masked product on a GPU."""
+    return NewBlocks if device.type == "cpu" else MaskedBlocks
+
+
+def _joined(
+    products: list[torch.Tensor], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: int
+) -> torch.Tensor:
+    """The samples' products and those of the rows beyond them, (R, A, S, D) -> (S, R, A * D)."""
+    if len(q) > batch:
+        products = [*products, F.scaled_dot_product_attention(q[batch:], k[batch:], v[batch:])]
+    product_RASD = products[0] if len(products) == 1 else torch.cat(products)
+    return product_RASD.permute(2, 0, 1, 3).flatten(2)

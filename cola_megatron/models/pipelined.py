@@ -1,0 +1,98 @@
+"""A model that is a chain of steps, of which one process computes one stage."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from cola_megatron.models.steps import Stage, Step, cut_chain, run_steps
+from cola_megatron.parallel import ProcessGroups
+
+LOSS = "loss_"
+
+
+class PipelinedModel(nn.Module):
+    """Base of the model families.
+
+    A family builds its networks `under_construction` and then calls `keep_own_stage`; its `steps(**mode)` are one
+    training pass, in which names that begin with `loss_` are the terms of the loss and `weights` says how they add
+    up. The steps with parameters must be the same, in the same order, in every mode (`Step.idle` keeps the place of
+    one without work). With several stages a process holds the parameters of its own stage only, under the names that
+    they have in the whole model.
+    """
+
+    batch_names: set[str]
+
+    def __init__(self, groups: ProcessGroups, split: Sequence[int] | None):
+        super().__init__()
+        self.groups, self.split = groups, split
+        self._stages: dict[tuple, Stage] = {}
+
+    def steps(self, **mode: bool) -> list[Step]:
+        """One training pass in order."""
+        raise NotImplementedError
+
+    def weights(self) -> dict[str, float]:
+        """Weight of each term in the loss."""
+        raise NotImplementedError
+
+    def forward(
+        self, batch: Mapping[str, torch.Tensor], taken: Mapping[str, torch.Tensor] | None = None, **mode: bool
+    ) -> dict[str, torch.Tensor]:
+        """Loss and its terms for one micro-batch, as far as this stage computes them.
+
+        Args:
+            taken: what the stage before handed on, by name.
+            mode: passed to `steps`.
+
+        Returns:
+            float32 scalars: `loss`, and each term by name; and what this stage hands on, by name.
+        """
+        stage = self.stage(**mode)
+        state = run_steps(stage.steps, {**batch, **(taken or {})}, keep=stage.hands_on)
+        terms = {name.removeprefix(LOSS): state[name] for name in state if name.startswith(LOSS)}
+        weights = self.weights()
+        loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros((), device=self.groups.device))
+        handed_on = {name: state[name] for name in stage.hands_on}
+        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}, **handed_on}
+
+    def stage(self, **mode: bool) -> Stage:
+        """What this process computes of `steps(**mode)`."""
+        key = tuple(sorted(mode.items()))
+        if key not in self._stages:
+            self._stages[key] = self.own_stage_of(self.steps(**mode), self.batch_names)
+        return self._stages[key]
+
+    def own_stage_of(self, steps: Sequence[Step], batch_names: set[str]) -> Stage:
+        """This process's stage of any chain whose steps with parameters are those of `steps()`."""
+        if self.split is None:
+            return Stage(tuple(steps), (), ())
+        return cut_chain(steps, self.split, batch_names)[self.groups.pipeline_parallel_rank]
+
+    def term_names(self, **mode: bool) -> list[str]:
+        """The terms of the loss over all stages, in order."""
+        return [name.removeprefix(LOSS) for step in self.steps(**mode) for name in step.writes if name.startswith(LOSS)]
+
+    def under_construction(self) -> contextlib.AbstractContextManager:
+        """Where the networks are built: without memory if most of them belong to other stages."""
+        return contextlib.nullcontext() if self.split is None else torch.device("meta")
+
+    def keep_own_stage(self) -> None:
+        """Drops the parameters of other stages and gives memory to the rest."""
+        if self.split is None:
+            return
+        own = {
+            id(parameter) for step in self.stage().steps for module in step.modules for parameter in module.parameters()
+        }
+        for module in self.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = _with_memory(parameter) if id(parameter) in own else None
+
+
+def _with_memory(parameter: nn.Parameter) -> nn.Parameter:
+    """The same parameter, notes included, in memory that is not yet filled."""
+    filled = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=parameter.requires_grad)
+    filled.__dict__.update(parameter.__dict__)
+    return filled

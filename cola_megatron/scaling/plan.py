@@ -1,0 +1,276 @@
+"""Layouts of a config on a number of GPUs: which are possible, which fit into memory, how fast each is estimated to be.
+
+A layout is the config itself with other values under `parallel` and a few under `training`, and its number of
+replicas. What is possible is what the config's own checks accept.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from cola_megatron.config import ConfigError, RunConfig, resolve_config
+from cola_megatron.errors import UserError
+from cola_megatron.scaling.flops import training_flops_per_sample, vae_step_counts
+from cola_megatron.scaling.hardware import GIB, GPU, Efficiency
+from cola_megatron.scaling.memory import RankMemory, micro_batches, rank_memory
+from cola_megatron.scaling.parts import chain_parts
+from cola_megatron.scaling.split import pipeline_split
+from cola_megatron.scaling.step_time import StepTime, step_time
+
+LARGEST_TENSOR_PARALLEL = 8
+LARGEST_MICRO_BATCH = 64
+
+# What a layout may choose, in the order of the overrides that are printed.
+TENSOR, SEQUENCE, PIPELINE, SPLIT, ZERO, OFFLOAD, MICRO_BATCH, RECOMPUTE = CHOICES = (
+    "parallel.tensor_parallel_size",
+    "parallel.sequence_parallel",
+    "parallel.pipeline_parallel_size",
+    "parallel.pipeline_split",
+    "parallel.zero_stage",
+    "parallel.offload_optimizer",
+    "training.micro_batch_size",
+    "training.activation_checkpointing",
+)
+
+
+class PlanError(UserError):
+    """No layout can be recommended; the message is one line that says what would help."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the layouts are for."""
+
+    gpus: int
+    gpu: GPU
+    gpu_memory: float
+    """Bytes that one GPU has."""
+    gpus_per_node: int = 8
+    efficiency: Efficiency = field(default_factory=Efficiency)
+
+    @property
+    def usable_memory(self) -> float:
+        """Bytes that the tensors of one rank may fill."""
+        return self.gpu_memory * self.efficiency.usable_memory
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One layout of a config on a cluster, with its estimates."""
+
+    config: RunConfig
+    replicas: int
+    split: tuple[int, ...]
+    """Steps with parameters in each pipeline stage."""
+    cluster: Cluster
+
+    @cached_property
+    def memory(self) -> tuple[RankMemory, ...]:
+        """A rank of each pipeline stage."""
+        return rank_memory(self.config, self.replicas, self.split)
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the worst moment of the fullest rank."""
+        return max(stage.peak for stage in self.memory)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank's peak stays within the usable memory."""
+        return self.peak <= self.cluster.usable_memory
+
+    @cached_property
+    def times(self) -> tuple[StepTime, StepTime]:
+        """A step that trains the VAE, and one that leaves it frozen (twice the same where there is one kind only)."""
+        joint, frozen = self._kinds
+        trained = self._step_time(True) if joint else self._step_time(False)
+        return trained, (self._step_time(False) if frozen else trained)
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean over the config's kinds of steps."""
+        joint, frozen = self._kinds
+        first, second = self.times
+        return (joint * first.seconds + frozen * second.seconds) / (joint + frozen)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all GPUs together."""
+        return self.config.training.global_batch_size * self.config.data.sequence_length / self.step_seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over what the GPUs could do in the time of a step."""
+        peak = self.cluster.gpu.bf16_flops if self.config.training.precision == "bf16" else self.cluster.gpu.fp32_flops
+        return self.step_flops / (self.step_seconds * self.cluster.gpus * peak)
+
+    @property
+    def step_flops(self) -> float:
+        """Model FLOPs of one optimiser step, the mean over the config's kinds of steps."""
+        joint, frozen = self._kinds
+        flops = joint * training_flops_per_sample(self.config, True)
+        if frozen:
+            flops += frozen * training_flops_per_sample(self.config, False)
+        return self.config.training.global_batch_size * flops / (joint + frozen)
+
+    @property
+    def micro_batches(self) -> int:
+        """Of one replica in an optimiser step."""
+        return micro_batches(self.config, self.replicas)
+
+    @property
+    def stage_labels(self) -> list[str]:
+        """What each pipeline stage holds, as in `vae.encoder.embed, 4 vae.encoder.block, ...`."""
+        labels, held = iter(part.label for part in chain_parts(self.config)), []
+        for count in self.split:
+            runs = [(label, len(list(run))) for label, run in itertools.groupby(itertools.islice(labels, count))]
+            held.append(", ".join(label if times == 1 else f"{times} {label}" for label, times in runs))
+        return held
+
+    @property
+    def overrides(self) -> list[str]:
+        """What makes this layout out of any config of the model."""
+        values = {key: _get(self.config, key) for key in CHOICES}
+        values[SPLIT] = list(self.split) if len(self.split) > 1 else None
+        # YAML's spelling, without spaces, so that a shell takes each as one word.
+        return [f"{key}={str(value).lower().replace(' ', '')}" for key, value in values.items() if value is not None]
+
+    @property
+    def _kinds(self) -> tuple[int, int]:
+        update = self.config.training.vae_update
+        return vae_step_counts(self.config, update.joint_steps + update.frozen_steps)
+
+    def _step_time(self, train_vae: bool) -> StepTime:
+        cluster = self.cluster
+        return step_time(
+            self.config, self.replicas, self.split, cluster.gpu, cluster.efficiency, cluster.gpus_per_node, train_vae
+        )
+
+
+def plan(config: RunConfig, cluster: Cluster, held: Iterable[str] = ()) -> tuple[list[Layout], int]:
+    """Layouts that fit, the fastest first, and how many were refused for their memory.
+
+    Of the layouts that share tensor, sequence and pipeline parallelism and the ZeRO stage, the fastest stands for all.
+
+    Args:
+        held: keys of `CHOICES` whose value in the config is kept.
+
+    Raises:
+        ConfigError: the numbers do not divide.
+        PlanError: none fits.
+    """
+    layouts = list(layouts_of(config, cluster, set(held)))
+    fitting = [layout for layout in layouts if layout.fits]
+    if not fitting:
+        least = min(layouts, key=lambda layout: layout.peak)
+        raise PlanError(
+            f"{config.name}: none of {len(layouts)} layouts on {cluster.gpus} GPUs fits into "
+            f"{cluster.usable_memory / GIB:.1f} GiB (of {cluster.gpu_memory / GIB:.1f} GiB); the least needs "
+            f"{least.peak / GIB:.1f} GiB ({' '.join(least.overrides)}); use more or larger GPUs, or a smaller model"
+        )
+    best: dict[tuple, Layout] = {}
+    for layout in sorted(fitting, key=_rank):
+        best.setdefault(tuple(_get(layout.config, key) for key in (TENSOR, SEQUENCE, PIPELINE, ZERO)), layout)
+    return list(best.values()), len(layouts) - len(fitting)
+
+
+def layouts_of(config: RunConfig, cluster: Cluster, held: set[str]) -> Iterator[Layout]:
+    """Every possible layout, whether it fits or not.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found, reason, splits = False, None, {}
+    tensors = _powers_of_two(min(LARGEST_TENSOR_PARALLEL, cluster.gpus_per_node))
+    for tensor, pipeline in itertools.product(tensors, _divisors(cluster.gpus)):
+        wanted = {TENSOR: tensor, PIPELINE: pipeline}
+        if cluster.gpus % (tensor * pipeline) or any(_get(config, key) != wanted[key] for key in held & wanted.keys()):
+            continue
+        replicas = cluster.gpus // (tensor * pipeline)
+        if config.training.global_batch_size % replicas:
+            reason = reason or _indivisible(config, replicas, cluster)
+            continue
+        for parallel in _products(config, _parallel_options(config, tensor, pipeline, replicas), held):
+            try:
+                checked = resolve_config(_with(config, {MICRO_BATCH: 1, **parallel}).model_dump())
+                for training in _products(config, _training_options(config, replicas), held):
+                    chosen, place = _with(checked, training), (replicas, pipeline, training[MICRO_BATCH])
+                    if place not in splits:
+                        splits[place] = pipeline_split(chosen, replicas)
+                    found = True
+                    yield Layout(chosen, replicas, splits[place], cluster)
+            except ConfigError as error:
+                reason = error
+    if not found:
+        raise reason or ConfigError(
+            f"no layout of {cluster.gpus} GPUs keeps {' '.join(sorted(held))}; free one of them"
+        )
+
+
+def _parallel_options(config: RunConfig, tensor: int, pipeline: int, replicas: int) -> dict[str, Iterable]:
+    first_zero = 0 if config.training.precision == "fp32" else 1
+    return {
+        TENSOR: [tensor],
+        SEQUENCE: [False, True] if tensor > 1 else [False],
+        PIPELINE: [pipeline],
+        SPLIT: [None],
+        ZERO: range(first_zero, 4 if pipeline == 1 and replicas > 1 else 2),
+        OFFLOAD: [False, True],
+    }
+
+
+def _training_options(config: RunConfig, replicas: int) -> dict[str, Iterable]:
+    sizes = _divisors(config.training.global_batch_size // replicas)
+    return {MICRO_BATCH: [size for size in sizes if size <= LARGEST_MICRO_BATCH], RECOMPUTE: [False, True]}
+
+
+def _products(config: RunConfig, options: dict[str, Iterable], held: set[str]) -> Iterator[dict[str, Any]]:
+    """Every combination; of a held key its own value only, and none where that micro-batch does not divide."""
+    for key in held & options.keys():
+        value = _get(config, key)
+        if key == MICRO_BATCH and value not in options[key]:
+            return
+        options[key] = [value]
+    for values in itertools.product(*options.values()):
+        yield dict(zip(options, values, strict=True))
+
+
+def _rank(layout: Layout) -> tuple:
+    """The faster first; of those that are equally fast, to the three digits that an estimate has, the simpler."""
+    parallel, training = layout.config.parallel, layout.config.training
+    simplicity = (parallel.zero_stage, parallel.pipeline_parallel_size, parallel.tensor_parallel_size)
+    return (float(f"{layout.step_seconds:.2e}"), *simplicity, training.activation_checkpointing, layout.peak)
+
+
+def _with(config: RunConfig, values: dict[str, Any]) -> RunConfig:
+    """The config with other values, unchecked."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = value
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=changes) for name, changes in sections.items()}
+    )
+
+
+def _get(config: RunConfig, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _indivisible(config: RunConfig, replicas: int, cluster: Cluster) -> ConfigError:
+    batch = config.training.global_batch_size
+    return ConfigError(
+        f"training.global_batch_size={batch} cannot be cut over {replicas} replicas ({cluster.gpus} GPUs); "
+        f"use training.global_batch_size={max(1, round(batch / replicas)) * replicas}, or another number of GPUs"
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _powers_of_two(largest: int) -> list[int]:
+    return [2**power for power in range(largest.bit_length())]

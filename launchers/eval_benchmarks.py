@@ -1,0 +1,173 @@
+"""The benchmark commands of `cola eval`: score, run, table, lm-eval."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from launchers.output import print_json
+
+if TYPE_CHECKING:
+    from cola_megatron.evaluation.model import GeneratorModel
+    from cola_megatron.evaluation.results import TaskResult
+
+MODEL = typer.Argument(..., help="Published folder, run folder or checkpoint folder.")
+BATCH_SIZE = typer.Option(20, min=1, help="Prompts that are continued at once; texts do not depend on it.")
+STEPS = typer.Option(16, help="Euler steps per block.")
+GUIDANCE_SCALE = typer.Option(7.0, help="1 is no guidance.")
+REPETITION_PENALTY = typer.Option(1.1, help="1 is none.")
+NOISE_SEED = typer.Option(66, help="Seed of the latent noise.")
+
+
+def score(
+    file: Path = typer.Argument(..., help="JSONL with id, generation, ground_truth and, where there are any, choices."),
+    task: str = typer.Option(..., help="The task whose matching rule applies, such as lambada."),
+    as_json: bool = typer.Option(False, "--json", help='{"accuracy": percent, "items": [{"id": ..., "correct": ...}]}'),
+) -> None:
+    """Score generations that exist already, by the published post-processing and matching.
+
+    Example: `cola eval score --task lambada generations.jsonl --json`
+    """
+    from cola_megatron.evaluation.results import format_table, percentages
+    from cola_megatron.evaluation.score_file import score_file
+    from cola_megatron.evaluation.statistics import wilson_interval
+    from cola_megatron.evaluation.tasks import task_named
+
+    verdicts = score_file(task_named(task), file)
+    interval = wilson_interval(sum(verdict["correct"] for verdict in verdicts), len(verdicts))
+    if as_json:
+        print_json({"accuracy": 100 * interval.value, "items": verdicts})
+    else:
+        rows = [["task", "accuracy", "95% interval", "items"], [task, *percentages(interval), str(len(verdicts))]]
+        print(format_table(rows))
+
+
+def run(
+    model: Path = MODEL,
+    tasks: str = typer.Option("all", help="Task names, separated by commas."),
+    data: Path = typer.Option(..., help="Folder with TASK.jsonl, or a copy of the dataset in TASK/, for every task."),
+    output: Path = typer.Option(..., help="Folder to write; the same command goes on where it was stopped."),
+    limit: int = typer.Option(None, min=1, help="Only the first items of every task."),
+    batch_size: int = BATCH_SIZE,
+    steps: int = STEPS,
+    guidance_scale: float = GUIDANCE_SCALE,
+    max_new_tokens: int = typer.Option(None, min=1, help="By default the task's own: 32."),
+    temperature: float = typer.Option(0.0, min=0.0, help="0 is greedy."),
+    repetition_penalty: float = REPETITION_PENALTY,
+    noise_seed: int = NOISE_SEED,
+    as_json: bool = typer.Option(False, "--json", help="The table as JSON."),
+) -> None:
+    """Evaluate a model on the published tasks: OUTPUT/TASK.json with every item, and a table.
+
+    Under torchrun the items are shared out over the processes. Nothing is downloaded.
+
+    Example: `cola eval run runs/quickstart/export --tasks lambada,squad --data benchmarks --output results --limit 20`
+    """
+    from cola_megatron.evaluation.harness import evaluate_task
+    from cola_megatron.evaluation.items import read_items
+    from cola_megatron.evaluation.tasks import tasks_named
+    from cola_megatron.parallel import initialize_parallel
+
+    wanted = {}
+    for task in tasks_named(tasks):
+        decoding = replace(task.decoding, temperature=temperature)
+        if max_new_tokens is not None:
+            decoding = replace(decoding, max_new_tokens=max_new_tokens)
+        wanted[task.name] = (replace(task, decoding=decoding), read_items(data, task, limit))
+    evaluated = open_for_evaluation(
+        model,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        repetition_penalty=repetition_penalty,
+        noise_seed=noise_seed,
+    )
+    groups = initialize_parallel()
+    results = {}
+    for name, (task, items) in wanted.items():
+        results[name] = evaluate_task(evaluated, task, items, output, groups, batch_size)
+    if groups.is_main:
+        _print_results({"accuracy": results}, as_json)
+
+
+def table(
+    results: list[Path] = typer.Argument(..., help="Folders that `cola eval run` wrote, or single TASK.json files."),
+    as_json: bool = typer.Option(False, "--json", help="The table as JSON."),
+) -> None:
+    """Finished results side by side, with 95% confidence intervals and the average over the tasks that all have.
+
+    Example: `cola eval table results/small results/base`
+    """
+    from cola_megatron.evaluation.results import read_results
+
+    _print_results({str(source): read_results(source) for source in results}, as_json)
+
+
+def lm_eval(
+    model: Path = MODEL,
+    tasks: str = typer.Option(..., help="Names of lm-eval's tasks, separated by commas."),
+    include_path: Path = typer.Option(None, help="A folder with task files of your own."),
+    shots: int = typer.Option(None, min=0, help="Few-shot examples; by default the task's own number."),
+    limit: int = typer.Option(None, min=1, help="Only the first items of every task."),
+    download: bool = typer.Option(False, help="Let lm-eval fetch the data that is not here."),
+    output: Path = typer.Option(None, help="A JSON file to write, with every sample."),
+    batch_size: int = BATCH_SIZE,
+    steps: int = STEPS,
+    guidance_scale: float = GUIDANCE_SCALE,
+    repetition_penalty: float = REPETITION_PENALTY,
+    noise_seed: int = NOISE_SEED,
+    as_json: bool = typer.Option(False, "--json", help="JSON instead of a table."),
+) -> None:
+    """Run tasks of lm-eval's catalogue (`pip install 'cola-megatron[eval]'`). Nothing is downloaded unasked.
+
+    Example: `cola eval lm-eval runs/quickstart/export --tasks triviaqa --limit 20`
+    """
+    if not download:
+        # Read once, when these libraries are imported: before lm-eval is.
+        os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    from cola_megatron.evaluation.lm_eval_adapter import evaluate_catalogue
+    from cola_megatron.parallel import initialize_parallel
+
+    evaluated = open_for_evaluation(
+        model,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        repetition_penalty=repetition_penalty,
+        noise_seed=noise_seed,
+    )
+    groups = initialize_parallel()
+    results = evaluate_catalogue(evaluated, tasks.split(","), groups, batch_size, include_path, shots, limit)
+    if results is None:
+        return
+    if output is not None:
+        output.write_text(results.as_json())
+    if as_json:
+        print_json(results.metrics)
+    else:
+        print(results.table)
+
+
+def open_for_evaluation(source: Path, **settings: float) -> "GeneratorModel":
+    """A folder's model as the harness sees it, with fields of `FlowSettings`; raises ConfigError for a wrong one."""
+    from cola_megatron.config import ConfigError
+    from cola_megatron.evaluation.model import GeneratorModel
+    from cola_megatron.inference.settings import FlowSettings
+    from launchers.generate_command import open_model
+
+    try:
+        flow = FlowSettings(**settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from None
+    return GeneratorModel(open_model(source), str(source), flow)
+
+
+def _print_results(columns: "dict[str, dict[str, TaskResult]]", as_json: bool) -> None:
+    from cola_megatron.evaluation.results import comparison, format_table, summary
+
+    if not as_json:
+        print(format_table(comparison(columns)))
+    elif len(columns) == 1:
+        print_json(summary(*columns.values()))
+    else:
+        print_json({name: summary(results) for name, results in columns.items()})

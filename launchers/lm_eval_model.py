@@ -1,0 +1,30 @@
+"""Registers the lm-eval model `cola`: import this module, then `lm_eval.simple_evaluate(model="cola", ...)`.
+
+`model_args` names the model's folder and, where they differ from the published ones, the generation settings:
+`model_args="path=exports/my-model,guidance_scale=3"`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.registry import register_model
+
+from cola_megatron.evaluation.lm_eval_adapter import EvaluationLM
+from cola_megatron.parallel import initialize_parallel
+from launchers.eval_benchmarks import open_for_evaluation
+
+
+@register_model("cola")
+class ColaLM(EvaluationLM):
+    """A folder's model as a model of lm-eval.
+
+    Args:
+        path: published folder, run folder or checkpoint folder.
+        batch_size: prompts that are continued at once.
+        max_batch_size: lm-eval gives it to every model; not used.
+        settings: fields of `FlowSettings`, such as `guidance_scale`.
+    """
+
+    def __init__(self, path: str, batch_size: int = 20, max_batch_size: int | None = None, **settings: Any):
+        model = open_for_evaluation(Path(path), **settings)
+        super().__init__(model, initialize_parallel(), int(batch_size))

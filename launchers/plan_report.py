@@ -1,0 +1,175 @@
+"""How `cola plan` shows its layouts: a ranked table, the best one in detail, or all of it as a tree."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from cola_megatron.config import RunConfig
+from cola_megatron.scaling.budget import Budget
+from cola_megatron.scaling.flops import training_flops_per_sample
+from cola_megatron.scaling.hardware import GIB
+from cola_megatron.scaling.parts import chain_parts
+from cola_megatron.scaling.plan import Cluster, Layout
+from launchers.output import print_table
+
+
+def print_plan(
+    config: RunConfig, cluster: Cluster, run: Budget, layouts: Sequence[Layout], refused: int, top: int
+) -> None:
+    """The table and the best layout, on stdout."""
+    parameters = sum(part.parameters for part in chain_parts(config))
+    print(
+        f"{config.name}, stage {config.stage}: {parameters:,} parameters, {config.training.precision}, global batch "
+        f"{config.training.global_batch_size:,} x {config.data.sequence_length:,} tokens, on {cluster.gpus:,} "
+        f"{cluster.gpu.name} of {cluster.gpu_memory / GIB:.0f} GiB"
+    )
+    print_table(_length_rows(run), "Length of the run")
+    print(
+        "\nLayouts that fit, by estimated time (memory: GiB at the peak of the fullest rank; sent: GiB a rank and step)"
+    )
+    _print_grid([_row(layout, run) for layout in layouts[:top]])
+    rest = [f"{len(layouts) - top} slower ones are not shown (--top)"] if len(layouts) > top else []
+    if refused:
+        rest.append(f"{refused} combinations need more than {cluster.usable_memory / GIB:.1f} GiB")
+    if rest:
+        print(f"  {'; '.join(rest)}")
+    _print_details(layouts[0])
+
+
+def as_tree(
+    config: RunConfig, cluster: Cluster, run: Budget, layouts: Sequence[Layout], refused: int
+) -> dict[str, Any]:
+    """Everything that is known, in bytes, seconds and FLOPs."""
+    return {
+        "config": config.name,
+        "parameters": sum(part.parameters for part in chain_parts(config)),
+        "cluster": asdict(cluster) | {"usable_memory": cluster.usable_memory},
+        "run": asdict(run),
+        "parts": [asdict(part) | {"flops_per_sample": part.flops} for part in chain_parts(config)],
+        "refused_for_memory": refused,
+        "layouts": [_layout_tree(layout, run) for layout in layouts],
+    }
+
+
+def _layout_tree(layout: Layout, run: Budget) -> dict[str, Any]:
+    parallel, training = layout.config.parallel, layout.config.training
+    first, second = layout.times
+    return {
+        "overrides": layout.overrides,
+        "tensor_parallel_size": parallel.tensor_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "pipeline_parallel_size": parallel.pipeline_parallel_size,
+        "data_parallel_size": layout.replicas,
+        "zero_stage": parallel.zero_stage,
+        "offload_optimizer": parallel.offload_optimizer,
+        "micro_batch_size": training.micro_batch_size,
+        "micro_batches": layout.micro_batches,
+        "activation_checkpointing": training.activation_checkpointing,
+        "pipeline_split": list(layout.split),
+        "stages": [
+            {"holds": holds, **asdict(memory)} for holds, memory in zip(layout.stage_labels, layout.memory, strict=True)
+        ],
+        "peak_bytes": layout.peak,
+        "step_seconds": layout.step_seconds,
+        "step_flops": layout.step_flops,
+        "time": asdict(first),
+        "time_of_a_frozen_step": asdict(second) if second is not first else None,
+        "tokens_per_second": layout.tokens_per_second,
+        "mfu": layout.mfu,
+        "days": _days(layout, run),
+        "gpu_hours": _gpu_hours(layout, run),
+    }
+
+
+def _length_rows(run: Budget) -> list[tuple[str, str]]:
+    rows = [
+        ("steps, tokens", f"{run.steps:,}, {run.tokens:,}"),
+        ("model EFLOPs", f"{run.model_flops / 1e18:,.4g} (counted: both copies, both views, VAE)"),
+    ]
+    if run.nominal_flops is not None:
+        rows.append(("nominal EFLOPs", f"{run.nominal_flops / 1e18:,.4g} (6 N D, the axis of the paper's figures)"))
+    return rows
+
+
+def _row(layout: Layout, run: Budget) -> dict[str, str]:
+    parallel, training = layout.config.parallel, layout.config.training
+    return {
+        "TP": str(parallel.tensor_parallel_size),
+        "SP": "yes" if parallel.sequence_parallel else "",
+        "PP": str(parallel.pipeline_parallel_size),
+        "DP": str(layout.replicas),
+        "ZeRO": f"{parallel.zero_stage}{' host' if parallel.offload_optimizer else ''}",
+        "batch": str(training.micro_batch_size),
+        "recompute": "yes" if training.activation_checkpointing else "",
+        "memory": f"{layout.peak / GIB:.1f}",
+        "step s": f"{layout.step_seconds:.3g}",
+        "tokens/s": f"{layout.tokens_per_second:,.0f}",
+        "MFU": f"{layout.mfu:.1%}",
+        "sent": f"{layout.times[0].sent / GIB:.3g}",
+        "days": f"{_days(layout, run):,.3g}",
+        "GPU-hours": f"{_gpu_hours(layout, run):,.0f}",
+    }
+
+
+def _print_details(layout: Layout) -> None:
+    print("\nThe first in detail")
+    first = layout.times[0]
+    seconds = {
+        "computation": first.computation,
+        "tensor-parallel traffic": first.tensor,
+        "pipeline traffic": first.pipeline,
+        "pipeline bubble": first.bubble,
+        "data-parallel traffic": first.data,
+        "optimiser": first.optimizer,
+    }
+    sent = {"tensor": first.sent_tensor, "pipeline": first.sent_pipeline, "data": first.sent_data}
+    print_table(
+        [
+            ("overrides", " ".join(layout.overrides)),
+            ("FLOPs of a sample", f"{training_flops_per_sample(layout.config, _trains_vae(layout)):.4g}"),
+            ("micro-batches", f"{layout.micro_batches} of {layout.config.training.micro_batch_size}"),
+            ("seconds of a step", ", ".join(f"{name} {value:.3g}" for name, value in seconds.items() if value)),
+            ("GiB a rank sends", ", ".join(f"{name} {size / GIB:.3g}" for name, size in sent.items() if size) or "0"),
+        ]
+    )
+    print("\nMemory of one rank in GiB; activations now (kept, recomputed): with this, without, and with recomputation")
+    _print_grid([_stage_row(layout, stage) for stage in range(len(layout.split))])
+    for stage, holds in enumerate(layout.stage_labels):
+        print(f"  stage {stage} holds {layout.split[stage]} steps: {holds}")
+
+
+def _stage_row(layout: Layout, stage: int) -> dict[str, str]:
+    memory = layout.memory[stage]
+    states = memory.states
+    sizes = {
+        "weights": states.weights,
+        "gradients": states.gradients + states.parameter_gradients,
+        "optimiser": states.optimizer,
+        "buffers": states.buffers,
+        "activations": memory.activations,
+        "(kept)": memory.activations_kept,
+        "(recomputed)": memory.activations_recomputed,
+        "peak": memory.peak,
+        "host": states.host,
+    }
+    return {"stage": str(stage), **{name: f"{size / GIB:.2f}" for name, size in sizes.items()}}
+
+
+def _trains_vae(layout: Layout) -> bool:
+    return layout.config.stage == 1 or layout.config.training.vae_update.mode != "frozen"
+
+
+def _days(layout: Layout, run: Budget) -> float:
+    return run.steps * layout.step_seconds / 86_400
+
+
+def _gpu_hours(layout: Layout, run: Budget) -> float:
+    return run.steps * layout.step_seconds / 3_600 * layout.cluster.gpus
+
+
+def _print_grid(rows: Sequence[dict[str, str]]) -> None:
+    """Columns under their names, right-aligned; an empty column is left out."""
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in names}
+    for row in [dict(zip(names, names, strict=True)), *rows]:
+        print("  " + "  ".join(row[name].rjust(widths[name]) for name in names).rstrip())

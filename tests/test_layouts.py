@@ -1,0 +1,195 @@
+"""Every layout is the same model: losses, every gradient and the loss curve equal those of one process.
+
+The gradients are read off AdamW: after its first step its first moment is (1 - beta_1) times the clipped gradient, so
+that accumulation, reduction over replicas, sums over tensor-parallel ranks and clipping are all in it.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from cola_megatron.config import RunConfig, load_config
+from tests.ranks import run_ranks
+from tests.support import TINY, random_batch
+
+STEPS = 20
+FP32_GRADIENT = 1e-5  # of each tensor's norm: float32 sums in another order, a few units of 1e-7 each
+FP32_CURVE = 1e-4
+TENSOR, PIPELINE = "parallel.tensor_parallel_size", "parallel.pipeline_parallel_size"
+LAYOUTS = {
+    "TP 2": (2, [f"{TENSOR}=2"]),
+    "TP 2, sequence parallel": (2, [f"{TENSOR}=2", "parallel.sequence_parallel=true"]),
+    "PP 2": (2, [f"{PIPELINE}=2"]),
+    "PP 2 without ZeRO": (2, [f"{PIPELINE}=2", "parallel.zero_stage=0"]),
+    "PP 4": (4, [f"{PIPELINE}=4"]),
+    "TP 2 x PP 2": (4, [f"{TENSOR}=2", f"{PIPELINE}=2", "parallel.sequence_parallel=true"]),
+    "DP 2, ZeRO 0": (2, ["parallel.zero_stage=0"]),
+    "DP 2, ZeRO 1": (2, ["parallel.zero_stage=1"]),
+    "DP 2, ZeRO 2": (2, ["parallel.zero_stage=2"]),
+    "DP 2, ZeRO 3": (2, ["parallel.zero_stage=3"]),
+    "TP 2 x DP 2, ZeRO 1": (4, [f"{TENSOR}=2", "parallel.zero_stage=1"]),
+    "TP 2 x DP 2, ZeRO 2": (4, [f"{TENSOR}=2", "parallel.zero_stage=2", "parallel.sequence_parallel=true"]),
+    "TP 2 x PP 2 x DP 2": (8, [f"{TENSOR}=2", f"{PIPELINE}=2", "parallel.sequence_parallel=true"]),
+    "DP 2, recomputed, on the host": (
+        2,
+        ["training.activation_checkpointing=true", "parallel.offload_optimizer=true", "parallel.zero_stage=2"],
+    ),
+    "PP 2, recomputed": (2, [f"{PIPELINE}=2", "training.activation_checkpointing=true"]),
+}
+
+
+def tiny_config(overrides: list[str]) -> RunConfig:
+    common = ["training.micro_batch_size=2", f"training.steps={STEPS}", "parallel.reduce_bucket_size=20000"]
+    return load_config("tiny", [*TINY, *common, *overrides])
+
+
+def train_steps(config: RunConfig, steps: int) -> dict[str, Any]:
+    """Trains on random tokens; the metrics of every step, and this rank's pieces of the first moments after step 1."""
+    from cola_megatron.parallel import initialize_parameters
+    from cola_megatron.training.engine import Engine
+    from cola_megatron.training.engine_state import pieces_to_save
+    from cola_megatron.training.layout import build_model, initialize_run
+
+    groups = initialize_run(config)
+    model = build_model(config, groups)
+    for parameter in model.parameters():
+        parameter.initializer = shaken(parameter.initializer)
+    initialize_parameters(model, config.seed, groups)
+    engine, metrics, moments = Engine(model, config, groups), [], []
+
+    def micro_batches(step: int) -> Iterator[dict[str, torch.Tensor]]:
+        size, replicas = config.training.micro_batch_size, groups.data_parallel_size
+        for index in range(engine.accumulation):
+            start = step * config.training.global_batch_size
+            start += (index * replicas + groups.data_parallel_rank) * size
+            yield random_batch(config, range(start, start + size), step)
+
+    for step in range(steps):
+        metrics.append(engine.step(micro_batches(step), step))
+        if step == 0:
+            moments = [
+                piece._replace(values=piece.values.clone().numpy())
+                for piece in pieces_to_save(engine, 1)
+                if piece.name.startswith("exp_avg/")
+            ]
+    return {"metrics": metrics, "moments": moments}
+
+
+def shaken(initializer):
+    """A start at which no gate is closed, so that every parameter has a gradient."""
+
+    def start(whole: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return initializer(whole, generator).add_(0.05 * torch.randn(whole.shape, generator=generator))
+
+    return start
+
+
+def run_layout(ranks: int, overrides: list[str], steps: int = STEPS) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """The metrics (the same on every rank) and the whole first moments after step 1."""
+    answers = run_ranks(train_steps, ranks, tiny_config(overrides), steps)
+    assert all(answer["metrics"] == answers[0]["metrics"] for answer in answers)
+    whole, covered = {}, {}
+    for answer in answers:
+        for piece in answer["moments"]:
+            box = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.values.shape, strict=True))
+            whole.setdefault(piece.name, torch.zeros(piece.whole))[box] = torch.from_numpy(piece.values)
+            covered.setdefault(piece.name, torch.zeros(piece.whole))[box] += 1
+    assert all((count == 1).all() for count in covered.values())
+    return answers[0]["metrics"], whole
+
+
+@functools.cache
+def one_process(*overrides: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    return run_layout(1, list(overrides))
+
+
+def relative(found: float, expected: float) -> float:
+    return abs(found - expected) / abs(expected)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_and_every_gradient_equal_those_of_one_process(layout, stage):
+    # Stage 2 with everything in it: mask view, reference encoder, dropped contexts, clean prefixes.
+    common = (f"stage={stage}", "training.precision=fp32", "training.vae_update.from_scratch=false")
+    ranks, overrides = LAYOUTS[layout]
+    expected, gradients = one_process(*common)
+    metrics, found = run_layout(ranks, [*common, *overrides])
+    for name, value in expected[0].items():
+        assert relative(metrics[0][name], value) <= 1e-5, name
+    assert found.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        assert (found[name] - gradient).norm() <= FP32_GRADIENT * gradient.norm(), name
+    assert max(relative(mine["loss"], one["loss"]) for mine, one in zip(metrics, expected, strict=True)) <= FP32_CURVE
+
+
+@pytest.mark.parametrize("layout", ["PP 2", "PP 4", "TP 2 x PP 2", "DP 2, ZeRO 0", "DP 2, ZeRO 3"])
+def test_a_vae_that_is_trained_at_intervals_follows_the_same_curve(layout):
+    common = (
+        "training.precision=fp32",
+        "training.vae_update.from_scratch=false",
+        "training.vae_update.mode=interval",
+        "training.vae_update.joint_steps=2",
+        "training.vae_update.frozen_steps=3",
+    )
+    ranks, overrides = LAYOUTS[layout]
+    metrics, _ = run_layout(ranks, [*common, *overrides])
+    for mine, one in zip(metrics, one_process(*common)[0], strict=True):
+        assert mine.keys() == one.keys()
+        assert relative(mine["loss"], one["loss"]) <= FP32_CURVE
+        assert relative(mine["gradient_norm"], one["gradient_norm"]) <= 10 * FP32_CURVE
+
+
+@pytest.mark.parametrize("layout", ["PP 2", "TP 2 x PP 2"])
+def test_a_frozen_vae_is_only_used(layout):
+    common = (
+        "training.precision=fp32",
+        "training.vae_update.from_scratch=false",
+        "training.vae_update.mode=frozen",
+    )
+    ranks, overrides = LAYOUTS[layout]
+    metrics, found = run_layout(ranks, [*common, *overrides], 5)
+    expected, gradients = one_process(*common)
+    assert found.keys() == gradients.keys() and all("/dit." in name for name in found)
+    assert max(relative(mine["loss"], one["loss"]) for mine, one in zip(metrics, expected, strict=False)) <= FP32_CURVE
+
+
+BF16 = 2.0**-8  # spacing of bfloat16 at 1
+BF16_LAYOUTS = [name for name in LAYOUTS if "ZeRO 0" not in name and "without ZeRO" not in name]
+
+
+@pytest.mark.parametrize("layout", BF16_LAYOUTS)
+def test_bf16_differs_by_rounding_alone(layout):
+    """A sum in another order moves a bfloat16 value by one spacing at most, 2^-8 of itself.
+
+    The loss of a step is a mean over hundreds of such values, so 2^-8 bounds its first value. From then on every
+    update rounds anew; the differences of 20 steps add up to 20 spacings at the very worst.
+    """
+    common = ("training.precision=bf16", "parallel.zero_stage=1")
+    ranks, overrides = LAYOUTS[layout]
+    metrics, _ = run_layout(ranks, [*common, *overrides])
+    for step, (mine, one) in enumerate(zip(metrics, one_process(*common)[0], strict=True)):
+        assert all(torch.isfinite(torch.tensor(list(mine.values()))))
+        assert relative(mine["loss"], one["loss"]) <= BF16 * (step + 1), step
+
+
+@pytest.mark.parametrize("layout", ["PP 2", "TP 2 x PP 2", "DP 2, ZeRO 3"])
+def test_a_run_is_trained_and_measured_alike(tiny, layout):
+    """The whole road: shards, loop, held-out measurement, summary; 23 sequences fill no batch evenly."""
+    overrides = ["training.steps=3", "training.evaluation.samples=23", "training.precision=fp32"]
+    ranks, parallel = LAYOUTS[layout]
+    alone, together = tiny(2, "name=alone", *overrides), tiny(2, "name=together", *overrides, *parallel)
+    expected = run_ranks(train_quietly, 1, alone)[0]
+    for found in run_ranks(train_quietly, ranks, together):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=1e-3), name
+
+
+def train_quietly(config: RunConfig) -> dict[str, float]:
+    from cola_megatron.training.loop import train
+
+    return train(config, progress=False).metrics

@@ -1,0 +1,281 @@
+"""Speed of generation: the engine against a plain loop, and its latency against batch, steps and length.
+
+    python -m tools.bench_inference                       both tables; minutes on two cores
+    python -m tools.bench_inference --only ratio --json   the comparison alone, for scripts
+
+Weights are random: speed does not depend on them. Before anything is timed both forms must give the same tokens.
+
+Counted per latent and layer of width w, an evaluation of the velocity takes 12 w^2 multiply-adds in the matrices, and
+6 w^2 more where AdaLN is evaluated for every latent. So the plain loop's two passes compute 1.5 times what the
+engine's do. The rest of the ratio is what a product with 16 rows costs more, per row, than one with 32, and what the
+small operations cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from cola_megatron.config import DiTConfig, VAEConfig
+from cola_megatron.inference.generate import FlowGenerator, FlowSession
+from cola_megatron.inference.protocol import Request
+from cola_megatron.inference.settings import FlowSettings
+from cola_megatron.models.dit import DiT
+from cola_megatron.models.text_vae import TextVAE
+from cola_megatron.parallel import ProcessGroups, initialize_parallel, initialize_parameters
+from tools.plain_generation import generate_plainly
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is generated."""
+
+    batch: int
+    steps: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def settings(self) -> FlowSettings:
+        """Guidance 7 and the repetition penalty of the published package."""
+        return FlowSettings(max_new_tokens=self.new_tokens, steps=self.steps, guidance_scale=7.0)
+
+    def prompts(self, vocab_size: int) -> list[list[int]]:
+        """Random token ids, alike in every run."""
+        generator = torch.Generator().manual_seed(66)
+        return torch.randint(0, vocab_size, (self.batch, self.prompt_tokens), generator=generator).tolist()
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The engine against the plain loop; prompts are part of the time."""
+
+    case: Case
+    engine: float
+    """Tokens per second, median of the repeats."""
+    plain: float
+    ratio: float
+    same_tokens: bool
+    largest_difference: float
+    """Of a latent, between the two."""
+    engine_seconds: list[float]
+    """One per repeat; the two forms alternate."""
+    plain_seconds: list[float]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds per block of the whole batch, and where they go; medians of the repeats."""
+
+    case: Case
+    tokens_per_second: float
+    block: float
+    prior: float
+    """Drawing the block from the prior, and committing it."""
+    decoder: float
+    prompts: float
+    """Encoding all prompts and filling the caches, once."""
+
+
+class Bench:
+    """The networks in both forms, with the same weights."""
+
+    def __init__(self, options: argparse.Namespace, groups: ProcessGroups):
+        self.device, self.vocab_size = groups.device, options.vocab_size
+        dtype = getattr(torch, options.dtype)
+        self.plain_vae, self.plain_dit = networks(options, groups, dtype)
+        self.vae, dit = networks(options, groups, dtype)
+        self.generator = FlowGenerator(self.vae, dit)
+
+    def start(self, case: Case) -> FlowSession:
+        """A session of the engine."""
+        requests = [Request(prompt, index) for index, prompt in enumerate(case.prompts(self.vocab_size))]
+        return self.generator.start(requests, case.settings, padding_id=0)
+
+    def engine(self, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids (B, tokens) and latents (blocks, S, B, C)."""
+        session, ids, latents = self.start(case), [[] for _ in range(case.batch)], [[] for _ in range(case.batch)]
+        while session.running:
+            for block in session.advance():
+                ids[block.sample] += block.token_ids
+                latents[block.sample].append(block.latents)
+        return torch.tensor(ids), torch.stack([torch.stack(blocks) for blocks in latents], dim=2)
+
+    def plain(self, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same from the plain loop."""
+        return generate_plainly(self.plain_vae, self.plain_dit, case.prompts(self.vocab_size), case.settings)
+
+    def compare(self, case: Case, repeats: int) -> Ratio:
+        """Both forms, alternating."""
+        (ids, latents), (plain_ids, plain_latents) = self.engine(case), self.plain(case)
+        seconds = {self.engine: [], self.plain: []}
+        for _ in range(repeats):
+            for form, taken in seconds.items():
+                taken.append(self.timed(lambda form=form: form(case)))
+        tokens = case.batch * case.new_tokens
+        engine, plain = (tokens / statistics.median(taken) for taken in seconds.values())
+        return Ratio(
+            case,
+            engine,
+            plain,
+            engine / plain,
+            torch.equal(ids, plain_ids.cpu()),
+            (latents - plain_latents.cpu()).abs().max().item(),
+            *seconds.values(),
+        )
+
+    def latency(self, case: Case, repeats: int) -> Latency:
+        """The engine alone, its parts timed apart."""
+        blocks = case.new_tokens // self.generator.dit.config.block_size
+        runs = [self._parts(case) for _ in range(repeats + 1)][1:]  # the first one warms up
+        parts = {name: statistics.median(run[name] for run in runs) * 1e3 for name in runs[0]}
+        return Latency(
+            case,
+            case.batch * case.new_tokens / (parts["prompts"] + parts["blocks"]) * 1e3,
+            parts["blocks"] / blocks,
+            (parts["draw"] + parts["remember"]) / blocks,
+            parts["decode"] / blocks,
+            parts["prompts"],
+        )
+
+    def _parts(self, case: Case) -> dict[str, float]:
+        began = self.now()
+        session = self.start(case)
+        seconds = {"prompts": self.now() - began, "draw": 0.0, "remember": 0.0, "decode": 0.0}
+
+        def measured(name: str, method: Callable) -> Callable:
+            def run(*arguments: Any) -> Any:
+                started = self.now()
+                value = method(*arguments)
+                seconds[name] += self.now() - started
+                return value
+
+            return run
+
+        session.prior.remember = measured("remember", session.prior.remember)
+        session.decoder.decode = measured("decode", session.decoder.decode)
+        draw = session.prior.draw
+
+        def drawn(*arguments: Any) -> Iterator:
+            started = self.now()
+            block = yield from draw(*arguments)
+            seconds["draw"] += self.now() - started
+            return block
+
+        session.prior.draw = drawn
+        began = self.now()
+        while session.running:
+            for _ in session.advance():
+                pass
+        return seconds | {"blocks": self.now() - began}
+
+    def timed(self, work: Callable[[], Any]) -> float:
+        """Seconds."""
+        began = self.now()
+        work()
+        return self.now() - began
+
+    def now(self) -> float:
+        """Seconds on a clock, when the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def networks(options: argparse.Namespace, groups: ProcessGroups, dtype: torch.dtype) -> tuple[TextVAE, DiT]:
+    """VAE and prior with random weights, moved away from their start: there AdaLN's gates are zero."""
+    width = options.width
+    vae = TextVAE(
+        options.vocab_size,
+        VAEConfig(
+            encoder_layers=2,
+            decoder_layers=2,
+            hidden_size=width,
+            ffn_hidden_size=4 * width,
+            num_attention_heads=width // 64,
+        ),
+        groups,
+    )
+    dit = DiT(
+        DiTConfig(
+            num_layers=options.layers,
+            hidden_size=width,
+            num_attention_heads=width // 64,
+            head_dim=64,
+            rotary_dim=48,
+            block_size=options.block_size,
+        ),
+        groups,
+    )
+    for network in (vae, dit):
+        initialize_parameters(network, 0, groups)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+        network.to(groups.device, dtype).eval().requires_grad_(False)
+    return vae, dit
+
+
+def sweep(options: argparse.Namespace) -> Iterator[Case]:
+    """One thing varied at a time."""
+    middle = Case(options.batch[0], options.steps, options.prompt_tokens, options.new_tokens)
+    yield from (replace(middle, batch=batch) for batch in dict.fromkeys([*options.batch, 32]))
+    yield from (replace(middle, steps=steps) for steps in (4, 8, 32))
+    yield from (replace(middle, prompt_tokens=tokens) for tokens in (256, 1024))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options; exits with 2 for a wrong use."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"layers": 6, "width": 512, "block-size": 16, "steps": 16, "prompt-tokens": 64, "new-tokens": 64}
+    for name, default in (sizes | {"vocab-size": 16384, "repeats": 5}).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: torch's own choice")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--only", choices=("ratio", "latency"))
+    parser.add_argument("--json", action="store_true", help="a JSON document on stdout; the tables go to stderr")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: 0, or 1 where the two forms disagree."""
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    bench = Bench(options, initialize_parallel())
+    file = sys.stderr if options.json else sys.stdout
+    ratios, latencies = [], []
+    if options.only != "latency":
+        print(f"{'batch':>6}{'engine tokens/s':>17}{'plain tokens/s':>16}{'ratio':>7}  same tokens", file=file)
+        for batch in options.batch:
+            case = Case(batch, options.steps, options.prompt_tokens, options.new_tokens)
+            ratios.append(found := bench.compare(case, options.repeats))
+            figures = f"{batch:>6}{found.engine:>17.1f}{found.plain:>16.1f}{found.ratio:>7.2f}"
+            print(f"{figures}  {found.same_tokens}", file=file, flush=True)
+    if options.only != "ratio":
+        columns = ("batch", "steps", "prompt", "tokens/s", "ms/block", "prior", "decoder", "prompts")
+        print("".join(f"{name:>10}" for name in columns), file=file)
+        for case in sweep(options):
+            latencies.append(found := bench.latency(case, options.repeats))
+            figures = (found.tokens_per_second, found.block, found.prior, found.decoder, found.prompts)
+            cells = f"{case.batch:>10}{case.steps:>10}{case.prompt_tokens:>10}"
+            print(cells + "".join(f"{figure:>10.1f}" for figure in figures), file=file, flush=True)
+    if options.json:
+        about = {"options": vars(options), "torch": torch.__version__, "threads": torch.get_num_threads()}
+        records = {"ratios": [asdict(found) for found in ratios], "latencies": [asdict(found) for found in latencies]}
+        print(json.dumps(about | records, indent=1))
+    return 0 if all(found.same_tokens for found in ratios) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
