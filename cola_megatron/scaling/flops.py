@@ -82,7 +82,7 @@ def parameter_step_cost(config: RunConfig, data_parallel_size: int) -> float:
 
 
 def stage_costs(config: RunConfig, data_parallel_size: int = 1) -> list[float]:
-    """Cost of each part of `chain_parts`, in FLOP-equivalents per sample, for `parallel.split.balance`.
+    """Cost of each part of `chain_parts`, in FLOP-equivalents per sample, for `scaling.balance.balance`.
 
     FLOPs, plus `parameter_step_cost` for each trained parameter, divided over the samples that one replica contributes
     to an optimiser step: global_batch_size / data_parallel_size. With `vae_update.mode=interval` the FLOPs are the mean

@@ -1,7 +1,7 @@
 """Which steps of the chain each pipeline stage computes."""
 
 from cola_megatron.config import ConfigError, RunConfig
-from cola_megatron.parallel.split import balance
+from cola_megatron.scaling.balance import balance
 from cola_megatron.scaling.flops import stage_costs
 from cola_megatron.scaling.parts import chain_parts
 
