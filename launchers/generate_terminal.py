@@ -58,13 +58,13 @@ def show(prompt: str, pieces: Iterable["Piece | Preview"], screen: TextIO, colum
             screen.write(" \r")  # a full line: makes the terminal go on to the next now, not with the next character
         return last
 
-    line = write_settled(prompt)
+    line = write_settled(_printable(prompt))
     for piece in pieces:
         # Down, clear what was shown there, up again to where the settled text ends: moves that survive scrolling.
         back = f"{UP}\r" + (f"\033[{_width(line) % columns}C" if _width(line) % columns else "")
         if isinstance(piece, Piece):
             screen.write(f"\n{CLEAR_LINE}{back}")
-            line = write_settled(piece.text)
+            line = write_settled(_printable(piece.text))
         else:
             screen.write(f"\n{CLEAR_LINE}{DIM}{_fitting(piece.text, columns)}{PLAIN}{back}")
         screen.flush()
@@ -75,12 +75,18 @@ def show(prompt: str, pieces: Iterable["Piece | Preview"], screen: TextIO, colum
 def _fitting(text: str, columns: int) -> str:
     """The beginning of a text, in one line."""
     shown, width = "", 0
-    for character in text.replace("\n", "\u23ce").replace("\r", "").replace("\t", " "):
+    for character in _printable(text).replace("\n", "\u23ce"):
         width += _width(character)
         if width >= columns:
             break
         shown += character
     return shown
+
+
+def _printable(text: str) -> str:
+    """Without characters that a terminal obeys: a model may write any byte."""
+    kept = text.replace("\t", "    ").replace("\r", "")
+    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c != "\n" else c for c in kept)
 
 
 def _width(text: str) -> int:

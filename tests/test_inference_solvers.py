@@ -79,7 +79,23 @@ def test_a_step_is_repeated_from_where_it_is_noised_back_to():
 
     def run(rounds: int) -> torch.Tensor:
         grid = times(4, uneven=False).tolist()
-        return finish(integrate(RULES["euler"], lambda z, i: z, START, grid, lambda step: rounds, noise_back))
+        return finish(
+            integrate(RULES["euler"], lambda z, i: z, START, grid, rounds=lambda step: rounds, noise_back=noise_back)
+        )
 
     assert torch.equal(run(1), run(3))
     assert calls == [(step, True) for step in (0, 0, 1, 1, 2, 2, 3, 3)]
+
+
+def test_what_is_held_is_back_before_every_step_and_at_the_end():
+    grid = times(4, uneven=False).tolist()
+
+    def hold(z: torch.Tensor, step: int) -> torch.Tensor:
+        return torch.stack((torch.tensor(float(step), dtype=z.dtype), z[1]))
+
+    steps = integrate(RULES["euler"], lambda z, i: z, START, grid, hold)
+    seen = [next(steps).z.tolist() for _ in range(4)]
+    assert [z[0] for z in seen] == [0.0, 1.0, 2.0, 3.0]
+    with pytest.raises(StopIteration) as end:
+        next(steps)
+    assert end.value.value.tolist() == [4.0, pytest.approx(START[1].item() * 0.75**4)]

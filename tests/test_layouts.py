@@ -126,7 +126,9 @@ def test_loss_and_every_gradient_equal_those_of_one_process(layout, stage):
     assert max(relative(mine["loss"], one["loss"]) for mine, one in zip(metrics, expected, strict=True)) <= FP32_CURVE
 
 
-@pytest.mark.parametrize("layout", ["PP 2", "PP 4", "TP 2 x PP 2", "DP 2, ZeRO 0", "DP 2, ZeRO 3"])
+@pytest.mark.parametrize(
+    "layout", ["PP 2", "PP 4", "TP 2 x PP 2", "DP 2, ZeRO 0", "DP 2, ZeRO 3", "DP 2, recomputed, on the host"]
+)
 def test_a_vae_that_is_trained_at_intervals_follows_the_same_curve(layout):
     common = (
         "training.precision=fp32",

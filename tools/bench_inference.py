@@ -94,6 +94,8 @@ class Bench:
         self.plain_vae, self.plain_dit = networks(options, groups, dtype)
         self.vae, dit = networks(options, groups, dtype)
         self.generator = FlowGenerator(self.vae, dit)
+        if options.prepare_plain:
+            FlowGenerator(self.plain_vae, self.plain_dit)  # prepares them
 
     def start(self, case: Case) -> FlowSession:
         """A session of the engine."""
@@ -242,6 +244,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: torch's own choice")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--prepare-plain", action="store_true", help="give the plain loop the engine's products too")
     parser.add_argument("--only", choices=("ratio", "latency"))
     parser.add_argument("--json", action="store_true", help="a JSON document on stdout; the tables go to stderr")
     return parser.parse_args(arguments)

@@ -115,6 +115,10 @@ class RunConfig(Section):
             raise ValueError(
                 "parallel.zero_stage=0 with training.precision=bf16 keeps no float32 master weights; use zero_stage=1"
             )
+        if self.stage == 1 and self.training.stage_one is not None:
+            raise ValueError(
+                f"training.stage_one={self.training.stage_one} is what stage 2 starts from; stage=1 would not read it"
+            )
         update = self.training.vae_update
         if self.stage == 2 and update.from_scratch and update.mode == "frozen":
             raise ValueError(
@@ -134,6 +138,8 @@ class RunConfig(Section):
     def _check_layout(self) -> None:
         """What the tensor-parallel ranks share must divide; every other width is a multiple of these."""
         self._check_pipeline()
+        if self.parallel.offload_optimizer and self.parallel.zero_stage == 0:
+            raise ValueError("parallel.offload_optimizer=true needs parallel.zero_stage of 1 or more")
         model, ranks = self.model, self.parallel.tensor_parallel_size
         rule = f"must be divisible by parallel.tensor_parallel_size={ranks}"
         for key, size in (
@@ -141,7 +147,7 @@ class RunConfig(Section):
             ("dit.num_attention_heads", model.dit.num_attention_heads),
             ("dit.hidden_size", model.dit.hidden_size),
         ):
-            if size % ranks:
+            if size % ranks and (self.stage == 2 or key.startswith("vae")):
                 raise ValueError(f"model.{key}={size} {rule}")
         if not self.parallel.sequence_parallel:
             return
@@ -165,10 +171,12 @@ class RunConfig(Section):
                 f"parallel.zero_stage={parallel.zero_stage} with parallel.pipeline_parallel_size={stages} would move "
                 "gradients or parameters for every micro-batch; use zero_stage=1"
             )
+        if split is not None and stages == 1:
+            raise ValueError(
+                f"parallel.pipeline_split={split} needs parallel.pipeline_parallel_size above 1; leave it out"
+            )
         if split is not None and len(split) != stages:
             raise ValueError(
                 f"parallel.pipeline_split={split} must name one number for each of the "
                 f"parallel.pipeline_parallel_size={stages} stages"
             )
-        if parallel.offload_optimizer and parallel.zero_stage == 0:
-            raise ValueError("parallel.offload_optimizer=true needs parallel.zero_stage of 1 or more")

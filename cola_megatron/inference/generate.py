@@ -125,7 +125,8 @@ class FlowSession:
             self.prior.remember(self._unremembered_SBC)
             self._unremembered_SBC = None
         noise_SBC = self._noise()
-        drawing = self.prior.draw(noise_SBC, self._first_block(noise_SBC) if self.block == 0 else None)
+        first = self._first_block(noise_SBC) if self.block == 0 else None
+        drawing = self.prior.draw(noise_SBC, first)
         while True:
             try:
                 evaluation = next(drawing)
@@ -133,7 +134,8 @@ class FlowSession:
                 z_SBC = end.value
                 break
             if evaluation.step in preview_steps:
-                ids_BT = self._tokens(self.decoder.decode(evaluation.clean, commit=False))
+                clean_SBC = evaluation.clean if first is None else first.hold(evaluation.clean, 0.0)
+                ids_BT = self._tokens(self.decoder.decode(clean_SBC, commit=False))
                 for sample, ids in zip(list(self._samples), ids_BT.tolist(), strict=True):
                     yield TokenPreview(sample.index, evaluation.step, evaluation.time, ids, self._repeated(sample))
         ids_BT = self._tokens(self.decoder.decode(z_SBC))

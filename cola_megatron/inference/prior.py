@@ -116,7 +116,7 @@ class BlockPrior:
         def velocity(z_SBC: torch.Tensor, step: int) -> torch.Tensor:
             index_SB = None
             if first is not None:
-                z_SBC = first.hold(z_SBC, grid.times[step])
+                z_SBC = first.hold(z_SBC, grid.times[step])  # also inside a step, where a solver evaluates there
                 index_SB = first.time_rows(step, grid.clean_row)
             if not (blocks.unconditional and settings.guided(grid.times[step])):
                 return self._evaluate(z_SBC, step, blocks.attention, blocks.context, index_SB)
@@ -133,20 +133,16 @@ class BlockPrior:
             apart = in_context[:, blocks.with_context] - alone
             return in_context.index_copy(1, blocks.with_context, alone + settings.guidance_scale * apart)
 
-        steps = integrate(RULES[settings.solver], velocity, noise_SBC, grid.times)
+        holding = {}
         if first is not None:
-            steps = integrate(
-                RULES[settings.solver],
-                velocity,
-                noise_SBC,
-                grid.times,
-                rounds=lambda step: first.rounds(grid.times[step]),
-                noise_back=lambda later_SBC, before_SBC, step: first.noise_back(
+            holding = {
+                "hold": lambda z_SBC, step: first.hold(z_SBC, grid.times[step]),
+                "rounds": lambda step: first.rounds(grid.times[step]),
+                "noise_back": lambda later_SBC, before_SBC, step: first.noise_back(
                     later_SBC, before_SBC, grid.times[step + 1], grid.times[step]
                 ),
-            )
-        z_SBC = yield from steps
-        return z_SBC if first is None else first.hold(z_SBC, 0.0)
+            }
+        return (yield from integrate(RULES[settings.solver], velocity, noise_SBC, grid.times, **holding))
 
     def _next_blocks(self) -> _Blocks:
         if self._next is None:

@@ -81,24 +81,27 @@ def integrate(
     velocity: Velocity,
     z: torch.Tensor,
     times: list[float],
+    hold: Callable[[torch.Tensor, int], torch.Tensor] = lambda z, step: z,
     rounds: Callable[[int], int] = lambda step: 1,
     noise_back: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor] = lambda later, before, step: before,
 ) -> Generator[Evaluation, None, torch.Tensor]:
     """Yields what is known before each step is taken for good, and returns z at the last time.
 
     Args:
+        hold: puts known positions back, before step i and at the end.
         rounds: how often step i is done.
         noise_back: (z at the end of step i, z at its beginning, i) -> where the step begins when it is repeated.
     """
     earlier = None
     for step, time in enumerate(times[:-1]):
+        z = hold(z, step)
         later, slope = rule(velocity, z, step, times, earlier)
         for _ in range(rounds(step) - 1):
-            z = noise_back(later, z, step)
+            z = hold(noise_back(later, z, step), step)
             later, slope = rule(velocity, z, step, times, earlier)
         yield Evaluation(step, time, z, slope)
         z, earlier = later, slope
-    return z
+    return hold(z, len(times) - 1)
 
 
 def solve(rule: Rule, velocity: Velocity, z: torch.Tensor, times: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ class PipelinedModel(nn.Module):
     def __init__(self, groups: ProcessGroups, split: Sequence[int] | None):
         super().__init__()
         self.groups, self.split = groups, split
-        self._stages: dict[tuple, Stage] = {}
+        self._chains: dict[tuple, tuple[Stage, list[str]]] = {}
 
     def steps(self, **mode: bool) -> list[Step]:
         """One training pass in order."""
@@ -59,10 +59,7 @@ class PipelinedModel(nn.Module):
 
     def stage(self, **mode: bool) -> Stage:
         """What this process computes of `steps(**mode)`."""
-        key = tuple(sorted(mode.items()))
-        if key not in self._stages:
-            self._stages[key] = self.own_stage_of(self.steps(**mode), self.batch_names)
-        return self._stages[key]
+        return self._built(mode)[0]
 
     def own_stage_of(self, steps: Sequence[Step], batch_names: set[str]) -> Stage:
         """This process's stage of any chain whose steps with parameters are those of `steps()`."""
@@ -72,7 +69,17 @@ class PipelinedModel(nn.Module):
 
     def term_names(self, **mode: bool) -> list[str]:
         """The terms of the loss over all stages, in order."""
-        return [name.removeprefix(LOSS) for step in self.steps(**mode) for name in step.writes if name.startswith(LOSS)]
+        return self._built(mode)[1]
+
+    def _built(self, mode: dict[str, bool]) -> tuple[Stage, list[str]]:
+        """Stage and terms of a mode; the chain is built once, for it makes masks and tables of positions."""
+        key = tuple(sorted(mode.items()))
+        if key not in self._chains:
+            steps = self.steps(**mode)
+            names = [name for step in steps for name in step.writes if name.startswith(LOSS)]
+            stage = self.own_stage_of(steps, self.batch_names)
+            self._chains[key] = (stage, [name.removeprefix(LOSS) for name in names])
+        return self._chains[key]
 
     def under_construction(self) -> contextlib.AbstractContextManager:
         """Where the networks are built: without memory if most of them belong to other stages."""

@@ -149,7 +149,13 @@ def initialize_parallel(
 def _local_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ConfigError(
+            f"process {local_rank} of this machine has no GPU: there are {gpus}; start at most {gpus} processes here "
+            "(torchrun --nproc-per-node)"
+        )
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 

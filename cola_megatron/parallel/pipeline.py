@@ -50,7 +50,7 @@ class Neighbours:
         self.behind = ranks[stage + 1] if hands_on else None
         self.forms_taken: dict[str, _Form] | None = None
         self.forms_handed_on: dict[str, _Form] | None = None
-        self._sending: list[tuple[dist.Work, torch.Tensor]] = []
+        self._sending: list[tuple[dist.Work, list[torch.Tensor]]] = []
 
     def exchange(
         self,
@@ -100,19 +100,32 @@ class Neighbours:
         self._sending.clear()
 
     def _wait(self, works: list[dist.Work], sends: list[tuple[torch.Tensor, int]], receives: int) -> None:
-        self._sending = [(work, tensor) for work, tensor in self._sending if not work.is_completed()]
-        if len(works) == len(sends) + receives:  # gloo: one for each operation, in order
-            self._sending += [(work, tensor) for work, (tensor, _) in zip(works, sends, strict=False)]
+        """Waits for what comes; what only leaves is held until it has left.
+
+        gloo answers with one work for each operation, in order; nccl with one for all of them, and waiting for it
+        holds up its stream and not the processor.
+        """
+        self._sending = [(work, tensors) for work, tensors in self._sending if not work.is_completed()]
+        tensors = [tensor for tensor, _ in sends]
+        if len(works) == len(sends) + receives:
+            self._sending += [(work, [tensor]) for work, tensor in zip(works, tensors, strict=False)]
             works = works[len(sends) :]
-        for work in works:  # nccl: one for all; waiting holds up its stream and not the processor
+        elif not receives:
+            self._sending += [(work, tensors) for work in works]
+            works = []
+        for work in works:
             work.wait()
 
     def _announce(self, forms: dict[str, _Form]) -> None:
-        dist.send_object_list([forms], self.behind, group=self.groups.pipeline_group, device=self.groups.device)
+        dist.send_object_list(
+            [forms], self.behind, group=self.groups.pipeline_group, device=self.groups.device, use_batch=True
+        )
 
     def _hear(self) -> dict[str, _Form]:
         box: list = [None]
-        dist.recv_object_list(box, self.before, group=self.groups.pipeline_group, device=self.groups.device)
+        dist.recv_object_list(
+            box, self.before, group=self.groups.pipeline_group, device=self.groups.device, use_batch=True
+        )
         return box[0]
 
     def _space(self, forms: Mapping[str, _Form] | None, names: tuple[str, ...]) -> Tensors:
@@ -153,6 +166,7 @@ def one_forward_one_backward(
         _, gradients = neighbours.exchange(hand_on=run_forward(taken), get_back=True)
         give_back = backward(*in_flight.popleft(), gradients)
         taken, _ = neighbours.exchange(give_back=give_back, take=index + 1 < micro_batches)
+        del gradients, give_back  # not to be held through the next forward pass
     while in_flight:
         _, gradients = neighbours.exchange(get_back=True)
         neighbours.exchange(give_back=backward(*in_flight.popleft(), gradients))

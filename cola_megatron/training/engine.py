@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cola_megatron.config import RunConfig
+from cola_megatron.models.steps import Stage
 from cola_megatron.parallel import ProcessGroups, sum_partial_gradients
 from cola_megatron.parallel.deepspeed_grid import DeepSpeedGrid
 from cola_megatron.parallel.pipeline import Neighbours, SeedGradients, Tensors, one_forward_one_backward
@@ -30,6 +31,7 @@ class Engine:
         self.accumulation = micro_batches_per_step(config, groups.data_parallel_size)
         sum_partial_gradients(model, groups)
         self.frozen = frozen_weights(model, groups)
+        self._neighbours_of: dict[Stage, Neighbours] = {}
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, config, groups),
@@ -78,8 +80,7 @@ class Engine:
                 if tensor.requires_grad
             }
 
-        neighbours = Neighbours(self.groups, stage.takes, stage.hands_on)
-        one_forward_one_backward(neighbours, self.accumulation, forward, backward)
+        one_forward_one_backward(self._neighbours(stage), self.accumulation, forward, backward)
         self._complete_gradients(**mode)
         gradient_norm = self._clip_without_zero()
         self.deepspeed.step()
@@ -88,6 +89,12 @@ class Engine:
         metrics["gradient_norm"] = float(self.deepspeed.get_global_grad_norm() or gradient_norm)
         metrics["learning_rate"] = rate
         return metrics
+
+    def _neighbours(self, stage: Stage) -> Neighbours:
+        """One for each form of a pass: what crosses keeps its shapes from step to step."""
+        if stage not in self._neighbours_of:
+            self._neighbours_of[stage] = Neighbours(self.groups, stage.takes, stage.hands_on)
+        return self._neighbours_of[stage]
 
     def _scalar(self, loss: torch.Tensor, outputs: list[torch.Tensor], gradients: list[torch.Tensor]) -> torch.Tensor:
         """What DeepSpeed runs backward from: this stage's loss, and the gradients that came from the stage behind."""
@@ -115,18 +122,27 @@ class Engine:
         return norm
 
     def _complete_gradients(self, train_vae: bool) -> None:
-        """A VAE that is left out of this step has gradient 0, in the norm and in the moments, under every ZeRO stage.
+        """A VAE that is left out of this step has gradient 0, in the norm and in the moments, in every layout.
 
-        Without ZeRO AdamW would skip it; ZeRO 3 would keep its last gradient.
+        Without ZeRO AdamW would skip it; ZeRO 3, and ZeRO 1 and 2 on the host, would keep its last gradient.
         """
-        if train_vae or self.config.parallel.zero_stage not in (0, 3):
+        parallel = self.config.parallel
+        if train_vae:
+            return
+        if parallel.offload_optimizer and parallel.zero_stage < 3:
+            zero = self.deepspeed.optimizer
+            zero._wait_for_offload_copies()
+            for group, flat in zip(zero.param_groups, zero.single_partition_of_fp32_groups, strict=True):
+                if group["network"] == "vae":
+                    flat.grad.zero_()
+        if parallel.zero_stage not in (0, 3):
             return
         from deepspeed.utils import safe_set_local_grad
 
         for parameter in self.model.vae.parameters():
             if not parameter.requires_grad:
                 continue
-            if self.config.parallel.zero_stage == 0:
+            if parallel.zero_stage == 0:
                 parameter.grad = torch.zeros_like(parameter)
             else:
                 safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor, dtype=torch.float32))
@@ -143,7 +159,8 @@ def deepspeed_config(config: RunConfig, groups: ProcessGroups, accumulation: int
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": training.global_batch_size,
         "gradient_clipping": training.optimizer.clip if parallel.zero_stage > 0 else 0.0,  # see _clip_without_zero
-        "bf16": {"enabled": training.precision == "bf16"},
+        # A gradient that is not a number skips the update and shows as an infinite norm, which ends the run.
+        "bf16": {"enabled": training.precision == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},  # bfloat16 sums would lose the small micro-batches
         "zero_optimization": {
             "stage": parallel.zero_stage,
@@ -157,4 +174,5 @@ def deepspeed_config(config: RunConfig, groups: ProcessGroups, accumulation: int
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW needs no compiler on the host either
         "zero_allow_untested_optimizer": True,  # torch's AdamW: compiles nothing, and fused on CUDA
         "steps_per_print": 2**62,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice in every micro-batch
     }
