@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,16 +141,19 @@ def _continue(
     from cola_megatron.inference.text_generation import finished
 
     ids = [number if given.id is None else given.id for number, given in enumerate(prompts)]
-    lengths = [given.max_new_tokens or options["max_new_tokens"] for given in prompts]
+    default = options["max_new_tokens"]
+    lengths = [default if given.max_new_tokens is None else given.max_new_tokens for given in prompts]
     pieces = model.stream(
         [given.text for given in prompts], ids, batch_size=batch_size, **options | {"max_new_tokens": lengths}
     )
     results: dict[int, dict[str, Any]] = {}
     written = 0
     main = model.groups.is_main  # under tensor parallelism every process has the same results
-    file = output.open("w", encoding="utf-8") if output is not None and main else None
-    bar = tqdm(total=len(prompts), desc="prompts", file=sys.stderr, disable=None if output and main else True)
-    with bar:
+    with ExitStack() as stack:
+        file = stack.enter_context(output.open("w", encoding="utf-8")) if output is not None and main else None
+        bar = stack.enter_context(
+            tqdm(total=len(prompts), desc="prompts", file=sys.stderr, disable=True if file is None else None)
+        )
         for index, generation in finished(pieces, len(prompts)):
             results[index] = prompts[index].result(generation, ids[index])
             bar.update()
@@ -157,8 +161,6 @@ def _continue(
                 file.write(json.dumps(results[written], ensure_ascii=False) + "\n")
                 file.flush()
                 written += 1
-    if file is not None:
-        file.close()
     if not main:
         return
     if as_json:

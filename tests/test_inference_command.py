@@ -124,6 +124,7 @@ def test_wrong_use_is_one_line(arguments, message):
         ('{"text": "a"}', r'prompts.jsonl:2: must be an object with a text under "prompt"'),
         ('{"prompt": "a", "id": "x"}', r'prompts.jsonl:2: "id" must be an integer, not "x"'),
         ('{"prompt": "a", "max_new_tokens": true}', r'"max_new_tokens" must be an integer, not true'),
+        ('{"prompt": "a", "max_new_tokens": 0}', r"max_new_tokens=0 must be at least 1"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
