@@ -75,7 +75,7 @@ def fake_paper_2b(overrides: list[str], world_size: int) -> dict[str, tuple[floa
         activations, outputs = {}, None
         for recompute in (True, False):
             model.config = with_recomputation(config, recompute)
-            model._stages.clear()
+            model._chains.clear()
             outputs = None  # lets go of the pass before
             before = live.now
             with SentBytes() as sent:
@@ -97,7 +97,7 @@ def fake_paper_2b(overrides: list[str], world_size: int) -> dict[str, tuple[floa
         }
         del outputs, gradients
         model.config = config
-        model._stages.clear()
+        model._chains.clear()
         optimizer.clear_lp_grads(set_to_none=True)
         live.peak = 0
         with SentBytes() as reduced:
