@@ -9,14 +9,17 @@ from tokenizers import Tokenizer
 
 from cola_megatron.config import ModelConfig
 from cola_megatron.errors import UserError
-from cola_megatron.inference import text_generation
+from cola_megatron.inference import likelihood, robustness, text_generation
 from cola_megatron.inference.frozen import prepare
 from cola_megatron.inference.generate import FlowGenerator
 from cola_megatron.inference.graphs import record_on_cuda
+from cola_megatron.inference.likelihood_terms import Likelihood
 from cola_megatron.inference.protocol import Generation, Piece, Preview
 from cola_megatron.inference.requests import integers, read_requests, read_settings
-from cola_megatron.inference.settings import FlowSettings
-from cola_megatron.interop.published import TOKENIZER, read_published, write_published
+from cola_megatron.inference.scored_texts import ScoredText, Text, read_texts
+from cola_megatron.inference.settings import FlowSettings, LikelihoodSettings
+from cola_megatron.interop.published import HeldWeights, PublishedModel, write_published
+from cola_megatron.interop.weight_files import MAX_SHARD_BYTES
 from cola_megatron.models.dit import DiT, two_copy_times
 from cola_megatron.models.text_vae import LOGVAR_MIN, TextVAE
 from cola_megatron.parallel import gather_state_dict, initialize_parallel, load_full_state_dict
@@ -72,15 +75,13 @@ class ColaDLM:
 
     @classmethod
     def from_published(cls, folder: str | Path, **options) -> "ColaDLM":
-        """A folder with `cola_vae/`, `cola_dit/` and (for text) `tokenizer.json`.
+        """A folder with `cola_vae/`, `cola_dit/` and (for text) `tokenizer.json`, or the published download.
 
         Raises:
             PublishedError: the folder is incomplete or holds something else.
         """
-        folder = Path(folder)
-        config, weights = read_published(folder)
-        tokenizer = folder / TOKENIZER
-        return cls(config, weights, tokenizer if tokenizer.is_file() else None, **options)
+        model = PublishedModel(Path(folder))
+        return cls(model.config, {name: model.read(name) for name in model.shapes}, model.tokenizer, **options)
 
     @classmethod
     def from_checkpoint(cls, run_folder: str | Path, **options) -> "ColaDLM":
@@ -89,14 +90,19 @@ class ColaDLM:
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
-        from cola_megatron.training.checkpoint import read_weights, require_checkpoint
+        from cola_megatron.training.model_source import CheckpointModel
 
-        config, weights = read_weights(require_checkpoint(Path(run_folder)))
-        tokenizer = config.data.path / TOKENIZER if config.data.path is not None else None
-        return cls(config.model, weights, tokenizer if tokenizer and tokenizer.is_file() else None, **options)
+        model = CheckpointModel(Path(run_folder))
+        return cls(model.config, {name: model.read(name) for name in model.shapes}, model.tokenizer, **options)
 
-    def save_published(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Writes the published layout; raises PublishedError where it cannot hold this model."""
+    def save_published(
+        self, folder: str | Path, dtype: torch.dtype = torch.float32, max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> None:
+        """Writes the published layout, in shards where it is larger than one.
+
+        Raises:
+            PublishedError: the layout cannot hold this model, or the folder holds parts of another one.
+        """
         networks = {"vae": self.vae} | ({"dit": self.dit} if self.dit is not None else {})
         weights = {
             f"{part}.{name}": tensor
@@ -104,7 +110,14 @@ class ColaDLM:
             for name, tensor in gather_state_dict(network, self.groups).items()
         }
         if self.groups.tensor_parallel_rank == 0:
-            write_published(Path(folder), self.config, weights, self.tokenizer_path, dtype)
+            write_published(
+                Path(folder),
+                self.config,
+                HeldWeights(weights),
+                self.tokenizer_path,
+                dtype,
+                max_shard_bytes=max_shard_bytes,
+            )
         if self.groups.tensor_parallel_size > 1:
             torch.distributed.barrier(group=self.groups.tensor_group)
 
@@ -115,15 +128,15 @@ class ColaDLM:
         A deterministic encoder (`config.vae.variational` false) answers the smallest log variance, -30.
 
         Raises:
-            ValueError: L is 0 or not divisible by patch_size * block_size of the VAE, or an id is out of range or no
+            ValueError: L is 0 or not divisible by patch_size of the VAE, or an id is out of range or no
                 integer.
         """
         ids = torch.as_tensor(ids, device=self.device)
         vae = self.config.vae
-        if ids.dim() != 1 or ids.numel() == 0 or ids.numel() % (vae.patch_size * vae.block_size):
+        if ids.dim() != 1 or ids.numel() == 0 or ids.numel() % vae.patch_size:
             raise ValueError(
-                "ids must be one sequence of a length divisible by patch_size * block_size = "
-                f"{vae.patch_size} * {vae.block_size}, not of shape {tuple(ids.shape)}"
+                f"ids must be one sequence of a length divisible by patch_size = {vae.patch_size}, not of shape "
+                f"{tuple(ids.shape)}"
             )
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise ValueError(f"ids must be integers, not {ids.dtype}")
@@ -244,9 +257,7 @@ class ColaDLM:
         lengths = options.pop("max_new_tokens", FlowSettings.max_new_tokens)
         settings = read_settings(FlowSettings, options)
         requests = read_requests(FlowSettings, prompts, ids, lengths, self._encode_text, self.config.vocab_size)
-        padding = self._padding_id() if padding_id is None else padding_id
-        if not 0 <= padding < self.config.vocab_size:
-            raise ValueError(f"padding_id={padding} must lie in 0 .. {self.config.vocab_size - 1}")
+        padding = self._checked_padding(padding_id)
         return text_generation.stream(
             lambda batch: self._flow.start(batch, settings, padding),
             requests,
@@ -256,18 +267,103 @@ class ColaDLM:
             preview_steps,
         )
 
+    def log_likelihood(
+        self,
+        texts: Sequence[str | Sequence[int]],
+        contexts: Sequence[str | Sequence[int]] | None = None,
+        ids: Sequence[int] | None = None,
+        *,
+        padding_id: int | None = None,
+        batch_size: int = 16,
+        progress: likelihood.Progress | None = None,
+        **options: Any,
+    ) -> list[Likelihood]:
+        """Estimates log p(text), or log p(text | context), of each text: ELBO, IWAE and their terms, in nats.
+
+        log p(text | context) is estimated as log p(context, text) - log p(context), with the same draws in both: a
+        difference of two bounds, which is an estimate and no bound. See `inference/likelihood.py`.
+
+        Args:
+            texts: texts, or token ids where they are known.
+            contexts: what goes before each text; None or an empty one: nothing.
+            ids: one integer per text; a text's draws depend on (noise_seed, id, draw) alone. Default 0, 1, ...
+            padding_id: fills texts up to whole blocks; by default as for `generate`.
+            batch_size: latents of texts that are integrated at once. No result depends on it.
+            progress: told (texts done, texts in all), where contexts count as texts of their own.
+            options: any fields of `inference.settings.LikelihoodSettings`.
+
+        Raises:
+            ValueError: a text without tokens; settings, ids or token ids out of range; numbers that do not match; texts
+                without a tokenizer. UserError: no prior, or an encoder without a density.
+        """
+        dit = self._prior()
+        settings = read_settings(LikelihoodSettings, options, "a likelihood")
+        scored = self._read_texts(texts, contexts, ids, batch_size)
+        padding = self._padding_of_texts(padding_id)
+        return likelihood.estimate(self.vae, dit, scored, settings, padding, batch_size, progress)
+
+    def reconstruction_curve(
+        self,
+        texts: Sequence[str | Sequence[int]],
+        times: Sequence[float],
+        ids: Sequence[int] | None = None,
+        *,
+        padding_id: int | None = None,
+        batch_size: int = 16,
+        noise_seed: int = LikelihoodSettings.noise_seed,
+        progress: likelihood.Progress | None = None,
+    ) -> robustness.RobustnessCurve:
+        """Accuracy and cross entropy of decoding z_t = (1 - t) z0 + t z1, z0 the posterior means of the texts.
+
+        Args:
+            times: t in [0, 1].
+            texts, ids, padding_id, batch_size, noise_seed, progress: as for `log_likelihood`.
+
+        Raises:
+            ValueError: as `log_likelihood`, and a time out of range.
+        """
+        settings = read_settings(LikelihoodSettings, {"noise_seed": noise_seed}, "a likelihood")
+        scored = [Text(text.token_ids, text.sample_id) for text in self._read_texts(texts, None, ids, batch_size)]
+        return robustness.reconstruction_curve(
+            self.vae, scored, times, settings.noise_seed, self._padding_of_texts(padding_id), batch_size, progress
+        )
+
     def _prior(self) -> DiT:
         if self.dit is None:
             raise UserError("this model has no prior: it comes from a stage-1 run; train stage 2 first")
         return self.dit
 
+    def _read_texts(
+        self,
+        texts: Sequence[str | Sequence[int]],
+        contexts: Sequence[str | Sequence[int]] | None,
+        ids: Sequence[int] | None,
+        batch_size: int,
+    ) -> list[ScoredText]:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        decode = self.tokenizer.decode if self.tokenizer is not None else None
+        return read_texts(texts, contexts, ids, self._encode_text, decode, self.config.vocab_size)
+
     def _encode_text(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError("this model came without a tokenizer.json: give token ids")
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _check_latents(self, name: str, z: torch.Tensor, dims: int) -> None:
         channels, form = self.config.vae.latent_dim, "(rows, d)" if dims == 2 else "(B, L, d)"
         if z.dim() != dims or z.shape[-1] != channels:
             raise ValueError(f"{name} must have shape {form} with d = {channels} channels, not {tuple(z.shape)}")
+
+    def _padding_of_texts(self, padding_id: int | None) -> int | None:
+        """None: without a tokenizer there is none, and texts that fill whole blocks need none."""
+        return None if padding_id is None and self.tokenizer is None else self._checked_padding(padding_id)
+
+    def _checked_padding(self, padding_id: int | None) -> int:
+        padding = self._padding_id() if padding_id is None else padding_id
+        if not 0 <= padding < self.config.vocab_size:
+            raise ValueError(f"padding_id={padding} must lie in 0 .. {self.config.vocab_size - 1}")
+        return padding
 
     def _padding_id(self) -> int:
         for token in PADDING_TOKENS:

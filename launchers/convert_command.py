@@ -1,9 +1,15 @@
-"""`cola convert`: to and from the published inference layout, and into other files."""
+"""`cola convert`: to and from the published inference layout, into other files, and whether nothing was lost."""
 
+import re
 from enum import StrEnum
 from pathlib import Path
 
 import typer
+
+from launchers.convert_report import as_plain, summary
+from launchers.output import fail, print_json, print_table
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 app = typer.Typer(
     help="Checkpoints to and from the published inference layout; checkpoints in other files.", no_args_is_help=True
@@ -13,6 +19,7 @@ app = typer.Typer(
 class Precision(StrEnum):
     """Type of exported weights."""
 
+    auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
 
@@ -21,18 +28,27 @@ class Precision(StrEnum):
 def export(
     run: Path = typer.Argument(..., help="Run folder (its newest checkpoint) or a checkpoint folder."),
     output: Path = typer.Argument(..., help="Folder to write: cola_dit/, cola_vae/, tokenizer.json."),
-    precision: Precision = typer.Option(Precision.fp32, help="Type of the written weights."),
+    precision: Precision = typer.Option(
+        Precision.auto, help="Type of the written weights; auto: as an imported checkpoint was read, else fp32."
+    ),
+    max_shard_size: str = typer.Option(
+        "5GB", help="Larger networks are cut into files of at most this size: a number with KB, MB, GB, KiB, MiB, GiB."
+    ),
 ) -> None:
     """Write a checkpoint in the published layout.
 
     Example: `cola convert export runs/second exports/second`
+
+    Example: `cola convert export runs/second exports/second --precision bf16 --max-shard-size 2GB`
     """
     import torch
 
-    from cola_megatron import ColaDLM
+    from cola_megatron.training.exported import export_checkpoint
 
-    dtype = torch.bfloat16 if precision is Precision.bf16 else torch.float32
-    ColaDLM.from_checkpoint(run, device="cpu").save_published(output, dtype)
+    dtypes = {Precision.auto: None, Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+    model = export_checkpoint(run, output, dtypes[precision], _bytes(max_shard_size))
+    if model.tokenizer is None:
+        typer.echo("no tokenizer.json is known for this checkpoint: the export has none", err=True)
     print(output)
 
 
@@ -43,13 +59,49 @@ def import_(
     source: str = typer.Option("paper-2b", "--config", help="Preset or YAML file for all but the model section."),
     overrides: list[str] = typer.Argument(None, help="section.key=value for that config."),
 ) -> None:
-    """Turn published weights into a checkpoint that `cola generate`, `cola eval` and stage 2 read.
+    """Turn published weights into a checkpoint that `cola generate`, `cola eval` and stage 2 read, under any layout.
 
     Example: `cola convert import exports/second runs/imported --config small`
     """
     from cola_megatron.training.imported import import_published
 
-    print(import_published(published, output, source, overrides or []))
+    model = import_published(published, output, source, overrides or [])
+    if not model.has_prior:
+        typer.echo(f"{published} has no cola_dit: this is a checkpoint of the VAE alone", err=True)
+    print(output)
+
+
+@app.command("verify")
+def verify(
+    first: Path = typer.Argument(..., help="Published folder, run folder or checkpoint folder."),
+    second: Path = typer.Argument(..., help="Another."),
+    tolerance: float = typer.Option(
+        None, min=0.0, help="Relative difference of tensors and outputs to accept; by default every bit counts."
+    ),
+    forward: bool = typer.Option(
+        True, help="Also compare encode, decode and velocity, for which each model is built in memory."
+    ),
+    as_json: bool = typer.Option(False, "--json", help="JSON instead of a table."),
+) -> None:
+    """Compare two models: configs, tokenizers, tensors, outputs. Exit code 0: equal, 1: different, 2: wrong use.
+
+    Example: `cola convert verify runs/second exports/second`
+
+    Example: `cola convert verify exports/second exports/second-bf16 --tolerance 0.02`
+    """
+    from cola_megatron.errors import UserError
+    from tools.compare_models import compare_models
+
+    try:
+        found = compare_models(first, second, forward)
+    except UserError as error:
+        raise typer.Exit(fail(str(error), 2)) from None
+    equal = found.equal(tolerance)
+    if as_json:
+        print_json({"equal": equal, "tolerance": tolerance, **as_plain(found)})
+    else:
+        print_table([*summary(found), ("verdict", "equal" if equal else "different")])
+    raise typer.Exit(0 if equal else 1)
 
 
 @app.command("reshard")
@@ -68,3 +120,12 @@ def reshard_(
     from cola_megatron.training.reshard import reshard
 
     print(reshard(checkpoint, output, ranks))
+
+
+def _bytes(size: str) -> int:
+    from cola_megatron.config import ConfigError
+
+    matched = re.fullmatch(r"(\d+)([A-Za-z]+)", size)
+    if matched is None or matched[2] not in UNITS or int(matched[1]) == 0:
+        raise ConfigError(f"--max-shard-size={size} must be a positive number with a unit: one of {', '.join(UNITS)}")
+    return int(matched[1]) * UNITS[matched[2]]

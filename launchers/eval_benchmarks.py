@@ -1,9 +1,9 @@
 """The benchmark commands of `cola eval`: score, run, table, lm-eval."""
 
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -116,6 +116,8 @@ def lm_eval(
     steps: int = STEPS,
     guidance_scale: float = GUIDANCE_SCALE,
     repetition_penalty: float = REPETITION_PENALTY,
+    likelihood_samples: int = typer.Option(4, help="Likelihoods: latents drawn from the posterior of each text."),
+    likelihood_steps: int = typer.Option(32, help="Likelihoods: steps of the solver."),
     noise_seed: int = NOISE_SEED,
     as_json: bool = typer.Option(False, "--json", help="JSON instead of a table."),
 ) -> None:
@@ -135,6 +137,8 @@ def lm_eval(
         guidance_scale=guidance_scale,
         repetition_penalty=repetition_penalty,
         noise_seed=noise_seed,
+        likelihood_samples=likelihood_samples,
+        likelihood_steps=likelihood_steps,
     )
     groups = initialize_parallel()
     results = evaluate_catalogue(evaluated, tasks.split(","), groups, batch_size, include_path, shots, limit)
@@ -148,18 +152,29 @@ def lm_eval(
         print(results.table)
 
 
-def open_for_evaluation(source: Path, **settings: float) -> "GeneratorModel":
-    """A folder's model as the harness sees it, with fields of `FlowSettings`; raises ConfigError for a wrong one."""
+def open_for_evaluation(source: Path, **settings: Any) -> "GeneratorModel":
+    """A folder's model as the harness sees it.
+
+    Args:
+        settings: fields of `FlowSettings`, and of `LikelihoodSettings` with `likelihood_` before their names. The seed
+            is one for both.
+
+    Raises:
+        ConfigError: a setting out of range.
+    """
     from cola_megatron.config import ConfigError
     from cola_megatron.evaluation.model import GeneratorModel
-    from cola_megatron.inference.settings import FlowSettings
+    from cola_megatron.inference.settings import FlowSettings, LikelihoodSettings
     from launchers.generate_command import open_model
 
+    prefix = "likelihood_"
+    own = {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
     try:
-        flow = FlowSettings(**settings)
+        flow = FlowSettings(**{name: value for name, value in settings.items() if not name.startswith(prefix)})
+        likelihood = LikelihoodSettings(**{"noise_seed": flow.noise_seed, **own})
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from None
-    return GeneratorModel(open_model(source), str(source), flow)
+    return GeneratorModel(open_model(source), str(source), flow, asdict(likelihood))
 
 
 def _print_results(columns: "dict[str, dict[str, TaskResult]]", as_json: bool) -> None:

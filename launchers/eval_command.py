@@ -1,11 +1,11 @@
-"""`cola eval`: held-out measurements of a run, and benchmarks of a model or of generations."""
+"""`cola eval`: held-out measurements and likelihoods of a run, and benchmarks of a model or of generations."""
 
 from pathlib import Path
 
 import typer
 from typer.core import TyperGroup
 
-from launchers import eval_benchmarks
+from launchers import eval_benchmarks, eval_likelihood
 from launchers.output import print_json, print_table
 
 
@@ -30,6 +30,8 @@ app.command("score")(eval_benchmarks.score)
 app.command("run")(eval_benchmarks.run)
 app.command("table")(eval_benchmarks.table)
 app.command("lm-eval")(eval_benchmarks.lm_eval)
+app.command("likelihood")(eval_likelihood.likelihood)
+app.command("robustness")(eval_likelihood.robustness)
 
 
 @app.command("held-out")

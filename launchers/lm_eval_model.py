@@ -22,7 +22,8 @@ class ColaLM(EvaluationLM):
         path: published folder, run folder or checkpoint folder.
         batch_size: prompts that are continued at once.
         max_batch_size: lm-eval gives it to every model; not used.
-        settings: fields of `FlowSettings`, such as `guidance_scale`.
+        settings: fields of `FlowSettings`, such as `guidance_scale`, and of `LikelihoodSettings`, such as
+            `likelihood_samples`.
     """
 
     def __init__(self, path: str, batch_size: int = 20, max_batch_size: int | None = None, **settings: Any):

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 
+from cola_megatron.config import ConfigError
 from cola_megatron.errors import UserError
 from cola_megatron.evaluation.decoding import Decoding
-from cola_megatron.evaluation.model import GeneratorModel
+from cola_megatron.evaluation.model import GeneratorModel, sample_id
 from cola_megatron.inference.settings import FlowSettings
 from cola_megatron.parallel import initialize_parallel
 from cola_megatron.training.loop import train
+from launchers.eval_benchmarks import open_for_evaluation
 from tests.ranks import run_ranks
 from tests.test_cli import cola
 
@@ -77,6 +79,7 @@ class Scripted:
 
     def __init__(self):
         self.batches: list[tuple[list[str], Decoding]] = []
+        self.asked: list[list[tuple[str, str]]] = []
 
     def describe(self) -> dict[str, Any]:
         return {"family": "scripted"}
@@ -85,8 +88,12 @@ class Scripted:
         self.batches.append((list(prompts), decoding))
         return [f" {prompt.split()[-1]}\nid {number}" for prompt, number in zip(prompts, sample_ids, strict=True)]
 
-    def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
-        return -float(len(continuation)), context.endswith("!")
+    def loglikelihood(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+        self.asked.append(list(zip(contexts, continuations, strict=True)))
+        return [-float(len(continuation)) for continuation in continuations]
+
+    def is_greedy(self, context: str, continuation: str) -> bool:
+        return context.endswith("!")
 
 
 def wrapped(adapter: Any, model: Any, batch_size: int = 2) -> Any:
@@ -135,9 +142,18 @@ def test_other_ways_of_sampling_are_refused(adapter):
 
 
 def test_likelihoods(adapter):
-    lm = wrapped(adapter, Scripted())
-    assert lm.loglikelihood([Request(("Yes!", " no")), Request(("", "a"))]) == [(-3.0, True), (-1.0, False)]
-    assert lm.loglikelihood_rolling([Request(("four",))]) == [-4.0]
+    model = Scripted()
+    lm = wrapped(adapter, model)
+    pairs = [("", "a"), ("Yes!", " no"), ("Yes! ", "maybe"), ("Yes!", "")]
+    assert lm.loglikelihood([Request(pair) for pair in pairs]) == [
+        (-1.0, False),
+        (-3.0, True),
+        (-6.0, True),  # the space goes with the continuation
+        (0.0, True),
+    ]
+    assert model.asked == [[("Yes!", " no"), ("Yes!", " maybe")], [("Yes!", ""), ("", "a")]]
+    assert lm.loglikelihood_rolling([Request(("four",)), Request(("longer",))]) == [-4.0, -6.0]
+    assert model.asked[2:] == [[("", "longer"), ("", "four")]]
     without = types.SimpleNamespace(name="mute", generate=None)
     with pytest.raises(UserError, match=r"mute gives no log-likelihoods: choose tasks that generate"):
         wrapped(adapter, without).loglikelihood([Request(("a", "b"))])
@@ -183,21 +199,36 @@ class Blockwise:
 def test_a_generator_without_likelihoods_says_so():
     model = GeneratorModel(Blockwise("x"), "mute", FlowSettings())
     with pytest.raises(UserError, match="mute gives no log-likelihoods"):
-        model.loglikelihood("a", "b")
+        model.loglikelihood(["a"], ["b"])
+
+
+def test_a_generator_s_likelihoods():
+    """Options reach it, one context has one noise, and nothing is asked of an empty continuation."""
+    asked = {}
+
+    def log_likelihood(texts: list[str], contexts: list[str], ids: list[int], **options: Any) -> list[Any]:
+        asked.update(texts=texts, contexts=contexts, ids=ids, options=options)
+        return [types.SimpleNamespace(elbo=-2.0 * len(text)) for text in texts]
+
+    generator = Blockwise("x")
+    generator.log_likelihood = log_likelihood
+    model = GeneratorModel(generator, "blocks", FlowSettings(), {"samples": 3})
+    assert model.loglikelihood(["q", "q", "q", ""], ["abc", "", "de", "f"]) == [-6.0, 0.0, -4.0, -2.0]
+    assert asked["texts"] == ["abc", "de", "f"] and asked["contexts"] == ["q", "q", ""]
+    assert asked["ids"][0] == asked["ids"][1] != asked["ids"][2] and asked["options"] == {"samples": 3}
 
 
 def test_whether_greedy_decoding_gives_a_continuation():
     generator = Blockwise("abcdefghij" * 10)
-    generator.loglikelihood = lambda context, continuation: -2.0 * len(continuation)
     model = GeneratorModel(generator, "blocks", FlowSettings())
-    assert model.loglikelihood("prompt", "abc") == (-6.0, True)
-    assert model.loglikelihood("prompt", "xyz" * 20) == (-120.0, False)
+    assert model.is_greedy("prompt", "abc")
+    assert not model.is_greedy("prompt", "xyz" * 20)
     assert generator.calls == 1
-    assert model.loglikelihood("prompt", "abcdefghij" * 5)[1]
-    assert not model.loglikelihood("prompt", "abcdefghij" * 5 + "x")[1]
+    assert model.is_greedy("prompt", "abcdefghij" * 5)
+    assert not model.is_greedy("prompt", "abcdefghij" * 5 + "x")
     assert generator.calls == 3
-    assert not model.loglikelihood("another", "abcdefghij" * 11)[1]  # the generator writes no more
-    assert model.loglikelihood("another", "")[1]
+    assert not model.is_greedy("another", "abcdefghij" * 11)  # the generator writes no more
+    assert model.is_greedy("another", "")
 
 
 @pytest.fixture
@@ -246,6 +277,28 @@ def tasks(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def test_likelihoods_of_a_trained_model(adapter, trained):
+    """Without lm-eval's evaluator: requests in, nats out, the same in any batch."""
+    model = open_for_evaluation(trained, steps=2, likelihood_steps=4, likelihood_samples=2, noise_seed=5)
+    pairs = [("the prior writes ", "latent blocks"), ("the prior writes", " noise"), ("meaning", " flows back")]
+    requests = [Request(pair) for pair in pairs]
+    together = wrapped(adapter, model, batch_size=3).loglikelihood(requests)
+    alone = wrapped(adapter, model, batch_size=1).loglikelihood(requests)
+    assert [nats for nats, _ in together] == pytest.approx([nats for nats, _ in alone], rel=1e-4)
+    assert not any(greedy for _, greedy in together)
+    (expected,) = model.generator.log_likelihood(
+        [" noise"], ["the prior writes"], [sample_id("the prior writes")], steps=4, samples=2, noise_seed=5
+    )
+    assert together[1][0] == pytest.approx(expected.elbo, rel=1e-4)
+    (rolling,) = wrapped(adapter, model).loglikelihood_rolling([Request(("the prior writes latent blocks",))])
+    (whole,) = model.generator.log_likelihood(
+        ["the prior writes latent blocks"], ids=[sample_id("")], steps=4, samples=2, noise_seed=5
+    )
+    assert rolling == pytest.approx(whole.elbo, rel=1e-6)
+    with pytest.raises(ConfigError, match=r"samples=0 must be at least 1"):
+        open_for_evaluation(trained, likelihood_samples=0)
+
+
 def test_lm_eval_s_evaluator_runs_local_tasks(adapter, tasks):
     found = adapter.evaluate_catalogue(
         Scripted(), ["local_words", "local_choice"], initialize_parallel(), include_path=tasks
@@ -264,6 +317,8 @@ def test_the_command_runs_a_task_on_a_model(adapter, tasks, trained):
     assert metrics["local_words"]["exact_match,none"] == 0.0
     assert len(json.loads(output.read_text())["samples"]["local_words"]) == 2
     assert "exact_match" in cola(*command, "--tasks", "local_words", "--limit", 2)
+    metrics = json.loads(cola(*command, "--tasks", "local_choice", "--likelihood-steps", 4, "--json"))
+    assert 0 <= metrics["local_choice"]["acc,none"] <= 1
     with pytest.raises(UserError, match=r"lm-eval has no task 'nonsense'"):
         cola(*command, "--tasks", "nonsense")
     with pytest.raises(UserError, match=r"the data of piqa are not here .*--download"):

@@ -24,8 +24,7 @@ def latents(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([], "length divisible by patch_size * block_size = 1 * 4, not of shape (0,)"),
-        (IDS[:6], "length divisible by patch_size * block_size = 1 * 4, not of shape (6,)"),
+        ([], "length divisible by patch_size = 1, not of shape (0,)"),
         ([IDS], "one sequence"),
         ([1.0, 2.0, 3.0, 4.0], "ids must be integers, not torch.float32"),
         ([True, False, True, True], "ids must be integers, not torch.bool"),
@@ -36,6 +35,14 @@ def latents(*shape: int) -> torch.Tensor:
 def test_encode_refuses(model, ids, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         model.encode(ids)
+
+
+def test_encode_takes_a_partial_last_block(model):
+    """Blocks are causal: the rest of the text changes nothing before it."""
+    whole, partial = model.encode(IDS), model.encode(IDS[:14])
+    for full, cut in zip(whole, partial, strict=True):
+        assert cut.shape == (14, 8)
+        torch.testing.assert_close(cut[:12], full[:12], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from cola_megatron.config import DiTConfig, ModelConfig, VAEConfig
 from cola_megatron.interface import ColaDLM
-from cola_megatron.interop import PublishedError, read_published, write_published
+from cola_megatron.interop import HeldWeights, PublishedError, PublishedModel, read_published, write_published
 from cola_megatron.models.dit import DiT
 from cola_megatron.models.text_vae import TextVAE
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
@@ -39,21 +39,37 @@ DIT = {
     "block_size": 4,
     "rotary_dim": 12,
 }
+# name -> what differs from VAE and from DIT
 VARIANTS = {
-    "patch_2": {"patch_size": 2},
-    "pre_norm": {"post_norm": False},
-    "qkv_bias": {"qkv_bias": True},
-    "no_bias": {"bias": False},
-    "no_affine": {"norm_affine": False, "query_key_norm_affine": False},
-    "no_query_key_norm": {"query_key_norm": False},
-    "no_variation": {"variational": False},
-    "no_mean_norm": {"mean_norm": False},
-    "no_variation_nor_mean_norm": {"variational": False, "mean_norm": False},
-    "block_smaller_than_the_prior's": {"block_size": 1},
-    "block_larger_than_the_prior's": {"block_size": 8},
-    "shifted_and_scaled": {"shifting_factor": 0.3, "scaling_factor": 0.7},
-    "several": {"patch_size": 2, "post_norm": False, "qkv_bias": True, "bias": False, "block_size": 2},
+    "patch_2": ({"patch_size": 2}, {}),
+    "pre_norm": ({"post_norm": False}, {}),
+    "qkv_bias": ({"qkv_bias": True}, {"qkv_bias": True}),
+    "no_bias": ({"bias": False}, {}),
+    "no_affine": ({"norm_affine": False, "query_key_norm_affine": False}, {}),
+    "no_query_key_norm": ({"query_key_norm": False}, {}),
+    "no_variation": ({"variational": False}, {}),
+    "no_mean_norm": ({"mean_norm": False}, {}),
+    "no_variation_nor_mean_norm": ({"variational": False, "mean_norm": False}, {}),
+    "block_smaller_than_the_prior's": ({"block_size": 1}, {}),
+    "block_larger_than_the_prior's": ({"block_size": 8}, {}),
+    "shifted_and_scaled": ({"shifting_factor": 0.3, "scaling_factor": 0.7}, {}),
+    "rotary_over_the_whole_head": ({}, {"rotary_dim": 16}),
+    "rotary_over_two_channels": ({}, {"rotary_dim": 2}),
+    "expanded_twice": ({}, {"ffn_expansion": 2}),
+    "heads_wider_than_the_prior": ({}, {"num_attention_heads": 4}),
+    "feed_forward_that_the_heads_do_not_divide": ({"ffn_hidden_size": 60}, {}),
+    "rounded_rotary_frequencies": ({}, {"rotary_precision": "bfloat16"}),
+    "several": (
+        {"patch_size": 2, "post_norm": False, "qkv_bias": True, "bias": False, "block_size": 2},
+        {"qkv_bias": True, "rotary_dim": 8, "ffn_expansion": 3, "norm_eps": 1e-6},
+    ),
 }
+
+
+def variant_config(variant: str) -> ModelConfig:
+    """A tiny architecture with the tokenizer of the golden model."""
+    vae, dit = VARIANTS[variant]
+    return ModelConfig(vocab_size=320, vae=VAEConfig(**(VAE | vae)), dit=DiTConfig(**(DIT | dit)))
 
 
 def published_config(folder: Path) -> dict:
@@ -88,7 +104,7 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
 
 def test_a_published_model_is_written_back_bit_for_bit(tmp_path: Path) -> None:
     config, weights = read_published(GOLDEN)
-    write_published(tmp_path, config, weights, GOLDEN / "tokenizer.json")
+    write_published(tmp_path, config, HeldWeights(weights), GOLDEN / "tokenizer.json")
     assert (tmp_path / "tokenizer.json").read_bytes() == (GOLDEN / "tokenizer.json").read_bytes()
     for part in PARTS:
         assert published_config(tmp_path / part) == published_config(GOLDEN / part)
@@ -105,7 +121,7 @@ def test_a_published_model_is_written_back_bit_for_bit(tmp_path: Path) -> None:
 
 def test_half_precision_files_are_read_as_float32(tmp_path: Path) -> None:
     config, weights = read_published(GOLDEN)
-    write_published(tmp_path, config, weights, None, torch.bfloat16)
+    write_published(tmp_path, config, HeldWeights(weights), None, torch.bfloat16)
     assert json.loads((tmp_path / "cola_vae" / "config.json").read_text())["dtype"] == "bfloat16"
     config_again, weights_again = read_published(tmp_path)
     assert config_again == config
@@ -128,12 +144,18 @@ def test_an_unknown_tensor_is_named(copied: Path, part: str) -> None:
         read_published(copied)
 
 
+def test_a_tensor_of_another_shape_is_named(copied: Path) -> None:
+    name = "blocks.1.msa.proj_qkv.weight"
+    change_tensors(copied / "cola_dit", lambda tensors: tensors.update({name: torch.zeros(192, 32)}))
+    with pytest.raises(PublishedError, match=rf"{name} has shape \(192, 32\), its config asks for \(192, 64\)"):
+        read_published(copied)
+
+
 @pytest.mark.parametrize(
     ("part", "key", "value", "complaint"),
     [
         ("cola_vae", "clip_qkv", 1.0, "clip_qkv=1.0 is not supported; it must be None"),
         ("cola_vae", "shared_heads_kv", 2, "shared_heads_kv=2 is not supported; it must be 1"),
-        ("cola_vae", "causal", True, "causal=True is not supported; it must be False"),
         ("cola_vae", "window", 3, "unknown keys window"),
         ("cola_vae", "dim", 30, "hidden_size"),
         ("cola_dit", "patch_size", 2, "patch_size=2 is not supported; it must be 1"),
@@ -151,16 +173,35 @@ def test_an_option_that_we_lack_is_named(copied: Path, part: str, key: str, valu
     assert "\n" not in str(caught.value)
 
 
+def test_an_option_that_is_not_written_has_the_published_default(copied: Path) -> None:
+    config = read_published(copied)[0]
+    for part, keys in (("cola_vae", ("post_norm", "layer_norm_eps", "block_size")), ("cola_dit", ("norm_eps",))):
+        path = copied / part / "config.json"
+        written = json.loads(path.read_text())
+        path.write_text(json.dumps({key: value for key, value in written.items() if key not in keys}))
+    assert read_published(copied)[0] == config
+    (copied / "cola_dit" / "config.json").write_text("{}")
+    with pytest.raises(PublishedError, match="cola_dit"):
+        read_published(copied)  # the default is another size: the tensors do not fit it
+
+
 @pytest.mark.parametrize(
-    ("part", "key"), [("cola_vae", "vocab_size"), ("cola_vae", "post_norm"), ("cola_dit", "heads")]
+    ("key", "value"), [("causal", True), ("use_emb", False), ("init_cutoff_factor", None), ("_attention", "eager")]
 )
-def test_a_missing_option_is_named(copied: Path, part: str, key: str) -> None:
-    path = copied / part / "config.json"
-    config = json.loads(path.read_text())
-    del config[key]
-    path.write_text(json.dumps(config))
-    with pytest.raises(PublishedError, match=rf"{part}.*{key}"):
-        read_published(copied)
+def test_an_option_without_effect_changes_nothing(copied: Path, key: str, value: object) -> None:
+    path = copied / "cola_vae" / "config.json"
+    config = read_published(copied)[0]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    assert read_published(copied)[0] == config
+
+
+def test_the_published_download_is_read_as_it_comes(tmp_path: Path) -> None:
+    """tokenizer.json beside cola_dlm/, which holds both networks."""
+    shutil.copytree(GOLDEN, tmp_path / "download" / "cola_dlm")
+    (tmp_path / "download" / "cola_dlm" / "tokenizer.json").rename(tmp_path / "download" / "tokenizer.json")
+    for folder in (tmp_path / "download", tmp_path / "download" / "cola_dlm"):
+        model = PublishedModel(folder)
+        assert model.has_prior and model.tokenizer == tmp_path / "download" / "tokenizer.json"
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -179,22 +220,36 @@ def test_a_model_without_published_form_is_not_written(tmp_path: Path) -> None:
     config, weights = read_published(GOLDEN)
     fixed = config.model_copy(update={"vae": config.vae.model_copy(update={"fixed_logsnr": 1.0})})
     with pytest.raises(PublishedError, match=r"fixed_logsnr=1\.0"):
-        write_published(tmp_path / "fixed", fixed, weights, None)
+        write_published(tmp_path / "fixed", fixed, HeldWeights(weights), None)
     name = "vae.decoder.norm.weight"
-    less = {other: weight for other, weight in weights.items() if other != name}
-    with pytest.raises(PublishedError, match=r"missing tensors \['decoder\.norm\.weight'\], unknown tensors none"):
+    less = HeldWeights({other: weight for other, weight in weights.items() if other != name})
+    with pytest.raises(PublishedError, match=r"missing tensors \['vae\.decoder\.norm\.weight'\], unknown tensors none"):
         write_published(tmp_path / "less", config, less, None)
-    with pytest.raises(PublishedError, match=r"unknown tensors \['decoder\.norm\.extra'\]"):
-        write_published(tmp_path / "more", config, weights | {"vae.decoder.norm.extra": weights[name]}, None)
-    with pytest.raises(PublishedError, match=r"optimizer\.step: neither"):
-        write_published(tmp_path / "other", config, weights | {"optimizer.step": weights[name]}, None)
+    for unknown in ("vae.decoder.norm.extra", "optimizer.step"):
+        more = HeldWeights(weights | {unknown: weights[name]})
+        with pytest.raises(PublishedError, match=rf"missing tensors none, unknown tensors \['{unknown}'\]"):
+            write_published(tmp_path / "more", config, more, None)
+    narrow = HeldWeights(weights | {name: weights[name][1:]})
+    with pytest.raises(
+        PublishedError, match=r"vae\.decoder\.norm\.weight has shape \(63,\), its config asks for \(64,\)"
+    ):
+        write_published(tmp_path / "narrow", config, narrow, None)
     assert not list(tmp_path.iterdir())
+
+
+def test_parts_of_another_model_are_not_mixed_in(copied: Path) -> None:
+    config, weights = read_published(copied)
+    alone = HeldWeights({name: weight for name, weight in weights.items() if name.startswith("vae.")})
+    with pytest.raises(PublishedError, match=r"cola_dit is of another model: this one has none; give a new folder"):
+        write_published(copied, config, alone, copied / "tokenizer.json")
+    with pytest.raises(PublishedError, match=r"tokenizer\.json is of another model"):
+        write_published(copied, config, HeldWeights(weights), None)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_survives_the_published_layout(tmp_path: Path, variant: str) -> None:
     """Written and read again it is the same function, and it generates."""
-    config = ModelConfig(vocab_size=320, vae=VAEConfig(**(VAE | VARIANTS[variant])), dit=DiTConfig(**DIT))
+    config = variant_config(variant)
     model = ColaDLM(config, random_weights(config), GOLDEN / "tokenizer.json")
     model.save_published(tmp_path)
     again = ColaDLM.from_published(tmp_path)
@@ -235,7 +290,7 @@ def test_a_variant_survives_the_published_layout(tmp_path: Path, variant: str) -
 @pytest.mark.parametrize("variant", ["patch_2", "pre_norm", "block_smaller_than_the_prior's", "several"])
 def test_generation_decodes_a_variant_like_one_whole_pass(variant: str) -> None:
     """The tokens are those of `decode` over prompt and blocks, where the decoder's blocks divide the prior's."""
-    config = ModelConfig(vocab_size=320, vae=VAEConfig(**(VAE | VARIANTS[variant])), dit=DiTConfig(**DIT))
+    config = variant_config(variant)
     model = ColaDLM(config, random_weights(config), GOLDEN / "tokenizer.json")
     prompt = "the prior carries meaning and the decoder writes words . a blo"
     ids = model.tokenizer.encode(prompt, add_special_tokens=False).ids

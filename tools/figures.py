@@ -1,4 +1,4 @@
-"""The pictures of a run report, one function each: records of a run in, a matplotlib Figure out.
+"""The pictures of reports, one function each: records of a run or measured figures in, a matplotlib Figure out.
 
 A colour is a quantity everywhere; a line is training, a marker is held-out, black dashes are the constant predictor.
 Line styles and markers differ as well, so that the pictures read in black and white. Nothing here uses pyplot: no
@@ -145,6 +145,24 @@ def reconstruction_accuracy(stage_one: Records, stage_two: Records) -> Figure:
     panels[0][1].set_ylabel("Tokens reconstructed")
     named = {line.get_label(): line for _, axes in panels for line in axes.lines}
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named))
+    return figure
+
+
+@_styled
+def robustness_curve(times: Sequence[float], accuracy: Sequence[float], cross_entropy: Sequence[float]) -> Figure:
+    """What the decoder reads from latents noised to flow time t: share of tokens, and nats per token."""
+    figure = Figure(figsize=(WIDTH_INCHES, 3.1))
+    left, right = figure.subplots(1, 2)
+    left.set_title("Accuracy")
+    left.plot(times, accuracy, color=RECONSTRUCTION, marker="o")
+    left.set_ylim(0, 1.03)
+    left.yaxis.set_major_formatter(PercentFormatter(1.0))
+    left.set_ylabel("Tokens reconstructed")
+    right.set_title("Cross entropy")
+    right.plot(times, cross_entropy, color=RECONSTRUCTION, linestyle="--", marker="s")
+    right.set_ylabel("Nats per token")
+    for axes in (left, right):
+        axes.set_xlabel("Flow time t (0: data, 1: noise)")
     return figure
 
 

@@ -1,6 +1,6 @@
 """Architecture of the Text VAE and the DiT (paper section 3; names as in the field)."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -65,7 +65,7 @@ class VAEConfig(Section):
                 f"hidden_size={self.hidden_size}: hidden_size / num_attention_heads = {self.head_dim} must be even for "
                 "rotary embedding"
             )
-        _divides("2 * num_attention_heads", 2 * self.num_attention_heads, "ffn_hidden_size", self.ffn_hidden_size)
+        _divides("2", 2, "ffn_hidden_size", self.ffn_hidden_size)
         if self.fixed_logsnr is not None and not self.variational:
             raise ValueError(f"fixed_logsnr={self.fixed_logsnr} needs variational=true")
         if self.latent_dim == 1 and (self.mean_norm or not self.variational):
@@ -94,6 +94,9 @@ class DiTConfig(Section):
     rotary_dim: PositiveInt = 96
     """Channels of each head that are rotated; the others carry no position."""
     rotary_base: PositiveFloat = 10_000.0
+    rotary_precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type that the rotary frequencies are rounded to, though angles are always float32: a published model that was
+    cast as a whole computes with rounded ones."""
     time_embedding_dim: Annotated[int, Field(gt=0, multiple_of=2)] = 256
 
     @property

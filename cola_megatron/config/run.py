@@ -144,6 +144,7 @@ class RunConfig(Section):
         rule = f"must be divisible by parallel.tensor_parallel_size={ranks}"
         for key, size in (
             ("vae.num_attention_heads", model.vae.num_attention_heads),
+            ("vae.ffn_hidden_size / 2", model.vae.ffn_hidden_size // 2),
             ("dit.num_attention_heads", model.dit.num_attention_heads),
             ("dit.hidden_size", model.dit.hidden_size),
         ):

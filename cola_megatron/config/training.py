@@ -99,7 +99,8 @@ class TrainingConfig(Section):
     activation_checkpointing: bool = False
     """Recompute every transformer layer in the backward pass instead of keeping its activations."""
     stage_one: Path | None = None
-    """Stage 2 starts its VAE from this stage-1 run folder or published `cola_vae` folder."""
+    """Stage 2 starts from this folder: the VAE of a stage-1 run or of a published `cola_vae`, or VAE and prior of a
+    published model, an imported checkpoint or a stage-2 run."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint of the run folder; never: refuse a folder that has one."""
     loader_workers: NonNegativeInt = 1

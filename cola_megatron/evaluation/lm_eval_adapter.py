@@ -7,7 +7,7 @@ importing this module without it raises one `UserError`.
 import json
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,27 +79,34 @@ class EvaluationLM(LM):
         Raises:
             UserError: the model gives no log-likelihoods.
         """
-        answers = []
+        pairs = [_with_its_space(*request.args) for request in requests]
+        answers: dict[int, tuple[float, bool]] = {}
         with self._progress("log-likelihood", len(requests)) as bar:
-            for request in requests:
-                answers.append(self._likelihood(*request.args))
-                self.cache_hook.add_partial("loglikelihood", request.args, answers[-1])
-                bar.update()
-        return answers
+            # By the contexts' lengths: the options of one question stay together.
+            for batch in self._batches([len(context) for context, _ in pairs]):
+                nats = self._likelihoods([pairs[index] for index in batch])
+                for index, value in zip(batch, nats, strict=True):
+                    answers[index] = value, self.model.is_greedy(*pairs[index])
+                    self.cache_hook.add_partial("loglikelihood", requests[index].args, answers[index])
+                    bar.update()
+        return [answers[index] for index in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """log p(text) in nats, of whole texts.
+        """log p(text) in nats, of whole texts: there are no windows, and nothing goes before a text.
 
         Raises:
             UserError: the model gives no log-likelihoods.
         """
-        answers = []
+        texts = [request.args[0] for request in requests]
+        answers: dict[int, float] = {}
         with self._progress("log-likelihood of texts", len(requests)) as bar:
-            for request in requests:
-                answers.append(self._likelihood("", request.args[0])[0])
-                self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[-1])
-                bar.update()
-        return answers
+            for batch in self._batches([len(text) for text in texts]):
+                nats = self._likelihoods([("", texts[index]) for index in batch])
+                for index, value in zip(batch, nats, strict=True):
+                    answers[index] = value
+                    self.cache_hook.add_partial("loglikelihood_rolling", requests[index].args, value)
+                bar.update(len(batch))
+        return [answers[index] for index in range(len(requests))]
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """One small tensor of every data-parallel rank, stacked."""
@@ -121,11 +128,14 @@ class EvaluationLM(LM):
         """Waits for every process of the job."""
         self.groups.barrier()
 
-    def _likelihood(self, context: str, continuation: str) -> tuple[float, bool]:
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        return batches_by_length(range(len(lengths)), lengths, self.batch_size)
+
+    def _likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         estimate = getattr(self.model, "loglikelihood", None)
         if estimate is None:
             raise UserError(f"{self.model.name} {NO_LIKELIHOOD}")
-        return estimate(context, continuation)
+        return estimate([context for context, _ in pairs], [continuation for _, continuation in pairs])
 
     def _progress(self, what: str, total: int) -> tqdm:
         return tqdm(total=total, desc=what, unit="request", disable=not self.groups.is_main)
@@ -219,6 +229,12 @@ def read_decoding(arguments: dict[str, Any]) -> Decoding:
         top_k=0 if top_k is None else int(top_k),
         top_p=1.0 if top_p is None else float(top_p),
     )
+
+
+def _with_its_space(context: str, continuation: str) -> tuple[str, str]:
+    """White space at the end of a context belongs to the continuation, as in lm-eval: tokens begin with it."""
+    kept = context.rstrip()
+    return kept, context[len(kept) :] + continuation
 
 
 def _sample_ids(prompts: Sequence[str]) -> list[int]:

@@ -20,7 +20,7 @@ FIRST_GREEDY_TOKENS, MOST_GREEDY_TOKENS = 16, 4096
 
 
 class EvaluationModel(Protocol):
-    """A model of any family, as the harness sees it. `loglikelihood` may be left out."""
+    """A model of any family, as the harness sees it. `loglikelihood` and `is_greedy` may be left out together."""
 
     name: str
     """What results call it; two names of the same weights make no difference."""
@@ -31,8 +31,11 @@ class EvaluationModel(Protocol):
     def generate(self, prompts: Sequence[str], sample_ids: Sequence[int], decoding: Decoding) -> list[str]:
         """Continues each prompt. A text depends on its prompt and sample id, not on the others of the batch."""
 
-    def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
-        """log p(continuation | context) in nats, and whether greedy decoding gives the continuation."""
+    def loglikelihood(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+        """log p(continuation | context) of each pair, in nats. It does not depend on the others of the batch."""
+
+    def is_greedy(self, context: str, continuation: str) -> bool:
+        """Whether the text that greedy decoding writes after the context begins with the continuation."""
 
 
 def sample_id(item_id: int | str) -> int:
@@ -49,12 +52,19 @@ def sample_id(item_id: int | str) -> int:
 class GeneratorModel:
     """A model that generates text (`inference.protocol.Generator`), of any family, as an `EvaluationModel`.
 
+    A generator that offers `log_likelihood(texts, contexts, ids, **options)`, as `ColaDLM` does, has a likelihood: the
+    `elbo` of each result, which is a bound or an estimate where the family knows no exact one.
+
     Args:
         settings: the family's, such as `FlowSettings`; a request's `Decoding` goes before it.
+        likelihood: options of the generator's `log_likelihood`.
     """
 
-    def __init__(self, generator: Generator, name: str, settings: CommonSettings):
+    def __init__(
+        self, generator: Generator, name: str, settings: CommonSettings, likelihood: dict[str, Any] | None = None
+    ):
         self.generator, self.name, self.settings = generator, name, settings
+        self.likelihood = likelihood or {}
         # The last greedy text: (context, tokens asked for, text). The options of one question share their context.
         self._greedy = ("", 0, "")
 
@@ -77,19 +87,32 @@ class GeneratorModel:
             raise UserError(f"{self.name}: {error}") from error
         return [output.text for output in outputs]
 
-    def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
-        """See `EvaluationModel`.
+    def loglikelihood(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[float]:
+        """See `EvaluationModel`. Pairs with one context share their noise: they differ by their continuations alone.
 
         Raises:
-            UserError: the model offers no likelihood.
+            UserError: the model offers no likelihood, or cannot read a text.
         """
-        estimate = getattr(self.generator, "loglikelihood", None)
+        estimate = getattr(self.generator, "log_likelihood", None)
         if estimate is None:
             raise UserError(f"{self.name} {NO_LIKELIHOOD}")
-        return float(estimate(context, continuation)), self._greedily(context, continuation)
+        nats = [0.0] * len(continuations)  # of an empty continuation
+        asked = [index for index, continuation in enumerate(continuations) if continuation]
+        try:
+            results = estimate(
+                [continuations[index] for index in asked],
+                [contexts[index] for index in asked],
+                [sample_id(contexts[index]) for index in asked],
+                **self.likelihood,
+            )
+        except ValueError as error:
+            raise UserError(f"{self.name}: {error}") from error
+        for index, result in zip(asked, results, strict=True):
+            nats[index] = result.elbo
+        return nats
 
-    def _greedily(self, context: str, continuation: str) -> bool:
-        """Whether the text that greedy decoding writes after the context begins with the continuation."""
+    def is_greedy(self, context: str, continuation: str) -> bool:
+        """See `EvaluationModel`; decoding is greedy in the tokens, with the settings of generation."""
         if self._greedy[0] != context:
             self._greedy = (context, 0, "")
         _, tokens, text = self._greedy

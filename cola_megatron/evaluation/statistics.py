@@ -1,4 +1,4 @@
-"""Confidence intervals of accuracies. Proportions lie in 0 .. 1."""
+"""Confidence intervals of accuracies, which are proportions in 0 .. 1, and of sums per unit."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ Z_95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class Interval:
-    """A proportion and its 95% confidence interval."""
+    """A figure, such as a proportion, and its 95% confidence interval."""
 
     value: float
     low: float
@@ -45,3 +45,23 @@ def mean_interval(parts: Sequence[Interval]) -> Interval:
     below = math.sqrt(sum((part.value - part.low) ** 2 for part in parts)) / k
     above = math.sqrt(sum((part.high - part.value) ** 2 for part in parts)) / k
     return Interval(mean, mean - below, mean + above)
+
+
+def ratio_interval(totals: Sequence[float], sizes: Sequence[float]) -> Interval:
+    """Sum of totals over sum of sizes, such as nats per token over texts of different lengths.
+
+    The normal interval r -+ z s of the ratio estimator, with r = sum a / sum b and
+    s^2 = n / (n - 1) sum (a_i - r b_i)^2 / (sum b)^2. One text says nothing of the spread: its limits are infinite.
+
+    Raises:
+        ValueError: no texts, or their number is not that of the sizes.
+    """
+    n, whole = len(totals), sum(sizes)
+    if n != len(sizes) or not whole:
+        raise ValueError(f"{n} totals over {len(sizes)} sizes, {whole} in all, are no ratio")
+    ratio = sum(totals) / whole
+    if n == 1:
+        return Interval(ratio, -math.inf, math.inf)
+    squares = sum((total - ratio * size) ** 2 for total, size in zip(totals, sizes, strict=True))
+    half = Z_95 * math.sqrt(n / (n - 1) * squares) / whole
+    return Interval(ratio, ratio - half, ratio + half)

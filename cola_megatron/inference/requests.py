@@ -8,15 +8,15 @@ from typing import Any, TypeVar
 from cola_megatron.inference.protocol import Request
 from cola_megatron.inference.settings import MAX_SAMPLE_ID, CommonSettings
 
-Settings = TypeVar("Settings", bound=CommonSettings)
+Settings = TypeVar("Settings")
 
 
-def read_settings(family: type[Settings], options: dict[str, Any]) -> Settings:
-    """The family's settings; raises ValueError for a name that it does not have, or a value out of range."""
+def read_settings(family: type[Settings], options: dict[str, Any], purpose: str = "generation") -> Settings:
+    """Settings of this kind; raises ValueError for a name that it does not have, or a value out of range."""
     known = [field.name for field in fields(family)]
     for name in options:
         if name not in known:
-            raise ValueError(f"{name} is no setting of generation; there are {', '.join(known)}")
+            raise ValueError(f"{name} is no setting of {purpose}; there are {', '.join(known)}")
     return family(**options)
 
 
@@ -38,19 +38,27 @@ def read_requests(
     Raises:
         ValueError: numbers that do not match the prompts, ids or token ids out of range.
     """
-    sample_ids = list(range(len(prompts))) if ids is None else integers("ids", ids)
-    if len(sample_ids) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts but {len(sample_ids)} ids")
-    for sample in sample_ids:
-        if abs(sample) > MAX_SAMPLE_ID:
-            raise ValueError(f"ids: {sample} must lie in -{MAX_SAMPLE_ID} .. {MAX_SAMPLE_ID}")
+    sample_ids = read_sample_ids("prompts", len(prompts), ids)
     lengths = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * len(prompts)
     if len(lengths) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(lengths)} numbers in max_new_tokens")
     for length in lengths:
         read_settings(family, {"max_new_tokens": length})
-    token_ids = [_token_ids(f"prompts[{index}]", prompt, encode, vocab_size) for index, prompt in enumerate(prompts)]
+    token_ids = [
+        read_token_ids(f"prompts[{index}]", prompt, encode, vocab_size) for index, prompt in enumerate(prompts)
+    ]
     return [Request(*parts) for parts in zip(token_ids, sample_ids, lengths, strict=True)]
+
+
+def read_sample_ids(name: str, count: int, ids: Sequence[int] | None) -> list[int]:
+    """One id for each of `count` things called `name`, by default 0, 1, ...; raises ValueError as `read_requests`."""
+    sample_ids = list(range(count)) if ids is None else integers("ids", ids)
+    if len(sample_ids) != count:
+        raise ValueError(f"{count} {name} but {len(sample_ids)} ids")
+    for sample in sample_ids:
+        if abs(sample) > MAX_SAMPLE_ID:
+            raise ValueError(f"ids: {sample} must lie in -{MAX_SAMPLE_ID} .. {MAX_SAMPLE_ID}")
+    return sample_ids
 
 
 def integers(name: str, values: Iterable[int]) -> list[int]:
@@ -61,9 +69,10 @@ def integers(name: str, values: Iterable[int]) -> list[int]:
         raise ValueError(f"{name} must be integers: {error}") from None
 
 
-def _token_ids(
+def read_token_ids(
     name: str, prompt: str | Sequence[int], encode: Callable[[str], list[int]], vocab_size: int
 ) -> list[int]:
+    """The ids of a text or of ids in any form of integers; raises ValueError where one is out of range."""
     token_ids = encode(prompt) if isinstance(prompt, str) else integers(name, prompt)
     for token in token_ids:
         if not 0 <= token < vocab_size:

@@ -1,4 +1,4 @@
-"""How to generate: what every model family shares, and what generation by flow adds."""
+"""How to generate: what every model family shares, and what generation by flow adds. How to estimate a likelihood."""
 
 import math
 import numbers
@@ -9,6 +9,8 @@ MAX_NOISE_SEED, MAX_SAMPLE_ID = 2**62, 2**52
 GREEDY_BELOW = 1e-5
 
 SOLVERS = ("euler", "heun", "adams_bashforth")
+DIVERGENCES = ("hutchinson", "exact")
+PROBES = ("rademacher", "gaussian")
 FIRST_BLOCKS = ("clean_condition", "partial_repaint", "left_pad", "right_pad")
 
 
@@ -41,7 +43,7 @@ class CommonSettings:
         stop, end_of_text = self.stop, self.end_of_text
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
         object.__setattr__(self, "end_of_text", tuple([end_of_text] if _is_integer(end_of_text) else end_of_text))
-        for name in ("max_new_tokens", "top_k", "noise_seed"):
+        for name in ("max_new_tokens", "top_k"):
             _require_integer(name, getattr(self, name))
         for name in ("temperature", "top_p", "repetition_penalty"):
             _require_finite(name, getattr(self, name))
@@ -56,8 +58,7 @@ class CommonSettings:
         for token in self.end_of_text:
             _require_integer("end_of_text", token)
             _require_at_least("end_of_text", token, 0)
-        if abs(self.noise_seed) > MAX_NOISE_SEED:
-            raise ValueError(f"noise_seed={self.noise_seed} must lie in -{MAX_NOISE_SEED} .. {MAX_NOISE_SEED}")
+        _require_seed(self.noise_seed)
         if self.temperature < GREEDY_BELOW:
             object.__setattr__(self, "temperature", 0.0)
 
@@ -103,8 +104,7 @@ class FlowSettings(CommonSettings):
         if not 0 <= self.repaint_until <= 1:
             raise ValueError(f"repaint_until={self.repaint_until} must lie in 0 .. 1")
         for name, known in (("solver", SOLVERS), ("first_block", FIRST_BLOCKS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)} must be one of {', '.join(known)}")
+            _require_one_of(name, getattr(self, name), known)
         if self.first_block != "partial_repaint" and (self.repaint_until, self.repaint_rounds) != (0.0, 1):
             raise ValueError(
                 f"repaint_until and repaint_rounds need first_block=partial_repaint, not {self.first_block}"
@@ -114,6 +114,39 @@ class FlowSettings(CommonSettings):
         """Whether an evaluation at this time needs the unconditional pass."""
         low, high = self.guidance_interval
         return self.guidance_scale != 1.0 and low <= time <= high
+
+
+@dataclass(frozen=True)
+class LikelihoodSettings:
+    """Estimating log p(x) by a flow; see `likelihood.py`. No guidance: a guided field is not the model's density.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    samples: int = 4
+    """K: latents that are drawn from the posterior of each text."""
+    steps: int = 32
+    """Steps of the solver from t = 0 to 1, on a quadratic grid (`solvers.quadratic_grid`)."""
+    solver: str = "adams_bashforth"
+    """As for generation; `heun` asks for two evaluations per step."""
+    divergence: str = "hutchinson"
+    """`hutchinson`: one random probe per sample, one pass backwards per evaluation. `exact`: one pass backwards for
+    each coordinate of a block, block_size * d of them."""
+    probe: str = "rademacher"
+    """Of Hutchinson's estimator: signs, which have the least variance, or `gaussian`."""
+    noise_seed: int = 66
+    """Seed of all draws. A text's draws depend on this seed, on its own id and on the number of the draw alone."""
+
+    def __post_init__(self):
+        for name in ("samples", "steps"):
+            _require_integer(name, getattr(self, name))
+            _require_at_least(name, getattr(self, name), 1)
+        for name, known in (("solver", SOLVERS), ("divergence", DIVERGENCES), ("probe", PROBES)):
+            _require_one_of(name, getattr(self, name), known)
+        if self.divergence == "exact" and self.probe != LikelihoodSettings.probe:
+            raise ValueError(f"probe={self.probe} needs divergence=hutchinson, not exact")
+        _require_seed(self.noise_seed)
 
 
 def _is_integer(value: object) -> bool:
@@ -133,6 +166,17 @@ def _require_finite(name: str, value: object) -> None:
 def _require_at_least(name: str, value: float, least: float) -> None:
     if value < least:
         raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def _require_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value} must be one of {', '.join(known)}")
+
+
+def _require_seed(noise_seed: object) -> None:
+    _require_integer("noise_seed", noise_seed)
+    if abs(noise_seed) > MAX_NOISE_SEED:
+        raise ValueError(f"noise_seed={noise_seed} must lie in -{MAX_NOISE_SEED} .. {MAX_NOISE_SEED}")
 
 
 def _pair(name: str, value: object) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """Names and reshapes between our state dict and published layouts; nothing here computes."""
 
-from cola_megatron.interop.published import PublishedError, read_published, write_published
+from cola_megatron.interop.errors import PublishedError
+from cola_megatron.interop.published import HeldWeights, PublishedModel, read_published, write_published
 
-__all__ = ["PublishedError", "read_published", "write_published"]
+__all__ = ["HeldWeights", "PublishedError", "PublishedModel", "read_published", "write_published"]

@@ -12,14 +12,17 @@ class RotaryTable(NamedTuple):
     sin: torch.Tensor
 
 
-def rotary_table(positions: torch.Tensor, rotary_dim: int, base: float) -> RotaryTable:
+def rotary_table(
+    positions: torch.Tensor, rotary_dim: int, base: float, precision: torch.dtype = torch.float32
+) -> RotaryTable:
     """Angles position * base^(-2i / rotary_dim) for i < rotary_dim / 2.
 
     Args:
         positions: (S,) or (S, B) integers.
+        precision: what the frequencies are rounded to.
     """
     exponents = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=torch.float32) / rotary_dim
-    frequencies = 1.0 / base**exponents
+    frequencies = (1.0 / base**exponents).to(precision).float()
     angles = positions.float()[..., None] * frequencies
     angles = angles[:, None, None] if positions.dim() == 1 else angles[:, :, None]
     return RotaryTable(angles.cos(), angles.sin())

@@ -142,7 +142,10 @@ class DiT(nn.Module):
         self, positions: torch.Tensor, mask: AttentionMask, cache: KeyValueStore | None = None
     ) -> AttentionContext:
         """Attention of queries at the given positions, (S,) or (S, B)."""
-        return AttentionContext(rotary_table(positions, self.config.rotary_dim, self.config.rotary_base), mask, cache)
+        config = self.config
+        precision = getattr(torch, config.rotary_precision)
+        rotary = rotary_table(positions, config.rotary_dim, config.rotary_base, precision)
+        return AttentionContext(rotary, mask, cache)
 
     def two_copy_context(
         self, length: int, clean_length: int, context_dropped_BN: torch.Tensor | None, device: torch.device

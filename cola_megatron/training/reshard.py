@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -59,9 +60,17 @@ def reshard(checkpoint: Path, output: Path, ranks: int, progress: bool = True) -
             if not torch.equal(first, second):
                 raise CheckpointError(f"{unfinished}: {name} is not what {checkpoint} holds; check the disk, try again")
             bar.update()
-    write_state(unfinished, read_state(checkpoint))
+    write_state(unfinished, _moved(read_state(checkpoint), checkpoint, output))
     unfinished.rename(output)
     return output
+
+
+def _moved(state: dict[str, Any], old: Path, new: Path) -> dict[str, Any]:
+    """An imported checkpoint names itself as the place of its tokenizer."""
+    data = state["config"]["data"]
+    if data["path"] == str(old.absolute()):
+        data["path"] = str(new.absolute())
+    return state
 
 
 def _deal_out(shapes: dict[str, tuple[int, ...]], ranks: int) -> list[list[tuple[str, Box]]]:

@@ -1,75 +1,87 @@
-"""What stage 2 starts from: the VAE of a stage-1 run, or a published one, also as the frozen reference."""
+"""What stage 2 starts from: the VAE of a stage-1 run, or VAE and prior of a published or an earlier model.
 
-from pathlib import Path
+The encoder of either is also the frozen reference.
+"""
 
 import torch
 from torch import nn
 
-from cola_megatron.config import ConfigError, RunConfig, VAEConfig, resolve_config
-from cola_megatron.interop.published import CONFIG, VAE_FOLDER, read_published_vae
+from cola_megatron.config import ConfigError, DiTConfig, RunConfig, VAEConfig
+from cola_megatron.interop.published import PublishedModel
 from cola_megatron.models.cola import Cola
-from cola_megatron.parallel import ProcessGroups, load_full_state_dict
-from cola_megatron.training.checkpoint import load_weights, read_state, require_checkpoint
-
-ENCODER = "encoder."
+from cola_megatron.parallel import ProcessGroups
+from cola_megatron.parallel.parameters import shard_of
+from cola_megatron.training.checkpoint import load_weights, read_state
+from cola_megatron.training.model_source import CheckpointModel, ModelSource, open_model_source
 
 
 def load_starting_weights(model: Cola, config: RunConfig, groups: ProcessGroups) -> None:
-    """Loads the stage-1 VAE into a stage-2 model; leaves stage 1 and a from-scratch VAE alone.
+    """Loads into a stage-2 model what `training.stage_one` holds: the VAE, and the prior where there is one.
+
+    Leaves stage 1 and a from-scratch VAE alone.
 
     Raises:
-        ConfigError: no stage-1 source, or one of another architecture (the message names the keys).
+        ConfigError: no source, an unfinished run, or another architecture (the message names the keys).
         CheckpointError, PublishedError: its files cannot be read.
     """
     if config.stage == 1 or config.training.vae_update.from_scratch:
         return
-    source = config.training.stage_one
-    if source is None:
+    if config.training.stage_one is None:
         raise ConfigError(
-            "training.stage_one is not set: stage 2 starts from a stage-1 run folder or a published cola_vae folder; "
-            "give training.stage_one=FOLDER, or training.vae_update.from_scratch=true"
+            "training.stage_one is not set: stage 2 starts from a stage-1 run folder, an imported checkpoint or a "
+            "published folder; give training.stage_one=FOLDER, or training.vae_update.from_scratch=true"
         )
-    published = next((folder for folder in (source, source / VAE_FOLDER) if (folder / CONFIG).is_file()), None)
-    if published is not None:
-        vae, vocab_size, state = read_published_vae(published)
-    else:
-        checkpoint = _finished_checkpoint(source)
-        there = resolve_config(read_state(checkpoint)["config"]).model
-        vae, vocab_size = there.vae, there.vocab_size
-    _check_same_vae(config, vae, vocab_size)
-    for module, inside in ((model.vae, ""), (model.reference, ENCODER)):
+    source = open_model_source(config.training.stage_one)
+    if isinstance(source, CheckpointModel):
+        _check_finished(config, source)
+    _check_same(config, source)
+    networks = [(model.vae, "vae."), (model.reference, "vae.encoder.")]
+    if source.has_prior:
+        networks.append((model.dit, "dit."))
+    for module, prefix in networks:
         if module is None:
             continue
-        if published is not None:
-            _load_published(module, state, inside, groups)
+        if isinstance(source, PublishedModel):
+            _load_published(module, source, prefix, groups)
         else:
-            load_weights(module, checkpoint, groups, prefix=f"vae.{inside}")
+            load_weights(module, source.folder, groups, prefix=prefix)
 
 
-def _finished_checkpoint(source: Path) -> Path:
-    checkpoint = require_checkpoint(source)
-    state = read_state(checkpoint)
+def _check_finished(config: RunConfig, source: CheckpointModel) -> None:
+    given, state = config.training.stage_one, read_state(source.folder)
     step, steps = state["step"], state["config"]["training"]["steps"]
-    if checkpoint != source and step < steps:
+    if source.folder != given and step < steps:
         raise ConfigError(
-            f"training.stage_one={source} stopped at step {step} of {steps}: finish it, or name the checkpoint folder "
-            f"itself, training.stage_one={checkpoint}"
+            f"training.stage_one={given} stopped at step {step} of {steps}: finish it, or name the checkpoint folder "
+            f"itself, training.stage_one={source.folder}"
         )
-    return checkpoint
 
 
-def _check_same_vae(config: RunConfig, vae: VAEConfig, vocab_size: int) -> None:
-    differing = [
-        f"model.vae.{key}={getattr(config.model.vae, key)} (there {getattr(vae, key)})"
-        for key in VAEConfig.model_fields
-        if getattr(config.model.vae, key) != getattr(vae, key)
-    ]
-    if vocab_size != config.model.vocab_size:
-        differing.append(f"model.vocab_size={config.model.vocab_size} (there {vocab_size})")
+def _check_same(config: RunConfig, source: ModelSource) -> None:
+    ours, theirs, given = config.model, source.config, f"training.stage_one={config.training.stage_one}"
+    differing = _differing("model.vae", ours.vae, theirs.vae)
+    if theirs.vocab_size != ours.vocab_size:
+        differing.append(f"model.vocab_size={ours.vocab_size} (there {theirs.vocab_size})")
     if differing:
-        raise ConfigError(f"training.stage_one={config.training.stage_one} has another VAE: {', '.join(differing)}")
+        raise ConfigError(f"{given} has another VAE: {', '.join(differing)}")
+    differing = _differing("model.dit", ours.dit, theirs.dit) if source.has_prior else []
+    if differing:
+        raise ConfigError(
+            f"{given} has another prior: {', '.join(differing)}; to start from its VAE alone, "
+            "name the cola_vae folder of its export"
+        )
 
 
-def _load_published(module: nn.Module, state: dict[str, torch.Tensor], prefix: str, groups: ProcessGroups) -> None:
-    own = {f"{prefix}{name}": name for name, _ in module.named_parameters()}  # a stage of a pipeline has not all
-    load_full_state_dict(module, {own[name]: tensor for name, tensor in state.items() if name in own}, groups)
+def _differing(section: str, ours: VAEConfig | DiTConfig, theirs: VAEConfig | DiTConfig) -> list[str]:
+    return [
+        f"{section}.{key}={getattr(ours, key)} (there {getattr(theirs, key)})"
+        for key in type(ours).model_fields
+        if getattr(ours, key) != getattr(theirs, key)
+    ]
+
+
+@torch.no_grad()
+def _load_published(module: nn.Module, source: PublishedModel, prefix: str, groups: ProcessGroups) -> None:
+    """One tensor at a time; a stage of a pipeline reads its own only."""
+    for name, parameter in module.named_parameters():
+        parameter.copy_(shard_of(source.read(f"{prefix}{name}"), parameter, groups))

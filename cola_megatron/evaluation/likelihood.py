@@ -1,0 +1,205 @@
+"""Likelihoods and reconstruction curves of many texts: whose texts, over all processes, and the figures over them."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from cola_megatron.config import ConfigError, resolve_config
+from cola_megatron.data import TokenShards
+from cola_megatron.evaluation.errors import EvaluationError
+from cola_megatron.evaluation.files import read_rows
+from cola_megatron.evaluation.statistics import Interval, ratio_interval
+from cola_megatron.inference.likelihood import Progress
+from cola_megatron.inference.likelihood_terms import Likelihood
+from cola_megatron.inference.robustness import RobustnessCurve
+from cola_megatron.parallel import ProcessGroups
+from cola_megatron.training.checkpoint import CheckpointError, read_state, require_checkpoint
+
+Result = TypeVar("Result")
+
+
+class Texts(NamedTuple):
+    """Texts, or token ids, and what goes before each of them."""
+
+    texts: Sequence[str | Sequence[int]]
+    contexts: Sequence[str] | None
+
+
+def held_out_texts(source: Path, data: Path | None, limit: int | None) -> Texts:
+    """The first held-out sequences of a prepared folder, by default that of the run.
+
+    Raises:
+        ConfigError: `source` has no checkpoint that can be read, or names no data. ShardError: the data cannot be read.
+    """
+    if data is None:
+        try:
+            data = resolve_config(read_state(require_checkpoint(source))["config"]).data.path
+        except CheckpointError:
+            raise ConfigError(f"{source} is no run with data of its own: give --data FOLDER or --file FILE") from None
+    if data is None:
+        raise ConfigError(f"{source} names no data: give --data FOLDER or --file FILE")
+    shards = TokenShards(data, "held_out")
+    count = len(shards) if limit is None else min(limit, len(shards))
+    return Texts([shards[index].tolist() for index in range(count)], None)
+
+
+def texts_of_file(file: Path, field: str, context_field: str | None, limit: int | None) -> Texts:
+    """A text per line of a `.txt` file, or per row of JSONL, JSON, CSV, parquet or Arrow; empty lines do not count.
+
+    Args:
+        field, context_field: of a row; the context may be empty.
+
+    Raises:
+        EvaluationError: the file cannot be read, a row lacks a field, or there is no text. ConfigError: `context_field`
+            of a `.txt` file.
+    """
+    if file.suffix == ".txt":
+        if context_field is not None:
+            raise ConfigError(f"{file}: a line of text has no field {context_field}")
+        try:
+            lines = file.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError:
+            raise EvaluationError(f"{file}: not UTF-8") from None
+        texts, contexts = list(islice((line for line in lines if line.strip()), limit)), None
+    else:
+        rows = list(islice(read_rows(file), limit))
+        texts = [_text_under(field, place, row) for place, row in rows]
+        contexts = None
+        if context_field is not None:
+            contexts = [_text_under(context_field, place, row) for place, row in rows]
+    if not texts:
+        raise EvaluationError(f"{file}: holds no text")
+    return Texts(texts, contexts)
+
+
+def own_part(items: Sequence[Result], groups: ProcessGroups) -> Sequence[Result]:
+    """Every n-th item: those of this replica of the model."""
+    return items[groups.data_parallel_rank :: groups.data_parallel_size]
+
+
+def from_all_replicas(own: list[Result], groups: ProcessGroups) -> list[Result]:
+    """What all replicas found of their parts, in the order of the whole, on each of them."""
+    replicas = groups.data_parallel_size
+    if replicas == 1:
+        return own
+    parts: list[Any] = [None] * replicas
+    dist.all_gather_object(parts, own, group=groups.data_group)
+    whole: list[Any] = [None] * sum(map(len, parts))
+    for replica, part in enumerate(parts):
+        whole[replica::replicas] = part
+    return whole
+
+
+@contextmanager
+def progress_bar(description: str, shown: bool) -> Iterator[Progress]:
+    """A bar that is told how many are done, and how many there are."""
+    with tqdm(desc=description, unit="text", disable=not shown) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
+
+
+@dataclass(frozen=True)
+class LikelihoodSummary:
+    """Figures over texts, with 95% intervals over the draw of texts (`ratio_interval`)."""
+
+    texts: int
+    tokens: int
+    elbo: Interval
+    """Nats per token; so are the next four."""
+    iwae: Interval
+    reconstruction: Interval
+    """log p(x|z)."""
+    prior: Interval
+    """log p_psi(z)."""
+    posterior: Interval
+    """log q(z|x)."""
+    perplexity: Interval
+    """exp(-ELBO) per token."""
+    bits_per_byte: Interval | None
+    """-ELBO; None where the bytes of a text are not known."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Every figure; limits that are not known, and figures too large, are null."""
+        found: dict[str, Any] = {}
+        for name in (field.name for field in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, Interval):
+                limits = {end: getattr(value, end) for end in ("value", "low", "high")}
+                value = {end: limit if math.isfinite(limit) else None for end, limit in limits.items()}
+            found[name] = value
+        return found
+
+    def rows(self) -> list[list[str]]:
+        """A table, headings first."""
+        named = [
+            ("log p(x|z), reconstruction", self.reconstruction),
+            ("log p(z), prior", self.prior),
+            ("log q(z|x), posterior", self.posterior),
+            ("ELBO", self.elbo),
+            ("IWAE", self.iwae),
+        ]
+        rows = [["nats per token", "", "95% interval"], *([name, *_cells(figure)] for name, figure in named)]
+        rows.append(["perplexity per token", *_cells(self.perplexity, ".4g")])
+        if self.bits_per_byte is not None:
+            rows.append(["bits per byte", *_cells(self.bits_per_byte)])
+        return rows
+
+
+def summarize(results: Sequence[Likelihood]) -> LikelihoodSummary:
+    """Figures over texts, each counting by its tokens (by its bytes for bits per byte)."""
+    tokens = [result.tokens for result in results]
+    figures = {
+        name: ratio_interval([getattr(result, name) for result in results], tokens)
+        for name in ("elbo", "iwae", "reconstruction", "prior", "posterior")
+    }
+    elbo, bits_per_byte = figures["elbo"], None
+    if all(result.text_bytes for result in results):
+        bits = [-result.elbo / math.log(2) for result in results]
+        bits_per_byte = ratio_interval(bits, [result.text_bytes for result in results])
+    perplexity = Interval(*(_exponential(-nats) for nats in (elbo.value, elbo.high, elbo.low)))
+    return LikelihoodSummary(len(results), sum(tokens), **figures, perplexity=perplexity, bits_per_byte=bits_per_byte)
+
+
+def curve_rows(curve: RobustnessCurve) -> list[list[str]]:
+    """A table of a curve, headings first; accuracies with 95% intervals over the draw of texts."""
+    rows = [["t", "accuracy", "95% interval", "nats per token"]]
+    tokens = curve.tokens_M.tolist()
+    for column, (time, nats) in enumerate(zip(curve.times, curve.cross_entropy, strict=True)):
+        share = ratio_interval(curve.correct_MT[:, column].tolist(), tokens)
+        percent = Interval(100 * share.value, 100 * max(0.0, share.low), 100 * min(1.0, share.high))
+        rows.append([f"{time:.2f}", *_cells(percent, ".2f"), f"{nats:.4f}"])
+    return rows
+
+
+def joined(curves: Sequence[RobustnessCurve]) -> RobustnessCurve:
+    """The curve over the texts of several."""
+    parts = ([getattr(curve, name) for curve in curves] for name in ("tokens_M", "correct_MT", "nll_MT"))
+    return RobustnessCurve(curves[0].times, *(torch.cat(part) for part in parts))
+
+
+def _text_under(field: str, place: str, row: dict[str, Any]) -> str:
+    if not isinstance(row.get(field), str):
+        raise EvaluationError(f"{place}: no text under {field!r}; there are {', '.join(row)}")
+    return row[field]
+
+
+def _cells(figure: Interval, form: str = ".4f") -> list[str]:
+    known = math.isfinite(figure.low) and math.isfinite(figure.high)
+    limits = f"{format(figure.low, form)} .. {format(figure.high, form)}" if known else ""
+    return [format(figure.value, form), limits]
+
+
+def _exponential(nats: float) -> float:
+    return math.exp(nats) if nats < math.log(torch.finfo(torch.float64).max) else math.inf

@@ -1,0 +1,126 @@
+"""What an estimate of log p(x) consists of, and the figures that follow from it. All in nats, float64.
+
+    log w_k = log p(x|z_k) + log p_psi(z_k) - log q(z_k|x),   z_k ~ q(z|x),   k = 1 .. K
+    ELBO = mean_k log w_k,   IWAE = log mean_k w_k
+
+Shapes: K samples of the posterior, N blocks.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The three terms of one text."""
+
+    reconstruction_K: torch.Tensor
+    """log p(x|z), over the tokens of the text; those of padding do not count."""
+    prior_KN: torch.Tensor
+    """log p_psi(z^(b) | z^(<b)) of every block."""
+    posterior_K: torch.Tensor
+    """log q(z|x), in the prior's coordinates."""
+
+    @property
+    def log_weights_K(self) -> torch.Tensor:
+        """log w."""
+        return self.reconstruction_K + self.prior_KN.sum(-1) - self.posterior_K
+
+    @property
+    def iwae(self) -> float:
+        """log mean_k w_k."""
+        return float(self.log_weights_K.logsumexp(0)) - math.log(len(self.log_weights_K))
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """An estimate of log p(text), or of log p(text | context) = log p(context, text) - log p(context).
+
+    Without a context `elbo` is a lower bound of log p(text) in expectation, and so is `iwae` where the divergence is
+    exact: the noise of Hutchinson's probes leaves the mean of log w where it is, but raises that of w. With a context
+    both are differences of two bounds: estimates, and no bounds. Context and joint text share their draws, so that
+    what they have in common cancels.
+    """
+
+    joint: Terms
+    """Of context and text together."""
+    context: Terms | None
+    """Of the context alone; None: there is none."""
+    tokens: int
+    """Of the text without its context; so are the next two."""
+    text_bytes: int | None
+    """UTF-8; None: token ids without a tokenizer."""
+    text_words: int | None
+    """Parted by white space."""
+
+    @property
+    def reconstruction_K(self) -> torch.Tensor:
+        """log p(x|z) of each sample."""
+        return self.joint.reconstruction_K - (self.context.reconstruction_K if self.context else 0)
+
+    @property
+    def prior_K(self) -> torch.Tensor:
+        """log p_psi(z) of each sample."""
+        return self.joint.prior_KN.sum(-1) - (self.context.prior_KN.sum(-1) if self.context else 0)
+
+    @property
+    def posterior_K(self) -> torch.Tensor:
+        """log q(z|x) of each sample."""
+        return self.joint.posterior_K - (self.context.posterior_K if self.context else 0)
+
+    @property
+    def log_weights_K(self) -> torch.Tensor:
+        """log w of each sample."""
+        return self.reconstruction_K + self.prior_K - self.posterior_K
+
+    @property
+    def reconstruction(self) -> float:
+        """Mean of log p(x|z)."""
+        return float(self.reconstruction_K.mean())
+
+    @property
+    def prior(self) -> float:
+        """Mean of log p_psi(z)."""
+        return float(self.prior_K.mean())
+
+    @property
+    def posterior(self) -> float:
+        """Mean of log q(z|x)."""
+        return float(self.posterior_K.mean())
+
+    @property
+    def elbo(self) -> float:
+        """reconstruction + prior - posterior."""
+        return float(self.log_weights_K.mean())
+
+    @property
+    def iwae(self) -> float:
+        """log mean_k w_k, less that of the context."""
+        return self.joint.iwae - (self.context.iwae if self.context else 0.0)
+
+    @property
+    def elbo_error(self) -> float:
+        """Standard error of `elbo` over the samples; NaN for one sample."""
+        return float(self.log_weights_K.std()) / math.sqrt(len(self.log_weights_K))
+
+    @property
+    def perplexity(self) -> float:
+        """exp(-ELBO / tokens)."""
+        return math.exp(-self.elbo / self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """-ELBO / (bytes log 2)."""
+        return -self.elbo / (self.text_bytes * math.log(2)) if self.text_bytes else None
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures and, under `samples`, what they are means of."""
+        samples = {
+            name: getattr(self, f"{name}_K").tolist()
+            for name in ("log_weights", "reconstruction", "prior", "posterior")
+        }
+        names = ("elbo", "iwae", "reconstruction", "prior", "posterior", "tokens", "text_bytes", "text_words")
+        return {**{name: getattr(self, name) for name in names}, "samples": samples}
