@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-EXTRAS ?= dev,report
+EXTRAS ?= dev,report,prep
 SETUP_FLAGS ?=
 PYTEST_FLAGS ?=
 

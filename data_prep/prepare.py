@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from cola_megatron.data.manifest import MANIFEST_NAME, TOKENIZER_NAME, Manifest, SourceRecord, SplitRecord
+from cola_megatron.data.manifest import ShardError, file_problems, read_manifest
 from data_prep.errors import DataPrepError
-from data_prep.existing import finished_folder
-from data_prep.pack import HELD_OUT, TRAIN, split_of
-from data_prep.readers import Document, Source, find_sources, read_documents
-from data_prep.settings import PrepSettings
-from data_prep.tokenizer import DocumentTokenizer, train_tokenizer
-from data_prep.write import SplitWriter, file_records, new_folder
+from data_prep.folders import place_folder
+from data_prep.local import run_steps
+from data_prep.plan import Plan, make_plan, open_plan, work_folder_of
+from data_prep.recipe import Recipe
+from data_prep.steps import steps_of
+from data_prep.work import WorkFolder
 
-__all__ = ["PrepSettings", "prepare"]
-
-# Tokenised at a time: enough to keep every core busy, little beside a shard in memory.
-BATCH_CHARACTERS = 2**20
+__all__ = ["begin", "finish", "prepare"]
 
 
-def prepare(settings: PrepSettings, progress: bool = True, force: bool = False) -> Path:
-    """Tokenise, split and pack the documents of `settings.inputs` into `settings.output`.
+def prepare(recipe: Recipe, workers: int = 1, progress: bool = True, force: bool = False) -> Path:
+    """Reads, cleans, tokenises, splits and packs the documents of the recipe into `recipe.output`.
 
-    The folder appears whole or not at all. The same sources and settings make the same shards, byte for byte; where
-    the folder already holds them, nothing is done. Its layout is in `cola_megatron.data.shards`.
+    The folder appears whole or not at all. The same recipe and sources make the same bytes, however often the work was
+    interrupted and by however many processes it was done; where the folder already holds them, nothing is done.
 
     Args:
-        settings: what to prepare, and how.
+        recipe: what to prepare, and how.
+        workers: processes of this machine that share the work.
         progress: show progress bars and notes on stderr.
-        force: replace a folder that was prepared from other sources or settings, or is damaged.
+        force: replace a folder that was prepared otherwise, or is damaged, and forget unfinished work.
 
     Returns:
         The absolute path of the folder.
@@ -45,156 +40,130 @@ def prepare(settings: PrepSettings, progress: bool = True, force: bool = False) 
         DataPrepError: a source, a setting or the output folder is at fault, or the disk is full; one line with the
             cure.
     """
-    output = settings.output.expanduser().absolute()
-    sources = find_sources(settings.inputs)
-    if finished_folder(output, settings, sources, force):
-        _note(f"{output}: already prepared from these sources with these settings; nothing to do", progress)
+    plan = make_plan(recipe)
+    output = recipe.output.expanduser().absolute()
+    work = begin(plan, force)
+    if work is None:
+        _note(f"{output}: already prepared from these sources with this recipe; nothing to do", progress)
         return output
-    for partial in sorted(output.parent.glob(f".{output.name}.partial-*")):
-        _note(f"{partial}: left by an interrupted run, unless another one is writing it; can be removed", progress)
-    hashes = {source: source.sha256() for source in sources}
-    with new_folder(output, replace=force) as folder:
-        tokenizer = _place_tokenizer(folder / TOKENIZER_NAME, settings, sources, progress)
-        splits, tally = _write_splits(folder, settings, sources, tokenizer, progress)
-        for source in sources:
-            source.check_unchanged()
-        manifest = _manifest(folder, settings, tokenizer, splits, tally, hashes)
-        (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    for name, split in manifest.splits.items():
+    run_steps(plan, work, workers, progress)
+    finish(plan, work)
+    manifest = read_manifest(output)
+    for split in manifest.splits:
+        total = manifest.total(split)
         _note(
-            f"{output / name}: {split.documents:,} documents, {split.sequences:,} sequences, {split.tokens:,} tokens "
-            f"({split.dropped_tokens:,} at the end dropped)",
+            f"{output / split}: {total.documents:,} documents, {total.sequences:,} sequences, {total.tokens:,} tokens "
+            f"({total.padding_tokens:,} padding; {total.dropped_tokens:,} at the ends dropped)",
             progress,
         )
     return output
 
 
+def begin(plan: Plan, force: bool = False) -> WorkFolder | None:
+    """The work folder of a plan, with what is finished of it; None where the output is finished.
+
+    Raises:
+        DataPrepError: the output, or unfinished work beside it, is of another plan and `force` is not given; or the
+            output was not made by this package, in any case.
+    """
+    output = plan.recipe.output.expanduser().absolute()
+    work = work_folder_of(output)
+    if _is_finished(output, plan, force):
+        work.remove()  # of a run that was killed after its last step
+        return None
+    if work.path.exists():
+        unfinished = _plan_of(work)
+        if force or unfinished is None:
+            work.remove()
+        elif unfinished.fingerprint != plan.fingerprint:
+            _take_over(work, unfinished, plan)
+    if not work.path.exists():
+        work.path.mkdir(parents=True)
+        work.write_plan(plan.model_dump_json(indent=1))
+    if force:
+        work.allow_replacing()
+    return work
+
+
+def finish(plan: Plan, work: WorkFolder) -> None:
+    """Puts what the last step made into its place and removes the work folder; raises DataPrepError."""
+    place_folder(work.folder("merge", 0), plan.recipe.output.expanduser().absolute(), replace=work.may_replace)
+    work.remove()
+
+
+def _is_finished(output: Path, plan: Plan, force: bool) -> bool:
+    if output.exists() and not output.is_dir():
+        raise DataPrepError(f"{output}: is a file; choose another --output")
+    if not output.exists() or not any(output.iterdir()):
+        return False
+    try:
+        manifest = read_manifest(output)
+    except ShardError as error:
+        raise DataPrepError(f"{output}: is not empty and not a prepared folder; choose another --output") from error
+    if force:
+        return False
+    if manifest.fingerprint != plan.fingerprint:
+        difference = next(_differing(manifest.recipe, _comparable(plan.recipe)), None)
+        versions = next(_differing(manifest.versions, plan.versions), None)
+        raise DataPrepError(
+            f"{output}: was prepared differently ({difference or versions or 'a source or the tokenizer has changed'});"
+            " choose another --output, or replace it with --force"
+        )
+    for problem in file_problems(output, manifest.files, "size"):
+        raise DataPrepError(f"{problem}; prepare it again with --force")
+    return True
+
+
+def _take_over(work: WorkFolder, unfinished: Plan, plan: Plan) -> None:
+    """Keeps of unfinished work what is not touched by a source that has been repaired, and writes the new plan.
+
+    Raises:
+        DataPrepError: it is the work of another recipe.
+    """
+    difference = next(_differing(_comparable(unfinished.recipe), _comparable(plan.recipe)), None)
+    difference = difference or next(_differing(unfinished.versions, plan.versions), None)
+    if difference is None and len(unfinished.inputs) != len(plan.inputs):
+        difference = f"{len(unfinished.inputs)} parts of sources there and {len(plan.inputs)} here"
+    if difference is not None and work.has_finished_tasks():
+        raise DataPrepError(
+            f"{work.path}: holds unfinished work of another preparation ({difference}); finish that one, or start anew "
+            "with --force"
+        )
+    if difference is not None:
+        work.remove()
+        return
+    for step in steps_of(plan):
+        for task in range(step.tasks):
+            kept = unfinished.inputs[task] == plan.inputs[task] if step.reads_parts else False
+            if not (kept and step.depends_on_its_part_alone):
+                work.forget(step.name, task)
+    work.write_plan(plan.model_dump_json(indent=1))
+
+
+def _plan_of(work: WorkFolder) -> Plan | None:
+    """The plan of unfinished work; None where it cannot be read."""
+    try:
+        return open_plan(work)
+    except DataPrepError:
+        return None
+
+
+def _comparable(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", exclude={"output"})
+
+
+def _differing(there: Any, here: Any, key: str = "") -> Iterator[str]:
+    """What is not the same, one phrase each, the innermost keys named."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for name in sorted(there.keys() | here.keys()):
+            yield from _differing(there.get(name), here.get(name), f"{key}.{name}" if key else name)
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        for index, (old, new) in enumerate(zip(there, here, strict=True)):
+            yield from _differing(old, new, f"{key}.{index}")
+    elif there != here:
+        yield f"{key} is {there} there and {here} here"
+
+
 def _note(line: str, progress: bool) -> None:
     if progress:
         tqdm.write(line, file=sys.stderr)
-
-
-def _documents(sources: list[Source], text_field: str, task: str, progress: bool) -> Iterator[tuple[str, Document]]:
-    """(source name, document) of every source in order, under a progress bar in bytes of the sources."""
-    # The embedded corpus has no size.
-    total = sum(source.bytes for source in sources) if all(source.bytes for source in sources) else None
-    with tqdm(total=total, desc=task, unit="B", unit_scale=True, disable=not progress, file=sys.stderr) as bar:
-        for source in sources:
-            for document in read_documents(source, text_field):
-                yield source.name, document
-                bar.update(document.bytes_read)
-
-
-def _place_tokenizer(path: Path, settings: PrepSettings, sources: list[Source], progress: bool) -> DocumentTokenizer:
-    """Copy the given tokenizer to `path`, or train one there on the train documents."""
-    if settings.tokenizer is not None:
-        given = settings.tokenizer.expanduser()
-        tokenizer = DocumentTokenizer(given, settings.end_of_text, settings.padding)
-        path.write_bytes(given.read_bytes())
-        return tokenizer
-    texts = (
-        document.text
-        for _, document in _documents(sources, settings.text_field, "training the tokenizer", progress)
-        if split_of(document.text, settings.held_out_fraction, settings.seed) == TRAIN
-    )
-    trained = train_tokenizer(texts, settings.vocab_size, settings.end_of_text, settings.padding)
-    path.write_text(trained.to_str(pretty=True), encoding="utf-8")
-    return DocumentTokenizer(path, settings.end_of_text, settings.padding)
-
-
-def _batches(documents: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, str]]]:
-    """(source name, text) of the documents, in groups of about `BATCH_CHARACTERS` characters."""
-    batch: list[tuple[str, str]] = []
-    characters = 0
-    for name, document in documents:
-        batch.append((name, document.text))
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-class _Tally:
-    """Documents and characters per source, and the documents left out for want of text."""
-
-    def __init__(self) -> None:
-        self.documents: Counter[str] = Counter()
-        self.characters: Counter[str] = Counter()
-        self.empty = 0
-
-
-def _write_splits(
-    folder: Path, settings: PrepSettings, sources: list[Source], tokenizer: DocumentTokenizer, progress: bool
-) -> tuple[dict[str, SplitRecord], _Tally]:
-    """Write the shards of both splits below `folder`."""
-    tally = _Tally()
-    left = sys.maxsize if settings.max_tokens is None else settings.max_tokens
-    with ExitStack() as stack:
-        writers = {
-            name: stack.enter_context(
-                SplitWriter(folder / name, settings.sequence_length, tokenizer.token_dtype, settings.shard_size_bytes)
-            )
-            for name in (TRAIN, HELD_OUT)
-        }
-        for batch in _batches(_documents(sources, settings.text_field, "tokenising and packing", progress)):
-            for (name, text), tokens in zip(batch, tokenizer.encode([text for _, text in batch]), strict=True):
-                if not left:
-                    break
-                if not text:
-                    tally.empty += 1
-                    continue
-                kept = tokens[:left]
-                left -= len(kept)
-                tally.documents[name] += 1
-                tally.characters[name] += len(text)
-                writers[split_of(text, settings.held_out_fraction, settings.seed)].add(kept, len(text))
-            if not left:
-                break
-        splits = {name: writer.record for name, writer in writers.items()}
-        if not splits[TRAIN].sequences:
-            raise DataPrepError(
-                f"the train documents have {splits[TRAIN].dropped_tokens} tokens, fewer than one sequence of "
-                f"{settings.sequence_length}; give more text or lower sequence_length"
-            )
-    return splits, tally
-
-
-def _manifest(
-    folder: Path,
-    settings: PrepSettings,
-    tokenizer: DocumentTokenizer,
-    splits: dict[str, SplitRecord],
-    tally: _Tally,
-    hashes: dict[Source, str],
-) -> Manifest:
-    """The manifest of what was written below `folder`."""
-    packages = ("mosaicml-streaming", "numpy", "tokenizers")
-    return Manifest(
-        layout_version=1,
-        sequence_length=settings.sequence_length,
-        token_dtype=tokenizer.token_dtype,
-        vocab_size=tokenizer.vocab_size,
-        end_of_text_id=tokenizer.end_of_text_id,
-        padding_id=tokenizer.padding_id,
-        empty_documents=tally.empty,
-        splits=splits,
-        sources=[
-            SourceRecord(
-                source=source.name,
-                bytes=source.bytes,
-                modified_ns=source.modified_ns,
-                sha256=sha256,
-                documents=tally.documents[source.name],
-                characters=tally.characters[source.name],
-            )
-            for source, sha256 in hashes.items()
-        ],
-        settings=settings.model_dump(mode="json"),
-        versions={
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in packages},
-        },
-        files=file_records(folder),
-    )

@@ -95,3 +95,7 @@ class DocumentTokenizer:
         """
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array([*encoding.ids, self.end_of_text_id], dtype=self.token_dtype) for encoding in encodings]
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """Text of token ids, shape (tokens,), special tokens written out."""
+        return self._tokenizer.decode(tokens.tolist(), skip_special_tokens=False)

@@ -78,8 +78,8 @@ def _decode(folder: Path, manifest: Manifest, progress: bool) -> tuple[int, list
     """Number of sequences read from all splits, and the problems met."""
     sequences = 0
     problems = []
-    for name, split in manifest.splits.items():
-        if not split.sequences:
+    for name, streams in manifest.splits.items():
+        if not streams:
             continue
         try:
             shards = TokenShards(folder, name, verify="none")

@@ -1,80 +1,103 @@
-"""Writing of splits, and a folder that appears whole or not at all."""
+"""Writing the sequences of one split of one task as shards: mosaicml-streaming's MDS, or tars for WebDataset."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
-import shutil
-import tempfile
+import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
+from typing import Any, Protocol
 
 import numpy as np
+import webdataset
 
-from cola_megatron.data.manifest import MANIFEST_NAME, FileRecord, SplitRecord, sha256_of
 from cola_megatron.data.shards import TOKENS_COLUMN, tokens_encoding
-from cola_megatron.data.streaming_backend import MDSWriter
-from data_prep.errors import DataPrepError
-from data_prep.pack import SequencePacker
+from cola_megatron.data.streaming_backend import MDSWriter, compress
+from data_prep.pack import Packer
+from data_prep.recipe import ShardSettings
 
-__all__ = ["SplitWriter", "file_records", "new_folder"]
+__all__ = ["INDEX_NAME", "SplitWriter", "merge_indexes"]
+
+INDEX_NAME = "index.json"
+TAR_BLOCK, TAR_RECORD = 512, 10_240
+MEMBER_DIGITS = 9
+
+
+class _Shards(Protocol):
+    """Open shards of one folder."""
+
+    def write(self, sequence: np.ndarray) -> None:
+        """Adds one sequence."""
+
+    def finish(self) -> None:
+        """Writes the last shard and the index."""
+
+    def abandon(self) -> None:
+        """Lets go of everything; what was written is thrown away with its folder."""
 
 
 class SplitWriter:
-    """Packs the documents of one split and writes the sequences as MDS shards. A context manager.
+    """Packs the documents of one split and writes the sequences. A context manager.
 
     One shard is held in memory at a time. Leaving the block normally finishes the last shard and the index.
     """
 
-    def __init__(self, folder: Path, sequence_length: int, token_dtype: str, shard_size_bytes: int) -> None:
-        self._sequence_length = sequence_length
-        self._packer = SequencePacker(sequence_length, token_dtype)
-        self._writer = MDSWriter(
-            columns={TOKENS_COLUMN: tokens_encoding(token_dtype, sequence_length)},
-            out=str(folder),
-            size_limit=shard_size_bytes,
-            max_workers=1,  # its threads only upload to remote stores
-        )
-        self._documents = 0
-        self._characters = 0
-        self._sequences = 0
+    def __init__(self, folder: Path, settings: ShardSettings, packer: Packer, token_dtype: str, length: int) -> None:
+        kind = _MDSShards if settings.format == "mds" else _TarShards
+        self._shards: _Shards = kind(folder, settings, token_dtype, length)
+        self._packer, self._length = packer, length
+        self._documents = self._characters = self._sequences = 0
 
     def add(self, tokens: np.ndarray, characters: int) -> None:
-        """Add one document: its tokens with the end-of-text id, shape (count,), and its length in characters."""
+        """Adds one document: its tokens with the end-of-text id, shape (count,), and its length in characters."""
         self._documents += 1
         self._characters += characters
-        for sequence in self._packer.add(tokens):
-            self._writer.write({TOKENS_COLUMN: sequence})
-            self._sequences += 1
+        self._write(self._packer.add(tokens))
 
     @property
-    def record(self) -> SplitRecord:
-        """What the split holds so far."""
-        return SplitRecord(
-            documents=self._documents,
-            characters=self._characters,
-            sequences=self._sequences,
-            tokens=self._sequences * self._sequence_length,
-            dropped_tokens=self._packer.remaining,
-        )
+    def record(self) -> dict[str, int]:
+        """What the split holds, by the fields of `StreamRecord`."""
+        return {
+            "documents": self._documents,
+            "characters": self._characters,
+            "sequences": self._sequences,
+            "tokens": self._sequences * self._length,
+            "padding_tokens": self._packer.padding_tokens,
+            "dropped_tokens": self._packer.dropped_tokens,
+        }
+
+    def _write(self, sequences: Iterator[np.ndarray]) -> None:
+        for sequence in sequences:
+            self._shards.write(sequence)
+            self._sequences += 1
 
     def __enter__(self) -> SplitWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        # Not the writer's own __exit__, which would write another shard when the disk is already full, nor its
-        # cancellation, which logs a traceback for every upload that was still queued.
-        if error is None:
-            self._finish()
-        else:
-            self._writer.executor.shutdown(wait=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._shards.abandon()
+            return
+        self._write(self._packer.finish())
+        self._shards.finish()
 
-    def _finish(self) -> None:
-        """Write the last shard and the index."""
+
+class _MDSShards:
+    def __init__(self, folder: Path, settings: ShardSettings, token_dtype: str, length: int) -> None:
+        self._writer = MDSWriter(
+            columns={TOKENS_COLUMN: tokens_encoding(token_dtype, length)},
+            out=str(folder),
+            size_limit=settings.size_bytes,
+            compression=settings.compression,
+            hashes=["xxh64"],
+            max_workers=1,  # its threads only upload to remote stores
+        )
+
+    def write(self, sequence: np.ndarray) -> None:
+        self._writer.write({TOKENS_COLUMN: sequence})
+
+    def finish(self) -> None:
         writer = self._writer
         if writer.new_samples:
             writer.flush_shard()
@@ -84,82 +107,83 @@ class SplitWriter:
         writer.executor.submit(int).result()
         writer.finish()
 
-
-def file_records(folder: Path) -> dict[str, FileRecord]:
-    """Size and hash of every file below `folder` but the manifest, by relative path, in the order of the paths."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST_NAME)
-    return {
-        path.relative_to(folder).as_posix(): FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path))
-        for path in paths
-    }
+    def abandon(self) -> None:
+        # Not the writer's own __exit__, which would write another shard when the disk is already full, nor its
+        # cancellation, which logs a traceback for every upload that was still queued.
+        self._writer.executor.shutdown(wait=True)
 
 
-@contextlib.contextmanager
-def new_folder(output: Path, replace: bool) -> Iterator[Path]:
-    """A temporary folder beside `output`, renamed to it when the block ends well and removed when it does not.
+class _TarShards:
+    """Members `000000000.npy`, ..., all of one size, numbered through the shard: a reader can compute where each is."""
+
+    def __init__(self, folder: Path, settings: ShardSettings, token_dtype: str, length: int) -> None:
+        self._folder, self._settings = folder, settings
+        folder.mkdir(parents=True)
+        member = TAR_BLOCK + -(-len(_npy(np.zeros(length, token_dtype))) // TAR_BLOCK) * TAR_BLOCK
+        self._samples_per_shard = max(1, (settings.size_bytes - TAR_RECORD) // member)
+        self._index: list[dict[str, Any]] = []
+        self._new_shard()
+
+    def _new_shard(self) -> None:
+        self._buffer, self._samples = io.BytesIO(), 0
+        # Times and names of people would make two equal shards differ.
+        self._tar = webdataset.TarWriter(self._buffer, user="", group="", mode=0o644, mtime=0, encoder=False)
+
+    def write(self, sequence: np.ndarray) -> None:
+        self._tar.write({"__key__": f"{self._samples:0{MEMBER_DIGITS}d}", "npy": _npy(sequence)})
+        self._samples += 1
+        if self._samples == self._samples_per_shard:
+            self._close_shard()
+
+    def _close_shard(self) -> None:
+        self._tar.close()
+        name, data = f"shard-{len(self._index):06d}.tar", self._buffer.getvalue()
+        if self._settings.compression is not None:
+            name, data = f"{name}.{self._settings.compression}", compress(self._settings.compression, data)
+        (self._folder / name).write_bytes(data)
+        self._index.append({"url": name, "nsamples": self._samples})
+        self._new_shard()
+
+    def finish(self) -> None:
+        if self._samples:
+            self._close_shard()
+        self.abandon()
+        (self._folder / INDEX_NAME).write_text(json.dumps(_wids(self._index)))
+
+    def abandon(self) -> None:
+        with contextlib.closing(self._tar):
+            self._buffer = io.BytesIO()
+
+
+def merge_indexes(folder: Path, parts: list[str], shard_format: str) -> None:
+    """Writes the index of a split over the indexes of its parts, and removes those.
 
     Args:
-        output: folder to make; may exist if it is empty.
-        replace: whether `output` may exist and hold files; it is put aside just before the rename, then removed.
-
-    Yields:
-        The temporary folder.
-
-    Raises:
-        DataPrepError: the disk is full, the place cannot be written to, or `output` was filled in the meantime.
+        folder: the split.
+        parts: paths of folders with an index, relative to `folder`, in the order that the shards get.
+        shard_format: "mds" or "webdataset".
     """
-    temporary: Path | None = None
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's folders are private
-        _flush_to_disk(temporary)
-        _put_in_place(temporary, output, replace)
-    except OSError as error:
-        raise DataPrepError(_cause_and_cure(error, output)) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+    shards: list[dict[str, Any]] = []
+    for part in parts:
+        path = folder / part / INDEX_NAME
+        index = json.loads(path.read_bytes())
+        for shard in index["shards" if shard_format == "mds" else "shardlist"]:
+            if shard_format == "mds":
+                for data in filter(None, (shard["raw_data"], shard["zip_data"])):
+                    data["basename"] = f"{part}/{data['basename']}"
+            else:
+                shard["url"] = f"{part}/{shard['url']}"
+            shards.append(shard)
+        path.unlink()
+    whole = {"version": 2, "shards": shards} if shard_format == "mds" else _wids(shards)
+    (folder / INDEX_NAME).write_text(json.dumps(whole, sort_keys=True))
 
 
-def _put_in_place(temporary: Path, output: Path, replace: bool) -> None:
-    """Rename `temporary` to `output`; a folder that it replaces keeps its content until then."""
-    if replace and output.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=output.parent))
-        output.rename(old)
-        temporary.rename(output)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(output)
-    _flush_one(output.parent)
+def _wids(shards: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards}
 
 
-def _flush_to_disk(folder: Path) -> None:
-    """Force everything below `folder` to the disk, so that a crash after the rename cannot leave empty files."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            _flush_one(Path(parent, name))
-        _flush_one(Path(parent))
-
-
-def _flush_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _cause_and_cure(error: OSError, output: Path) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{output}: no space left on {output.parent}; free some or choose another --output (nothing was kept)"
-    if error.errno == errno.ENOTEMPTY:
-        return f"{output}: was filled by another process meanwhile; choose another --output or use --force"
-    return f"{output}: cannot be written ({error.strerror}: {error.filename}); check the path and its rights"
+def _npy(sequence: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, sequence)
+    return buffer.getvalue()

@@ -37,7 +37,7 @@ app.command("robustness")(eval_likelihood.robustness)
 @app.command("held-out")
 def held_out(
     run: Path = typer.Argument(..., help="Run folder or checkpoint folder."),
-    data: Path = typer.Option(None, help="Prepared folder; by default the run's own."),
+    data: str = typer.Option(None, help="Prepared folder or its URL; by default the run's own."),
     samples: int = typer.Option(256, min=1, help="Held-out sequences to measure on."),
     as_json: bool = typer.Option(False, "--json", help="JSON instead of a table."),
 ) -> None:

@@ -1,61 +1,141 @@
 """`cola prep`: raw text to token shards, and their verification."""
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from launchers.output import fail, print_json
 
-app = typer.Typer(help="Turn text into sharded token data sets, and check them.", no_args_is_help=True)
+app = typer.Typer(help="Turn raw corpora into sharded token data sets, and check them.", no_args_is_help=True)
+
+WORK = typer.Argument(..., help="Work folder of a preparation: NAME.work, beside its output.")
 
 
 @app.command("run")
 def run(
     inputs: list[str] = typer.Argument(
-        ..., help="Text files, JSONL (.jsonl, .jsonl.gz), folders of those, or `embedded` for the Python documentation."
+        None, help="Files, globs, folders or URLs, or `embedded` for the Python documentation. Or give --recipe."
     ),
-    output: Path = typer.Option(..., help="Folder to write."),
+    output: Path = typer.Option(None, help="Folder to write."),
+    recipe: Path = typer.Option(
+        None, help="YAML file with sources, cleaning, packing; INPUTS are then overrides a.b=c."
+    ),
     sequence_length: int = typer.Option(512, help="Tokens per sequence."),
     tokenizer: Path = typer.Option(None, help="A tokenizer.json; without it a byte-level BPE is trained."),
     vocab_size: int = typer.Option(4096, help="Vocabulary of a trained tokenizer."),
     held_out_fraction: float = typer.Option(0.02, help="Share of documents that are held out, by hash of the text."),
-    text_field: str = typer.Option("text", help="JSONL field that holds the text."),
-    max_tokens: int = typer.Option(None, help="Stop after this many tokens."),
-    force: bool = typer.Option(False, help="Replace a data set made with other settings."),
+    text_field: str = typer.Option("text", help="Field or column that holds the text."),
+    max_tokens: int = typer.Option(None, help="Cap on the tokens."),
+    shard_format: str = typer.Option("mds", help="mds (mosaicml-streaming) or webdataset."),
+    workers: int = typer.Option(None, min=1, help="Processes; by default one per core."),
+    force: bool = typer.Option(False, help="Replace a data set made with other settings, and forget unfinished work."),
+    dry_run: bool = typer.Option(False, help="Show sources, parts and steps; write nothing."),
 ) -> None:
-    """Tokenise, pack and write shards with a manifest; a finished folder is left as it is.
+    """Prepare a data set; what is finished is not done again, after a kill as after success.
 
-    Example: `cola prep run embedded --output data/embedded --vocab-size 2048 --sequence-length 128`
+    Examples: `cola prep run embedded --output data/embedded --vocab-size 2048 --sequence-length 128`;
+    `cola prep run --recipe web.yaml --workers 16`
     """
-    from pydantic import ValidationError
+    from launchers.prep_recipes import describe, from_file, from_options
 
-    from cola_megatron.config import ConfigError
-    from cola_megatron.data import read_manifest
-    from cola_megatron.errors import UserError
-    from data_prep.prepare import PrepSettings, prepare
-
-    try:
-        settings = PrepSettings(
-            inputs=inputs,
-            output=output,
-            sequence_length=sequence_length,
-            tokenizer=tokenizer,
-            vocab_size=vocab_size,
-            held_out_fraction=held_out_fraction,
+    if recipe is not None:
+        wanted = from_file(recipe, inputs or [], output)
+    elif not inputs or output is None:
+        raise typer.BadParameter("give INPUTS and --output, or --recipe FILE")
+    else:
+        wanted = from_options(
+            inputs,
+            output,
             text_field=text_field,
             max_tokens=max_tokens,
+            tokenizer={"path": tokenizer, "vocab_size": vocab_size},
+            packing={"sequence_length": sequence_length},
+            shards={"format": shard_format},
+            held_out_fraction=held_out_fraction,
         )
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise ConfigError(f"{'.'.join(map(str, problem['loc']))}={problem['input']!r}: {problem['msg']}") from None
-    folder = prepare(settings, force=force)
-    for split, record in read_manifest(folder).splits.items():
-        if record.sequences == 0:
+    if dry_run:
+        print(describe(wanted))
+        return
+    from cola_megatron.data import read_manifest
+    from cola_megatron.errors import UserError
+    from data_prep.local import usable_cores
+    from data_prep.prepare import prepare
+
+    folder = prepare(wanted, workers or usable_cores(), force=force)
+    for split, streams in read_manifest(folder).splits.items():
+        if not streams:
             raise UserError(
                 f"{folder}: no document fell into {split}, so nothing can be trained on this. Documents are split by "
                 "hash: give more documents (one per line of a JSONL), or a larger --held-out-fraction, with --force"
             )
     print(folder)
+
+
+@app.command("submit")
+def submit(
+    recipe: Path = typer.Option(..., help="YAML file with sources, cleaning, packing."),
+    overrides: list[str] = typer.Argument(None, help="Settings of the recipe, a.b=c."),
+    output: Path = typer.Option(None, help="Folder to write."),
+    elements: int = typer.Option(1000, min=1, help="Largest job array; its elements share the tasks."),
+    concurrency: int = typer.Option(None, min=1, help="Elements that run at once."),
+    directive: list[str] = typer.Option(
+        [], help="A line for #SBATCH, such as --directive=--partition=cpu; repeatable."
+    ),
+    setup: list[str] = typer.Option([], help="A line of shell before the command; repeatable."),
+    force: bool = typer.Option(False, help="Replace a data set made with other settings, and forget unfinished work."),
+    dry_run: bool = typer.Option(False, help="Print the batch scripts; submit nothing."),
+) -> None:
+    """Prepare a data set with Slurm job arrays, one per step; submit again to go on after a failure.
+
+    Example: `cola prep submit --recipe web.yaml --concurrency 200 --directive=--partition=cpu`
+    """
+    from data_prep.plan import make_plan, work_folder_of
+    from data_prep.prepare import begin
+    from launchers import prep_slurm
+    from launchers.prep_recipes import from_file
+
+    plan = make_plan(from_file(recipe, overrides or [], output))
+    settings = prep_slurm.ArraySettings(elements, concurrency, tuple(directive), tuple(setup))
+    if dry_run:
+        print("\n".join(prep_slurm.scripts(plan, work_folder_of(plan.recipe.output), settings).values()), end="")
+        return
+    work = begin(plan, force)
+    if work is None:
+        print(f"{plan.recipe.output}: already prepared from these sources with this recipe; nothing to do")
+        return
+    for step, job in prep_slurm.submit(work, prep_slurm.scripts(plan, work, settings)).items():
+        print(f"{step}: job {job}")
+    print(f"logs in {work.path / 'logs'}; the data set appears as {plan.recipe.output.expanduser().absolute()}")
+
+
+@app.command("task")
+def task(
+    work: Path = WORK,
+    step: str = typer.Argument(..., help="Name of the step."),
+    number: int = typer.Argument(..., min=0, help="Number of the task."),
+    stride: int = typer.Option(None, min=1, help="Also run every stride-th task after it."),
+) -> None:
+    """Run tasks of a preparation: what a job array does. After the last one the data set is in its place.
+
+    Example: `cola prep task data/web.work tokenize 7`
+    """
+    from data_prep.plan import open_plan
+    from data_prep.prepare import finish
+    from data_prep.steps import run_task, steps_of
+    from data_prep.work import WorkFolder
+
+    folder = WorkFolder(work.absolute())
+    plan = open_plan(folder)
+    steps = {each.name: each for each in steps_of(plan)}
+    if step not in steps:
+        raise typer.BadParameter(f"{step}: this preparation has the steps {', '.join(steps)}")
+    if number >= steps[step].tasks:
+        raise typer.BadParameter(f"{number}: step {step} has tasks 0 to {steps[step].tasks - 1}")
+    for task_number in range(number, steps[step].tasks if stride else number + 1, stride or 1):
+        run_task(plan, folder, steps[step], task_number)
+    if step == "merge":
+        finish(plan, folder)
 
 
 @app.command("verify")
@@ -71,7 +151,8 @@ def verify(
 
     report = check(folder)
     if as_json:
-        print_json({"ok": report.ok, "problems": list(report.problems), "files": report.files, "bytes": report.bytes})
+        answer: dict[str, Any] = {"ok": report.ok, "problems": list(report.problems)}
+        print_json({**answer, "files": report.files, "bytes": report.bytes, "sequences": report.sequences})
     elif report.ok:
         print(
             f"{folder}: {report.files} files, {report.sequences:,} sequences, {report.bytes:,} bytes, all as recorded"
@@ -80,3 +161,27 @@ def verify(
         for problem in report.problems:
             fail(problem, 1)
         raise typer.Exit(1)
+
+
+@app.command("stats")
+def stats(
+    folder: Path = typer.Argument(..., help="A prepared folder."),
+    figures: Path = typer.Option(None, help="Folder to write pictures to."),
+    as_json: bool = typer.Option(False, "--json", help="Print the report as JSON."),
+) -> None:
+    """What was read, removed by which rule, and written.
+
+    Example: `cola prep stats data/web --figures figures`
+    """
+    from launchers.prep_stats import print_statistics, read_statistics
+
+    statistics = read_statistics(folder)
+    if as_json:
+        print_json(statistics)
+    else:
+        print_statistics(statistics)
+    if figures is not None:
+        from tools.data_figures import write_figures
+
+        for path in write_figures(statistics, figures):
+            print(path)

@@ -120,17 +120,17 @@ def _announce(number: int, what: str) -> None:
 
 
 def _prepare(layout: Layout) -> None:
-    from data_prep.prepare import PrepSettings, prepare
+    from data_prep.prepare import prepare
+    from launchers.prep_recipes import from_options
 
     config = load_config("tiny")
-    prepare(
-        PrepSettings(
-            inputs=["embedded"],
-            output=layout.data,
-            sequence_length=config.data.sequence_length,
-            vocab_size=config.model.vocab_size,
-        )
+    recipe = from_options(
+        ["embedded"],
+        layout.data,
+        tokenizer={"vocab_size": config.model.vocab_size},
+        packing={"sequence_length": config.data.sequence_length},
     )
+    prepare(recipe)
 
 
 def _train(config: RunConfig) -> "Summary":

@@ -11,21 +11,16 @@ from pathlib import Path
 import pytest
 
 from cola_megatron.config import RunConfig, load_config
-from tests.support import TINY, make_text
+from tests.support import TINY, make_text, prepared
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared folder: a few hundred sequences of 32 tokens over a vocabulary of 300."""
-    from data_prep.prepare import PrepSettings, prepare
-
     folder = tmp_path_factory.mktemp("corpus")
     text = folder / "text.jsonl"
     make_text(text, documents=120)
-    settings = PrepSettings(
-        inputs=[str(text)], output=folder / "shards", sequence_length=32, vocab_size=300, held_out_fraction=0.1
-    )
-    return prepare(settings, progress=False)
+    return prepared(folder / "shards", [text])
 
 
 @pytest.fixture

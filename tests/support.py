@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cola_megatron.config import RunConfig
-from cola_megatron.objectives.randomness import sample_draws
+from cola_megatron.objectives.samples import training_sample
 
 TINY = [
     "model.vocab_size=300",
@@ -66,12 +66,26 @@ def make_text(path: Path, documents: int) -> None:
             file.write(json.dumps({"text": f"{number}: {text}."}) + "\n")
 
 
+def prepared(output: Path, inputs: list[Path], sequence_length: int = 32, vocab_size: int = 300, **sections) -> Path:
+    """A prepared folder with its own small tokenizer."""
+    from data_prep.prepare import prepare
+    from launchers.prep_recipes import from_options
+
+    sections = {
+        "tokenizer": {"vocab_size": vocab_size},
+        "packing": {"sequence_length": sequence_length},
+        "held_out_fraction": 0.1,
+        **sections,
+    }
+    return prepare(from_options([str(path) for path in inputs], output, **sections), progress=False)
+
+
 def random_batch(config: RunConfig, samples: range, step: int = 0) -> dict[str, torch.Tensor]:
     """Random tokens with the draws that training would use for these global sample indices."""
     rows = []
     for index in samples:
         tokens = np.random.default_rng(index).integers(0, config.model.vocab_size, config.data.sequence_length)
-        rows.append({"tokens": tokens, **sample_draws(config, index, step)})
+        rows.append(training_sample(config, tokens, -1, -1, index, step))
     return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
 
 

@@ -27,7 +27,7 @@ from cola_megatron.training.loop import train
 from cola_megatron.training.reshard import reshard
 from cola_megatron.training.sharded_tensors import StoredTensors
 from tests.ranks import run_ranks
-from tests.support import TINY, make_text
+from tests.support import TINY, make_text, prepared
 from tests.test_training import curve
 
 VOCABULARY = 301
@@ -92,16 +92,9 @@ Start = Callable[..., RunConfig]
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     """`start(name, *overrides)`: a stage-2 config with trained, frozen (reference) and padded parameters."""
-    from data_prep.prepare import PrepSettings, prepare
-
     folder = tmp_path_factory.mktemp("layouts")
     make_text(folder / "text.jsonl", documents=60)
-    shards = folder / "shards"
-    inputs = [str(folder / "text.jsonl")]
-    prepare(
-        PrepSettings(inputs=inputs, output=shards, sequence_length=32, vocab_size=VOCABULARY, held_out_fraction=0.1),
-        progress=False,
-    )
+    shards = prepared(folder / "shards", [folder / "text.jsonl"], vocab_size=VOCABULARY)
     common = [*TINY, f"model.vocab_size={VOCABULARY}", f"data.path={shards}", f"runs_folder={folder / 'runs'}"]
     first = load_config("tiny", [*common, "stage=1", "name=first", "training.steps=1"])
     train(first, progress=False)

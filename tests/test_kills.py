@@ -97,11 +97,11 @@ def test_a_full_disk_is_one_clear_error_and_the_previous_checkpoint_stays(tiny, 
 
 
 def remove_a_shard(shards: Path) -> None:
-    next((shards / "train").glob("*.mds")).unlink()
+    next((shards / "train").rglob("*.mds")).unlink()
 
 
 def flip_a_byte(shards: Path) -> None:
-    path = next((shards / "train").glob("*.mds"))
+    path = next((shards / "train").rglob("*.mds"))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

@@ -38,12 +38,15 @@ def test_kl_and_entropy_against_torch_distributions():
     def normal(p: Posterior) -> torch.distributions.Normal:
         return torch.distributions.Normal(p.mean, (0.5 * p.logvar).exp())
 
-    standard = torch.distributions.Normal(0.0, 1.0)
+    standard, counted = torch.distributions.Normal(0.0, 1.0), torch.ones(5, 3, dtype=torch.bool)
     kl = torch.distributions.kl_divergence
     for ours, expected in (
-        (vae.kl_to_standard_normal(posterior, 2), kl(normal(posterior), standard).sum(-1).mean() / 2),
-        (vae.negative_entropy(posterior, 2), -normal(posterior).entropy().sum(-1).mean() / 2),
-        (vae.kl_to_reference(posterior, reference, 2), kl(normal(posterior), normal(reference)).sum(-1).mean() / 2),
+        (vae.kl_to_standard_normal(posterior, counted, 2), kl(normal(posterior), standard).sum(-1).mean() / 2),
+        (vae.negative_entropy(posterior, counted, 2), -normal(posterior).entropy().sum(-1).mean() / 2),
+        (
+            vae.kl_to_reference(posterior, reference, counted, 2),
+            kl(normal(posterior), normal(reference)).sum(-1).mean() / 2,
+        ),
     ):
         torch.testing.assert_close(ours, expected)
 
@@ -57,7 +60,7 @@ def test_flow_matching_reaches_the_encoder_through_z_t_only():
     (through_zt,) = torch.autograd.grad(zt.sum(), z0)
     torch.testing.assert_close(through_zt, (1 - t)[..., None].expand_as(z0))
     velocity = torch.randn(8, 2, 3, requires_grad=True)
-    loss = flow_matching.flow_matching_loss(velocity, z0, z1, nowhere)
+    loss = flow_matching.flow_matching_loss(velocity, z0, z1, nowhere, ~nowhere)
     through_target, through_velocity = torch.autograd.grad(loss, (z0, velocity), allow_unused=True)
     assert through_target is None and through_velocity.abs().sum() > 0
 

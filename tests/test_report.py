@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 @pytest.fixture(autouse=True)
 def coarse_pictures(monkeypatch: pytest.MonkeyPatch):
     """Fewer dots: the time goes into them."""
-    monkeypatch.setattr("tools.figures.DOTS_PER_INCH", 50)
+    monkeypatch.setattr("tools.figure_style.DOTS_PER_INCH", 50)
 
 
 FIGURES = (
@@ -259,6 +259,7 @@ def test_unusual_latents_are_drawn(tmp_path: Path, latents: torch.Tensor):
 
 def test_figures_show_what_was_measured(tmp_path: Path):
     from tools import figures
+    from tools.figure_style import NothingToPlot
 
     one, two = records_of(1), records_of(2)
     axes = figures.flow_matching_by_time(two).axes[0]
@@ -268,7 +269,7 @@ def test_figures_show_what_was_measured(tmp_path: Path):
     assert [[line.get_ydata()[-1] for line in axes.lines] for axes in panels] == [[0.99, 0.9, 0.5]] * 2
     faster = [{**record, "tokens_per_second": 50_000.0} for record in two if record["kind"] == "train"]
     assert figures.speed_and_learning_rate(one, faster).axes[0].get_ylim()[1] > 50_000
-    with pytest.raises(figures.NothingToPlot, match="stage 2"):
+    with pytest.raises(NothingToPlot, match="stage 2"):
         figures.flow_matching_by_time(one)
 
 

@@ -12,6 +12,7 @@ import socket
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from cola_megatron.config import RunConfig
+from cola_megatron.data.samples import Sample
 from cola_megatron.parallel import initialize_parameters
 from cola_megatron.training.batches import MicroBatches
 from cola_megatron.training.layout import build_model, initialize_run
@@ -61,17 +63,18 @@ class RankResult:
     """Of the first step, over the global batch."""
 
 
-class RandomShards:
-    """Random tokens in the place of prepared shards."""
+class RandomSamples:
+    """Random tokens in the place of those of prepared shards."""
+
+    padding_id = end_of_text_id = -1
 
     def __init__(self, config: RunConfig):
         self.vocab_size, self.length = config.model.vocab_size, config.data.sequence_length
 
-    def __len__(self) -> int:
-        return _SAMPLES
-
-    def __getitem__(self, sample: int) -> np.ndarray:
-        return np.random.default_rng(sample).integers(0, self.vocab_size, self.length)
+    def read(self, start: int, count: int) -> Iterator[Sample]:
+        """The samples at positions start ... start + count."""
+        for position in range(start, start + count):
+            yield Sample(np.random.default_rng(position % _SAMPLES).integers(0, self.vocab_size, self.length), None)
 
 
 def run_ranks(config: RunConfig, ranks: int, warm_up: int, steps: int) -> list[RankResult]:
@@ -110,11 +113,11 @@ def measure(config: RunConfig, warm_up: int, steps: int) -> RankResult:
     model = build_model(config, groups)
     initialize_parameters(model, config.seed, groups)
     engine = Engine(model.to(groups.device), config, groups)
-    samples = MicroBatches(config, RandomShards(config), groups.data_parallel_rank, groups.data_parallel_size)
+    samples = MicroBatches(config, RandomSamples(config), groups.data_parallel_rank, groups.data_parallel_size)
     losses, seconds, processor_seconds, counter = [], [], [], CommunicationCounter(groups)
     for step in range(warm_up + 1 + steps):
         first = step * samples.per_step
-        batches = [_on_device(samples[first + index], groups.device) for index in range(samples.per_step)]
+        batches = [_on_device(samples[first + index].tensors, groups.device) for index in range(samples.per_step)]
         groups.barrier()
         began, processor_began = time.perf_counter(), time.process_time()
         with counter if step == warm_up else contextlib.nullcontext():

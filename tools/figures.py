@@ -7,22 +7,20 @@ display, no global state.
 
 from __future__ import annotations
 
-import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
+from tools.figure_style import WIDTH_INCHES, NothingToPlot, styled
+
 Records = list[dict]
 
-WIDTH_INCHES = 6.4
-DOTS_PER_INCH = 200
 RECONSTRUCTION, MASK, KL, FLOW_MATCHING, OTHER = "#0072B2", "#D55E00", "#00795A", "#882255", "#444444"
 STAGES = ("Stage 1: Text VAE", "Stage 2: VAE and prior")
 ACCURACY_AT = (
@@ -37,46 +35,8 @@ LATENT_SAMPLES = 3
 _CONSTANT_PREDICTOR = {"color": "black", "linestyle": "--", "linewidth": 1.4, "label": "constant predictor"}
 _BIN = re.compile(r"flow_matching_loss_bin_(\d+)")
 
-_STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#555555",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#333333",
-    "ytick.color": "#333333",
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "figure.facecolor": "white",
-    "figure.constrained_layout.use": True,
-}
 
-
-class NothingToPlot(Exception):
-    """The records lack what a figure shows; the message says what, for the reader of the report."""
-
-
-def _styled(figure_function: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draws in the style above, whatever the process has set."""
-
-    @functools.wraps(figure_function)
-    def draw(*arguments: object) -> Figure:
-        with mpl.rc_context(_STYLE):
-            return figure_function(*arguments)
-
-    return draw
-
-
-@_styled
+@styled
 def stage_one_losses(records: Records) -> Figure:
     """Reconstruction and mask loss of stage 1 in one panel, the KL to the standard normal in another.
 
@@ -97,7 +57,7 @@ def stage_one_losses(records: Records) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def stage_two_losses(records: Records) -> Figure:
     """Flow-matching loss of stage 2 beside the constant predictor's, and the reconstruction loss.
 
@@ -127,7 +87,7 @@ def stage_two_losses(records: Records) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def reconstruction_accuracy(stage_one: Records, stage_two: Records) -> Figure:
     """Held-out share of tokens that the decoder gets right, from clean latents and from noisy ones.
 
@@ -148,7 +108,7 @@ def reconstruction_accuracy(stage_one: Records, stage_two: Records) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def robustness_curve(times: Sequence[float], accuracy: Sequence[float], cross_entropy: Sequence[float]) -> Figure:
     """What the decoder reads from latents noised to flow time t: share of tokens, and nats per token."""
     figure = Figure(figsize=(WIDTH_INCHES, 3.1))
@@ -166,7 +126,7 @@ def robustness_curve(times: Sequence[float], accuracy: Sequence[float], cross_en
     return figure
 
 
-@_styled
+@styled
 def flow_matching_by_time(records: Records) -> Figure:
     """Held-out flow-matching loss over equal bins of t, from the last measurement.
 
@@ -202,7 +162,7 @@ def flow_matching_by_time(records: Records) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def vae_logsnr(stage_one: Records, stage_two: Records) -> Figure:
     """How far the posterior means stand above the posterior's own noise, on held-out text.
 
@@ -216,7 +176,7 @@ def vae_logsnr(stage_one: Records, stage_two: Records) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def speed_and_learning_rate(stage_one: Records, stage_two: Records) -> Figure:
     """Tokens per second and the learning rate of both stages.
 
@@ -237,7 +197,7 @@ def speed_and_learning_rate(stage_one: Records, stage_two: Records) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def generated_latents(latents: Sequence[torch.Tensor]) -> Figure:
     """Heat maps of the first generated latents, channels by positions, with the block boundaries marked.
 

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cola_megatron.config import RunConfig
 from cola_megatron.models.cola import Cola
-from cola_megatron.objectives.randomness import sample_draws
+from cola_megatron.objectives.samples import training_sample
 from cola_megatron.parallel import (
     ProcessGroups,
     gather_state_dict,
@@ -160,7 +160,7 @@ def synthetic_batches(
         for index in range(number * size, (number + 1) * size):
             random = np.random.default_rng([index, step])
             tokens = random.integers(0, config.model.vocab_size, config.data.sequence_length)
-            rows.append({"tokens": tokens, **sample_draws(config, index, step)})
+            rows.append(training_sample(config, tokens, -1, -1, index, step))
         micro_batches.append(
             {name: torch.from_numpy(np.stack([row[name] for row in rows])).to(device) for name in rows[0]}
         )

@@ -17,7 +17,7 @@ from cola_megatron.config import RunConfig, load_config
 from cola_megatron.models.cola import Cola
 from cola_megatron.models.pipelined import LOSS
 from cola_megatron.models.steps import Stage, Step, cut_chain, run_steps
-from cola_megatron.objectives.randomness import sample_draws
+from cola_megatron.objectives.samples import training_sample
 from cola_megatron.parallel import initialize_parallel
 from cola_megatron.parallel.pipeline import one_forward_one_backward
 from cola_megatron.scaling.split import pipeline_split
@@ -74,10 +74,9 @@ def stages_of_a_preset(preset: str, stages: int) -> tuple[RunConfig, Cola, list[
 
 def crossings(config: RunConfig, stages: Sequence[Stage]) -> list[list[Crossing]]:
     """What crosses each cut, by running one micro-batch that has shapes and no values."""
-    batch = {"tokens": torch.empty(config.training.micro_batch_size, config.data.sequence_length, dtype=torch.long)}
-    for name, draw in sample_draws(config, 0, 0).items():
-        batch[name] = torch.from_numpy(np.stack([draw] * config.training.micro_batch_size))
-    state = {name: tensor.to("meta") for name, tensor in batch.items()}
+    sample = training_sample(config, np.zeros(config.data.sequence_length, np.int64), -1, -1, 0, 0)
+    copies = config.training.micro_batch_size
+    state = {name: torch.from_numpy(np.stack([field] * copies)).to("meta") for name, field in sample.items()}
     batch, found = state, []
     for stage in stages[:-1]:
         state = run_steps(stage.steps, {**batch, **{name: state[name] for name in stage.takes}}, keep=stage.hands_on)

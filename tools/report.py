@@ -117,6 +117,7 @@ def _draw(report: Report) -> list[_Picture]:
     """All pictures in the page's order, the latents last."""
     try:
         from tools import figures
+        from tools.figure_style import DOTS_PER_INCH, NothingToPlot
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
@@ -126,8 +127,8 @@ def _draw(report: Report) -> list[_Picture]:
 
     def picture(name: str, title: str, caption: str, draw: Callable[[], Figure]) -> _Picture:
         try:
-            return _Picture(name, title, caption, _png(draw(), figures.DOTS_PER_INCH))
-        except figures.NothingToPlot as missing:
+            return _Picture(name, title, caption, _png(draw(), DOTS_PER_INCH))
+        except NothingToPlot as missing:
             return _Picture(name, title, caption, None, str(missing))
 
     return [

@@ -1,6 +1,15 @@
 """The one config tree: typed, validated before anything starts, stored with every run."""
 
-from cola_megatron.config.load import ConfigError, dump_config, load_config, preset_names, resolve_config
+from cola_megatron.config.base import Section
+from cola_megatron.config.load import (
+    ConfigError,
+    dump_config,
+    load_config,
+    load_tree,
+    preset_names,
+    resolve_config,
+    resolve_tree,
+)
 from cola_megatron.config.model import DiTConfig, ModelConfig, VAEConfig
 from cola_megatron.config.objective import FlowConfig, ObjectiveConfig, TimeConfig, VAEObjectiveConfig
 from cola_megatron.config.run import DataConfig, ParallelConfig, RunConfig
@@ -28,6 +37,7 @@ __all__ = [
     "ParallelConfig",
     "RunConfig",
     "ScheduleConfig",
+    "Section",
     "TimeConfig",
     "TrainingConfig",
     "VAEConfig",
@@ -35,6 +45,8 @@ __all__ = [
     "VAEUpdateConfig",
     "dump_config",
     "load_config",
+    "load_tree",
     "preset_names",
     "resolve_config",
+    "resolve_tree",
 ]

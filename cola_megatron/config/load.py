@@ -3,13 +3,15 @@
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from cola_megatron.config.run import RunConfig
 from cola_megatron.errors import UserError
+
+Tree = TypeVar("Tree", bound=BaseModel)
 
 
 class ConfigError(UserError, ValueError):
@@ -29,18 +31,30 @@ def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     Raises:
         ConfigError: unknown source, key, type, or an impossible combination.
     """
-    tree = _read(source)
-    for override in overrides:
-        _apply(tree, override)
-    return resolve_config(tree)
+    path, preset = Path(source), _presets() / f"{source}.yaml"
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        if not preset.is_file():
+            raise ConfigError(f"{source}: neither a config file nor one of the presets {', '.join(preset_names())}")
+        path = preset
+    return resolve_tree(RunConfig, _overridden(RunConfig, read_yaml(path), overrides))
+
+
+def load_tree(kind: type[Tree], path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Tree:
+    """Another tree of sections from a YAML file, under the same rules; raises ConfigError."""
+    return resolve_tree(kind, _overridden(kind, read_yaml(path), overrides))
 
 
 def resolve_config(tree: dict[str, Any]) -> RunConfig:
     """Checks a plain tree and fills in the defaults; raises ConfigError."""
+    return resolve_tree(RunConfig, tree)
+
+
+def resolve_tree(kind: type[Tree], tree: dict[str, Any]) -> Tree:
+    """The same for any tree of sections; raises ConfigError."""
     try:
-        return RunConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
+        raise ConfigError(_one_line(kind, error)) from None
 
 
 def dump_config(config: BaseModel) -> str:
@@ -52,28 +66,30 @@ def _presets():
     return resources.files("cola_megatron.config") / "presets"
 
 
-def _read(source: str | Path) -> dict[str, Any]:
-    path, preset = Path(source), _presets() / f"{source}.yaml"
-    if path.suffix not in (".yaml", ".yml") and not path.is_file():
-        if not preset.is_file():
-            raise ConfigError(f"{source}: neither a config file nor one of the presets {', '.join(preset_names())}")
-        path = preset
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, nothing checked; raises ConfigError where it is not one."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
-        raise ConfigError(f"{source}: no such config file") from None
+        raise ConfigError(f"{path}: no such config file") from None
     except OSError as error:
-        raise ConfigError(f"{source}: {error.strerror}; give a YAML file or a preset") from None
+        raise ConfigError(f"{path}: {error.strerror}; give a YAML file or a preset") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{source}: not a text file (UTF-8); give a YAML file or a preset") from None
+        raise ConfigError(f"{path}: not a text file (UTF-8); give a YAML file or a preset") from None
     except (yaml.YAMLError, ValueError) as error:  # a ValueError: a date that is none, a number too long
-        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{source}: the top level must be a mapping of keys, not {type(tree).__name__}")
+        raise ConfigError(f"{path}: the top level must be a mapping of keys, not {type(tree).__name__}")
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _overridden(kind: type[Tree], tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    for override in overrides:
+        _apply(kind, tree, override)
+    return tree
+
+
+def _apply(kind: type[Tree], tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     *sections, last = parts = key.split(".")
     if not separator or not all(parts):
@@ -82,7 +98,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text) if text else None
     except (yaml.YAMLError, ValueError):
         value = text
-    if not _takes_text(parts):
+    if not _takes_text(kind, parts):
         value = _number(value)
     elif value is not None and not isinstance(value, str | list | dict):
         value = text  # name=007 is not name=7
@@ -93,14 +109,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[last] = value
 
 
-def _takes_text(parts: list[str]) -> bool:
-    section: Any = RunConfig
+def _takes_text(kind: type[Tree], parts: list[str]) -> bool:
+    section: Any = kind
     for part in parts:
         fields = getattr(section, "model_fields", {})
         if part not in fields:
             return False
         section = fields[part].annotation
-    return section in (str, Path, Path | None)
+    return section in (str, str | None, Path, Path | None)
 
 
 def _number(value: Any) -> Any:
@@ -113,12 +129,12 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(kind: type[Tree], error: ValidationError) -> str:
     problems = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            problems.append(f"{key}={problem['input']!r}: unknown key{_suggestion(problem['loc'])}")
+            problems.append(f"{key}={problem['input']!r}: unknown key{_suggestion(kind, problem['loc'])}")
         elif problem["type"] == "value_error":
             # Ours: it names keys relative to its own section.
             problems.append(f"{key}.{problem['ctx']['error']}" if key else str(problem["ctx"]["error"]))
@@ -128,9 +144,13 @@ def _one_line(error: ValidationError) -> str:
     return "; ".join(problems)
 
 
-def _suggestion(location: tuple) -> str:
-    section: Any = RunConfig
+def _suggestion(kind: type[Tree], location: tuple) -> str:
+    section: Any = kind
     for part in location[:-1]:
-        section = section.model_fields[part].annotation
+        # Through lists and optional sections to the one section that their type names.
+        annotation = section if isinstance(part, int) else section.model_fields[part].annotation
+        section = next((each for each in (annotation, *get_args(annotation)) if hasattr(each, "model_fields")), None)
+        if section is None:
+            return ""
     near = difflib.get_close_matches(str(location[-1]), section.model_fields, n=1)
     return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(section.model_fields)}"

@@ -14,14 +14,29 @@ from cola_megatron.config.training import TrainingConfig
 class DataConfig(Section):
     """Token shards written by `cola prep`."""
 
-    path: Path | None = None
-    """Folder with train/, held_out/, tokenizer.json and manifest.json."""
+    path: str | None = None
+    """Folder with train/, held_out/, tokenizer.json and manifest.json, or its fsspec URL (s3://, gs://, https://, ...;
+    needs the client of that store, such as s3fs)."""
     sequence_length: PositiveInt = 512
     """Tokens per sequence; must equal the shards'."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 6198
     """Seed of the order of the samples."""
     verify: Literal["hash", "size", "none"] = "hash"
-    """How shards are checked before training."""
+    """How local shards are checked before training; remote ones always are, by hash, when they are fetched."""
+    bad_shards: Literal["error", "skip"] = "error"
+    """A missing or damaged shard ends the run, or each of its samples is replaced by another of the same source,
+    counted as `data/skipped_samples` in the metrics; all processes must see the same files. A shard that only cannot be
+    reached is an error always."""
+    shuffle_block_shards: PositiveInt | None = None
+    """Shuffle the shards of each source, then the samples of so many of them at a time, so that few need be at hand;
+    null shuffles all samples. For remote shards: `cache_bytes` should hold two such blocks of every source."""
+    cache_folder: Path | None = None
+    """Where remote shards are copied to, and compressed ones decompressed; on a disk of the node, shared by its
+    processes. null: `cola_megatron-<user id>` below $TMPDIR or /tmp."""
+    cache_bytes: PositiveInt = 32 * 2**30
+    """Limit of the shards there, least recently used ones out first; at least four shards."""
+    document_attention: bool = False
+    """No position sees one of another document, in no network; false: all see the whole sequence, as published."""
 
 
 class ParallelConfig(Section):

@@ -1,7 +1,21 @@
 """Reading of prepared token shards, and the order in which training visits them."""
 
-from cola_megatron.data.manifest import Manifest, ShardError, read_manifest
+from cola_megatron.data.folder import PreparedFolder, tokenizer_file
+from cola_megatron.data.manifest import BadShardError, Manifest, ShardError, read_manifest
 from cola_megatron.data.order import GlobalOrder
+from cola_megatron.data.samples import SampleSequence, held_out_samples, training_samples
 from cola_megatron.data.shards import TokenShards
 
-__all__ = ["GlobalOrder", "Manifest", "ShardError", "TokenShards", "read_manifest"]
+__all__ = [
+    "BadShardError",
+    "GlobalOrder",
+    "Manifest",
+    "PreparedFolder",
+    "SampleSequence",
+    "ShardError",
+    "TokenShards",
+    "held_out_samples",
+    "read_manifest",
+    "tokenizer_file",
+    "training_samples",
+]

@@ -14,13 +14,15 @@ from cola_megatron.errors import UserError
 __all__ = [
     "MANIFEST_NAME",
     "TOKENIZER_NAME",
+    "BadShardError",
     "FileRecord",
     "Manifest",
+    "MixtureRecord",
     "ShardError",
-    "SourceRecord",
-    "SplitRecord",
+    "StreamRecord",
     "Verify",
     "file_problems",
+    "parse_manifest",
     "read_manifest",
     "sha256_of",
 ]
@@ -35,6 +37,10 @@ class ShardError(UserError, RuntimeError):
     """A prepared folder, or a file in it, is missing, damaged or not what its manifest says."""
 
 
+class BadShardError(ShardError):
+    """A shard is missing or damaged, and stays so: what training may skip where it is told to."""
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,49 +52,54 @@ class FileRecord(_Record):
     sha256: str
 
 
-class SourceRecord(_Record):
-    """One source that documents were read from."""
-
-    source: str
-    """Absolute path of a file, or `embedded`."""
-    bytes: int
-    """Size of the file, 0 for the embedded corpus."""
-    modified_ns: int
-    sha256: str
-    documents: int
-    characters: int
-
-
-class SplitRecord(_Record):
-    """What one split holds."""
+class StreamRecord(_Record):
+    """What one source gave to one split."""
 
     documents: int
     characters: int
     sequences: int
     tokens: int
-    """Tokens in the sequences, end-of-text tokens included: sequences * sequence_length."""
+    """Tokens in the sequences, end-of-text and padding included: sequences * sequence_length."""
+    padding_tokens: int
+    """Of these, the ones that only fill up."""
     dropped_tokens: int
-    """Tokens at the end of the split that did not fill a sequence and were not written."""
+    """Tokens that did not fill a sequence and were not written."""
+
+
+class MixtureRecord(_Record):
+    """How often training sees one source."""
+
+    epochs: float
+    weight: float | None
 
 
 class Manifest(_Record):
     """`manifest.json` of a prepared folder."""
 
-    layout_version: Literal[1]
+    layout_version: Literal[2]
+    shard_format: Literal["mds", "webdataset"]
+    compression: Literal["zstd"] | None
     sequence_length: int
     token_dtype: Literal["uint16", "uint32"]
     vocab_size: int
     """One more than the largest token id of the tokenizer."""
     end_of_text_id: int
     padding_id: int
-    empty_documents: int
-    """Documents whose text was the empty string; they were left out."""
-    splits: dict[str, SplitRecord]
-    sources: list[SourceRecord]
-    settings: dict[str, Any]
+    mixture: dict[str, MixtureRecord]
+    """By the name of the source, in the order of the recipe."""
+    splits: dict[str, dict[str, StreamRecord]]
+    """By split, then by source; a source that gave nothing to a split is absent there."""
+    fingerprint: str
+    """Of the recipe and the versions of everything it read: what is asked for again is not done again."""
+    recipe: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, FileRecord]
     """Every other file in the folder, by its path relative to the folder, with forward slashes."""
+
+    def total(self, split: str) -> StreamRecord:
+        """The streams of a split together."""
+        streams = [record.model_dump() for record in self.splits[split].values()]
+        return StreamRecord(**{name: sum(each[name] for each in streams) for name in StreamRecord.model_fields})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -99,15 +110,21 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return parse_manifest(path.read_bytes(), str(path))
     except FileNotFoundError as error:
         raise ShardError(f"{path} does not exist: not a finished prepared folder; run `cola prep` first") from error
     except OSError as error:
         raise ShardError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def parse_manifest(content: bytes, place: str) -> Manifest:
+    """Check what was read from a manifest; raises ShardError, which names the place."""
+    try:
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ShardError(f"{path} is no valid manifest ({where}: {first['msg']}); prepare the folder again") from error
+        raise ShardError(f"{place} is no valid manifest ({where}: {first['msg']}); prepare the folder again") from error
 
 
 def sha256_of(path: Path) -> str:

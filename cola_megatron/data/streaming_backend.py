@@ -9,7 +9,7 @@ nothing.
 
 Besides torch and numpy, importing streaming 0.13.0 needs: Brotli, python-snappy, zstd, xxhash, catalogue, tqdm,
 filelock, Pillow and typing_extensions. Its cloud clients (boto3, google-cloud-storage, oci, azure-*, paramiko, ...)
-are imported only when a remote path of their kind is opened; this project opens local paths only.
+are imported only when a remote path of their kind is opened; this project hands it local paths only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from types import ModuleType
 # torch looks for neither package after its own import: imported first, it cannot meet a placeholder.
 import torch  # noqa: F401
 
-__all__ = ["MDSReader", "MDSWriter"]
+__all__ = ["FileInfo", "MDSReader", "MDSWriter", "compress", "decompress"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,4 +119,6 @@ def _import_streaming() -> None:
 
 _import_streaming()
 
+from streaming.base.compression import compress, decompress  # noqa: E402
+from streaming.base.format.base.reader import FileInfo  # noqa: E402
 from streaming.base.format.mds import MDSReader, MDSWriter  # noqa: E402

@@ -18,8 +18,18 @@ class AttentionMask:
     causal: bool = False
 
 
-def block_causal_mask(length: int, block_size: int, device: torch.device) -> AttentionMask:
-    """Self-attention over one sequence of `length` positions."""
+def block_causal_mask(
+    length: int, block_size: int, device: torch.device, documents_BS: torch.Tensor | None = None
+) -> AttentionMask:
+    """Self-attention over one sequence of `length` positions.
+
+    Args:
+        documents_BS: which document each position belongs to; no position sees those of another.
+    """
+    if documents_BS is not None:
+        positions = torch.arange(length, device=device)
+        visible = block_causal_visibility(positions, positions, block_size)
+        return AttentionMask((visible & _same(documents_BS, documents_BS))[:, None])
     if block_size == 1:
         return AttentionMask(causal=True)
     if block_size >= length:
@@ -41,6 +51,7 @@ def two_copy_mask(
     clean_length: int,
     context_dropped_BN: torch.Tensor | None = None,
     device: torch.device | None = None,
+    documents_BL: torch.Tensor | None = None,
 ) -> AttentionMask:
     """Attention over `[clean copy | noisy copy]`, S = clean_length + length.
 
@@ -49,6 +60,7 @@ def two_copy_mask(
             noisy block sees.
         context_dropped_BN: boolean (B, blocks); True: that noisy block sees itself alone (trains the unconditional
             branch of guidance).
+        documents_BL: which document each position belongs to; no position sees those of another.
     """
     block = torch.arange(length, device=device) // block_size
     clean = block[:clean_length]
@@ -56,9 +68,19 @@ def two_copy_mask(
     visible[:clean_length, :clean_length] = clean[None, :] <= clean[:, None]
     visible[clean_length:, :clean_length] = clean[None, :] < block[:, None]
     visible[clean_length:, clean_length:] = block[None, :] == block[:, None]
-    if context_dropped_BN is None:
+    if context_dropped_BN is None and documents_BL is None:
         return AttentionMask(visible)
-    visible = visible.repeat(context_dropped_BN.shape[0], 1, 1)
-    dropped_BL = context_dropped_BN.repeat_interleave(block_size, dim=1)
-    visible[:, clean_length:, :clean_length] &= ~dropped_BL[:, :, None]
+    if documents_BL is not None:
+        documents_BS = torch.cat((documents_BL[:, :clean_length], documents_BL), dim=1)
+        visible = visible & _same(documents_BS, documents_BS)
+    else:
+        visible = visible.repeat(context_dropped_BN.shape[0], 1, 1)
+    if context_dropped_BN is not None:
+        dropped_BL = context_dropped_BN.repeat_interleave(block_size, dim=1)
+        visible[:, clean_length:, :clean_length] &= ~dropped_BL[:, :, None]
     return AttentionMask(visible[:, None])
+
+
+def _same(query_documents_BS: torch.Tensor, key_documents_BK: torch.Tensor) -> torch.Tensor:
+    """Boolean (B, S, K): query and key are of one document."""
+    return query_documents_BS[:, :, None] == key_documents_BK[:, None, :]

@@ -13,7 +13,7 @@ from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.models.dit import DiT, two_copy_times
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.models.steps import Step
-from cola_megatron.models.text_vae import TextEncoder, TextVAE
+from cola_megatron.models.text_vae import TextEncoder, TextStack, TextVAE
 from cola_megatron.objectives import flow_matching, masking, vae
 from cola_megatron.objectives.vae import Posterior
 from cola_megatron.parallel import ProcessGroups
@@ -23,7 +23,7 @@ class Cola(PipelinedModel):
     """All networks of one stage of training, and its loss.
 
     Stage 2 holds a frozen copy of the stage-1 encoder as `reference` where `objective.reference_weight` asks for it.
-    Called on a batch (`tokens` (B, L) and the draws of `objectives.randomness.sample_draws`, stacked over B) it
+    Called on a batch (the fields of `objectives.samples.training_sample`, stacked over B) it
     returns the loss and its terms; `train_vae=False` leaves the VAE out of the loss and of the graph (frozen, or a
     frozen step of an interval).
 
@@ -47,14 +47,15 @@ class Cola(PipelinedModel):
     @property
     def batch_names(self) -> set[str]:
         """What every stage finds in its micro-batch."""
-        names = {"tokens", "masked", "posterior_noise"}
+        names = {"tokens", "counted", "documents", "masked", "posterior_noise"}
         return names | {"flow_noise", "time", "at_zero", "context_dropped"} if self.dit is not None else names
 
     def steps(self, train_vae: bool = True) -> list[Step]:
         """One training pass in order; a part that has no work in it is there as an idle step."""
         return [
+            *self.position_steps(),
             *self._views(train_vae),
-            *self.encoder_steps("views", gradient=train_vae),
+            *self.encoder_steps("views", gradient=train_vae, views=1 + self._has_mask_view(train_vae)),
             *self._posterior_terms(train_vae),
             *self.reference_steps(train_vae),
             *(self._noise_steps() if self.dit is not None else ()),
@@ -77,18 +78,28 @@ class Cola(PipelinedModel):
 
     # Networks: the steps that hold parameters, in the order of the chain whatever is computed with them.
 
-    def encoder_steps(self, tokens: str, gradient: bool = True) -> Iterator[Step]:
-        """Token ids under the name `tokens` -> mean, logvar."""
+    def position_steps(self) -> Iterator[Step]:
+        """Of the latents: whether they count (a token of theirs is no padding), and of which document they are."""
+        patch_size = self.config.model.vae.patch_size
+        yield Step("counted -> counted_latents", lambda counted_BL: counted_BL.unflatten(1, (-1, patch_size)).any(-1))
+        if self.config.data.document_attention:
+            # A latent over the end of a document belongs to that one.
+            yield Step("documents -> latent_documents", lambda documents_BL: documents_BL[:, ::patch_size])
+        else:
+            yield Step("-> latent_documents", lambda: None)
+
+    def encoder_steps(self, tokens: str, gradient: bool = True, views: int = 1) -> Iterator[Step]:
+        """Token ids under the name `tokens`, `views` of each sample -> mean, logvar."""
         encoder, recompute = self.vae.encoder, self.config.training.activation_checkpointing and gradient
-        context = encoder.context(self.config.latent_length, self.groups.device)
+        yield self._text_context("encoder_context", encoder, views)
         mode = (lambda run: run) if gradient else torch.no_grad()
         part = "vae.encoder."
         embed = [encoder.embedding, encoder.patch]
         yield Step(f"{tokens} -> hidden", mode(encoder.embed), part=f"{part}embed", modules=embed)
         for block in encoder.blocks:
             yield Step(
-                "hidden -> hidden",
-                mode(lambda x, block=block: block(x, context)),
+                "hidden, encoder_context -> hidden",
+                mode(block),
                 part=f"{part}block",
                 modules=[block],
                 recompute=recompute,
@@ -104,15 +115,18 @@ class Cola(PipelinedModel):
             return
         patch_size = self.config.model.vae.patch_size
         yield Step(
-            "tokens -> reference_mean, reference_logvar",
+            "tokens, latent_documents -> reference_mean, reference_logvar",
             torch.no_grad()(self.reference),
             part="reference",
             modules=[self.reference],
         )
         yield Step(
-            "mean, logvar, reference_mean, reference_logvar, tokens -> loss_reference",
-            lambda mean, logvar, reference_mean, reference_logvar, tokens: vae.kl_to_reference(
-                _of_the_text(mean, logvar, tokens), Posterior(reference_mean, reference_logvar), patch_size
+            "mean, logvar, reference_mean, reference_logvar, counted_latents -> loss_reference",
+            lambda mean, logvar, reference_mean, reference_logvar, counted_BS: vae.kl_to_reference(
+                _of_the_text(mean, logvar, counted_BS),
+                Posterior(reference_mean, reference_logvar),
+                counted_BS.t(),
+                patch_size,
             ),
         )
 
@@ -136,21 +150,31 @@ class Cola(PipelinedModel):
             modules=[dit.output_norm, dit.output_shift_scale, dit.output],
         )
 
-    def decoder_steps(self, head: Step) -> Iterator[Step]:
-        """latents -> hidden, and then `head`, which holds unpatching, norm and vocabulary."""
+    def decoder_steps(self, head: Step, views: int = 1) -> Iterator[Step]:
+        """latents, `views` of each sample -> hidden, and then `head`, which holds unpatching, norm and vocabulary."""
         decoder, recompute = self.vae.decoder, self.config.training.activation_checkpointing
-        context = decoder.context(self.config.latent_length, self.groups.device)
+        yield self._text_context("decoder_context", decoder, views)
         yield Step("latents -> hidden", decoder.embed, part="vae.decoder.embed", modules=[decoder.input])
         for block in decoder.blocks:
             yield Step(
-                "hidden -> hidden",
-                lambda x, block=block: block(x, context),
+                "hidden, decoder_context -> hidden",
+                block,
                 part="vae.decoder.block",
                 modules=[block],
                 recompute=recompute,
             )
         head.part, head.modules = "vae.decoder.head", (decoder.unpatch, decoder.norm, decoder.head)
         yield head
+
+    def _text_context(self, name: str, stack: TextStack, views: int) -> Step:
+        length, device = self.config.latent_length, self.groups.device
+        if not self.config.data.document_attention:
+            context = stack.context(length, device)
+            return Step(f"-> {name}", lambda: context)
+        return Step(
+            f"latent_documents -> {name}",
+            lambda documents_BS: stack.context(length, device, documents_BS.repeat(views, 1)),
+        )
 
     # What training computes with them.
 
@@ -181,8 +205,10 @@ class Cola(PipelinedModel):
         if train_vae and config.model.vae.variational:
             term = vae.kl_to_standard_normal if config.posterior_term == "kl" else vae.negative_entropy
             yield Step(
-                "mean, logvar, tokens -> loss_posterior",
-                lambda mean, logvar, tokens: term(_of_the_text(mean, logvar, tokens), config.model.vae.patch_size),
+                "mean, logvar, counted_latents -> loss_posterior",
+                lambda mean, logvar, counted_BS: term(
+                    _of_the_text(mean, logvar, counted_BS), counted_BS.t(), config.model.vae.patch_size
+                ),
             )
 
     def _noise_steps(self) -> Iterator[Step]:
@@ -207,18 +233,18 @@ class Cola(PipelinedModel):
         yield Step("time, at_zero -> distinct_times, time_index", times)
         # One mask for the whole batch unless blocks lose their context.
         yield Step(
-            "context_dropped -> flow_context",
-            lambda dropped_BN: dit.two_copy_context(
-                length, clean_length, dropped_BN if has_dropout else None, dropped_BN.device
+            "context_dropped, latent_documents -> flow_context",
+            lambda dropped_BN, documents_BS: dit.two_copy_context(
+                length, clean_length, dropped_BN if has_dropout else None, dropped_BN.device, documents_BS
             ),
         )
 
     def _flow_term(self) -> Iterator[Step]:
         clean_length = self.clean_length
         yield Step(
-            "velocity, latents, z1, at_zero -> loss_flow_matching",
-            lambda velocity, latents_SWC, z1_SBC, at_zero_BS: flow_matching.flow_matching_loss(
-                velocity[clean_length:], latents_SWC[:, : z1_SBC.shape[1]], z1_SBC, at_zero_BS.t()
+            "velocity, latents, z1, at_zero, counted_latents -> loss_flow_matching",
+            lambda velocity, latents_SWC, z1_SBC, at_zero_BS, counted_BS: flow_matching.flow_matching_loss(
+                velocity[clean_length:], latents_SWC[:, : z1_SBC.shape[1]], z1_SBC, at_zero_BS.t(), counted_BS.t()
             ),
         )
 
@@ -227,23 +253,27 @@ class Cola(PipelinedModel):
         decoder = self.vae.decoder
         if not train_vae:
             for step in self.decoder_steps(Step("hidden -> logits", decoder.logits)):
-                yield Step.idle(step.part, step.modules)
+                if step.modules:
+                    yield Step.idle(step.part, step.modules)
             return
 
         def token_nll(logits_TWV: torch.Tensor, tokens_BL: torch.Tensor) -> torch.Tensor:
             views = logits_TWV.shape[1] // tokens_BL.shape[0]
             return token_cross_entropy(logits_TWV, tokens_BL.t().repeat(1, views))
 
-        yield from self.decoder_steps(Step("hidden -> logits", decoder.logits))
+        views = 1 + self._has_mask_view(train_vae)
+        yield from self.decoder_steps(Step("hidden -> logits", decoder.logits), views)
         yield Step("logits, tokens -> nll", token_nll)
         yield Step(
-            "nll, tokens -> loss_reconstruction",
-            lambda nll_TW, tokens_BL: vae.reconstruction_loss(nll_TW[:, : tokens_BL.shape[0]]),
+            "nll, counted -> loss_reconstruction",
+            lambda nll_TW, counted_BL: vae.reconstruction_loss(nll_TW[:, : counted_BL.shape[0]], counted_BL.t()),
         )
         if self._has_mask_view(train_vae):
             yield Step(
-                "nll, masked, tokens -> loss_mask",
-                lambda nll_TW, masked_BL, tokens_BL: masking.mask_loss(nll_TW[:, tokens_BL.shape[0] :], masked_BL),
+                "nll, masked, counted -> loss_mask",
+                lambda nll_TW, masked_BL, counted_BL: masking.mask_loss(
+                    nll_TW[:, counted_BL.shape[0] :], masked_BL, counted_BL.t()
+                ),
             )
 
     @property
@@ -252,6 +282,6 @@ class Cola(PipelinedModel):
         return self.config.latent_length - self.config.model.dit.block_size
 
 
-def _of_the_text(mean_SWC: torch.Tensor, logvar_SWC: torch.Tensor | None, tokens_BL: torch.Tensor) -> Posterior:
-    batch = tokens_BL.shape[0]
+def _of_the_text(mean_SWC: torch.Tensor, logvar_SWC: torch.Tensor | None, counted_BS: torch.Tensor) -> Posterior:
+    batch = counted_BS.shape[0]
     return Posterior(mean_SWC[:, :batch], None if logvar_SWC is None else logvar_SWC[:, :batch])

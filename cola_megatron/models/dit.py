@@ -148,11 +148,16 @@ class DiT(nn.Module):
         return AttentionContext(rotary, mask, cache)
 
     def two_copy_context(
-        self, length: int, clean_length: int, context_dropped_BN: torch.Tensor | None, device: torch.device
+        self,
+        length: int,
+        clean_length: int,
+        context_dropped_BN: torch.Tensor | None,
+        device: torch.device,
+        documents_BL: torch.Tensor | None = None,
     ) -> AttentionContext:
-        """`[clean copy | noisy copy]`, both at positions 0, 1, ..."""
+        """`[clean copy | noisy copy]`, both at positions 0, 1, ...; see `two_copy_mask`."""
         positions = torch.arange(length, device=device)
-        mask = two_copy_mask(length, self.config.block_size, clean_length, context_dropped_BN, device)
+        mask = two_copy_mask(length, self.config.block_size, clean_length, context_dropped_BN, device, documents_BL)
         return self.context_at(torch.cat((positions[:clean_length], positions)), mask)
 
     def velocity(

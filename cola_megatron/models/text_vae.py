@@ -71,11 +71,10 @@ class TextStack(nn.Module):
         self.config, self.groups = config, groups
         self.blocks = nn.ModuleList(TextBlock(config, groups) for _ in range(num_layers))
 
-    def context(self, length: int, device: torch.device) -> AttentionContext:
-        """Self-attention over whole sequences of `length` latents."""
-        return self.context_at(
-            torch.arange(length, device=device), block_causal_mask(length, self.config.block_size, device)
-        )
+    def context(self, length: int, device: torch.device, documents_BS: torch.Tensor | None = None) -> AttentionContext:
+        """Self-attention over whole sequences of `length` latents, or inside each of their documents."""
+        mask = block_causal_mask(length, self.config.block_size, device, documents_BS)
+        return self.context_at(torch.arange(length, device=device), mask)
 
     def context_at(
         self, positions: torch.Tensor, mask: AttentionMask, cache: KeyValueStore | None = None
@@ -139,10 +138,10 @@ class TextEncoder(TextStack):
             logvar = (power.log() - self.config.fixed_logsnr).expand_as(mean)
         return Posterior(mean, logvar.clamp(LOGVAR_MIN, LOGVAR_MAX))
 
-    def forward(self, tokens_BL: torch.Tensor) -> Posterior:
+    def forward(self, tokens_BL: torch.Tensor, documents_BS: torch.Tensor | None = None) -> Posterior:
         """Token ids (B, L) -> posterior over (S, B, C)."""
         x_SBH = self.embed(tokens_BL)
-        context = self.context(tokens_BL.shape[1] // self.config.patch_size, tokens_BL.device)
+        context = self.context(tokens_BL.shape[1] // self.config.patch_size, tokens_BL.device, documents_BS)
         return self.posterior(self.run_blocks(x_SBH, context))
 
 

@@ -7,6 +7,8 @@ The gradient of L_FM reaches the encoder through z_t, and only through it. Shape
 
 import torch
 
+from cola_megatron.objectives.averages import mean_over_counted
+
 
 def noisy_latents(
     z0_SBC: torch.Tensor, z1_SBC: torch.Tensor, t_SB: torch.Tensor, at_zero_SB: torch.Tensor
@@ -17,12 +19,14 @@ def noisy_latents(
 
 
 def flow_matching_loss(
-    velocity_SBC: torch.Tensor, z0_SBC: torch.Tensor, z1_SBC: torch.Tensor, at_zero_SB: torch.Tensor
+    velocity_SBC: torch.Tensor,
+    z0_SBC: torch.Tensor,
+    z1_SBC: torch.Tensor,
+    at_zero_SB: torch.Tensor,
+    counted_SB: torch.Tensor,
 ) -> torch.Tensor:
-    """Mean over samples of the mean squared error over their positions outside clean prefixes, and over channels."""
-    error_SB = squared_error(velocity_SBC, z0_SBC, z1_SBC)
-    counts_SB = (~at_zero_SB).to(error_SB.dtype)
-    return ((error_SB * counts_SB).sum(0) / counts_SB.sum(0)).mean()
+    """Squared error over channels and over the counted positions outside clean prefixes."""
+    return mean_over_counted(squared_error(velocity_SBC, z0_SBC, z1_SBC), counted_SB & ~at_zero_SB)
 
 
 def squared_error(velocity_SBC: torch.Tensor, z0_SBC: torch.Tensor, z1_SBC: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,34 @@
 """Micro-batches with their random draws, as a function of their place in the run."""
 
 from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cola_megatron.config import ConfigError, RunConfig
-from cola_megatron.data import GlobalOrder, TokenShards
-from cola_megatron.objectives.randomness import sample_draws
-from cola_megatron.training.stop_signals import leave_stopping_to_the_main_process
+from cola_megatron.data.samples import Sample
+from cola_megatron.objectives.samples import training_sample
+
+
+class Samples(Protocol):
+    """An endless sequence of samples, such as `data.SampleSequence`."""
+
+    padding_id: int
+    end_of_text_id: int
+
+    def read(self, start: int, count: int) -> Iterator[Sample]:
+        """The samples at positions start ... start + count."""
+
+
+class MicroBatch(NamedTuple):
+    """What one forward pass of one replica takes."""
+
+    tensors: dict[str, torch.Tensor]
+    """The fields of `objectives.samples.training_sample`, stacked."""
+    skipped: list[tuple[str, str]]
+    """For each sample that was replaced: the shard it should have come from, and what is wrong with that."""
 
 
 class MicroBatches(Dataset):
@@ -20,34 +39,36 @@ class MicroBatches(Dataset):
     the micro-batch size changes what a step sees.
     """
 
-    def __init__(self, config: RunConfig, shards: TokenShards, replica: int, replicas: int):
-        self.config, self.shards = config, shards
+    def __init__(self, config: RunConfig, samples: Samples, replica: int, replicas: int):
+        self.config, self.samples = config, samples
         self.replica, self.replicas = replica, replicas
-        self.order = GlobalOrder(len(shards), config.data.seed)
         self.per_step = micro_batches_per_step(config, replicas)
 
     def __len__(self) -> int:
         return self.config.training.steps * self.per_step
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """`tokens` (B, L) and the stacked draws."""
+    def __getitem__(self, index: int) -> MicroBatch:
         step, micro_batch = divmod(index, self.per_step)
         training = self.config.training
         start = (
             step * training.global_batch_size + (micro_batch * self.replicas + self.replica) * training.micro_batch_size
         )
-        return collate(self.config, self.shards, self.order, start, training.micro_batch_size, step)
-
-
-def collate(
-    config: RunConfig, shards: TokenShards, order: GlobalOrder, start: int, count: int, step: int
-) -> dict[str, torch.Tensor]:
-    """The samples at global positions start ... start + count with their draws for this step."""
-    samples = [
-        {"tokens": shards[int(sample)], **sample_draws(config, start + offset, step)}
-        for offset, sample in enumerate(order.sample_ids(start, count))
-    ]
-    return {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]}
+        samples = list(self.samples.read(start, training.micro_batch_size))
+        fields = [
+            training_sample(
+                self.config,
+                sample.tokens,
+                self.samples.padding_id,
+                self.samples.end_of_text_id,
+                sample_index=start + offset,
+                step=step,
+            )
+            for offset, sample in enumerate(samples)
+        ]
+        return MicroBatch(
+            {name: torch.from_numpy(np.stack([sample[name] for sample in fields])) for name in fields[0]},
+            [sample.skipped for sample in samples if sample.skipped is not None],
+        )
 
 
 def micro_batches_per_step(config: RunConfig, replicas: int) -> int:
@@ -64,21 +85,3 @@ def micro_batches_per_step(config: RunConfig, replicas: int) -> int:
             f"{training.micro_batch_size} times the {replicas} data-parallel replicas"
         )
     return steps
-
-
-def micro_batch_loader(
-    batches: MicroBatches, start_step: int, device: torch.device
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Micro-batches from `start_step` to the end of the run, prepared ahead by worker processes, on the device."""
-    workers = batches.config.training.loader_workers
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(start_step * batches.per_step, len(batches)),
-        num_workers=workers,
-        prefetch_factor=max(2, 2 * batches.per_step) if workers else None,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=leave_stopping_to_the_main_process,
-    )
-    for batch in loader:
-        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

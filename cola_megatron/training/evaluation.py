@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from cola_megatron.config import RunConfig
-from cola_megatron.data import TokenShards
+from cola_megatron.data import SampleSequence, TokenShards, held_out_samples
 from cola_megatron.models.cola import Cola
 from cola_megatron.models.steps import run_steps
 from cola_megatron.objectives import flow_matching, vae
 from cola_megatron.objectives.randomness import draw_times, generator
+from cola_megatron.objectives.samples import positions
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.pipeline import Neighbours, Tensors, forward_only
 from cola_megatron.training.measured_chain import ROBUSTNESS_TIMES, measured_steps
@@ -21,7 +22,7 @@ from cola_megatron.training.measured_chain import ROBUSTNESS_TIMES, measured_ste
 
 @torch.no_grad()
 def evaluate(model: Cola, shards: TokenShards, config: RunConfig, groups: ProcessGroups) -> dict[str, float]:
-    """Measures on the first held-out sequences, the same ones each time and in any layout.
+    """Measures on the first held-out sequences of every source, the same ones each time and in any layout.
 
     Returns:
         `reconstruction_accuracy` (of the posterior mean) and `reconstruction_accuracy_t250`, `_t500` (of the latent
@@ -33,7 +34,8 @@ def evaluate(model: Cola, shards: TokenShards, config: RunConfig, groups: Proces
     samples, micro = min(config.training.evaluation.samples, len(shards)), config.training.micro_batch_size
     # Every replica runs as many batches of one size (ZeRO 3 gathers parameters in step); the rest weighs nothing.
     batches = -(-samples // (micro * groups.data_parallel_size))
-    inputs = _micro_batches(shards, config, groups, samples, batches)
+    held_out = held_out_samples(shards, skip_bad=config.data.bad_shards == "skip")
+    inputs = _micro_batches(held_out, config, groups, samples, batches)
     chain = measured_steps(model, config)
     results = [name for step in chain for name in step.writes if name.startswith("sum_")]
     stage = model.own_stage_of(chain, BATCH_NAMES)
@@ -51,11 +53,11 @@ def evaluate(model: Cola, shards: TokenShards, config: RunConfig, groups: Proces
     return _metrics(_over_the_job(sums, results, config, groups), config)
 
 
-BATCH_NAMES = {"tokens", "weight", "posterior_noise", "flow_noise", "time", "uniform_time"}
+BATCH_NAMES = {"tokens", "counted", "documents", "weight", "posterior_noise", "flow_noise", "time", "uniform_time"}
 
 
 def _micro_batches(
-    shards: TokenShards, config: RunConfig, groups: ProcessGroups, samples: int, batches: int
+    held_out: SampleSequence, config: RunConfig, groups: ProcessGroups, samples: int, batches: int
 ) -> Iterator[Tensors]:
     """This replica's share of the samples: tokens, weights (0: a filler), and every draw, on the device."""
     micro = config.training.micro_batch_size
@@ -70,8 +72,12 @@ def _micro_batches(
             streams = [generator(config.seed, f"evaluation {purpose}", sample, 0) for sample in ids]
             return np.stack([stream.standard_normal((latents, channels), np.float32) for stream in streams], axis=1)
 
+        texts = [
+            positions(next(held_out.read(sample, 1)).tokens, held_out.padding_id, held_out.end_of_text_id)
+            for sample in ids
+        ]
         arrays = {
-            "tokens": np.stack([shards[sample] for sample in ids]),
+            **{name: np.stack([sample[name] for sample in texts]) for name in texts[0]},
             "weight": np.array([sample < samples for sample in wanted], dtype=np.float64),
             "flow_noise": draw("flow"),
         }
@@ -99,8 +105,7 @@ def _over_the_job(sums: Tensors, names: list[str], config: RunConfig, groups: Pr
 
 
 def _metrics(sums: dict[str, torch.Tensor], config: RunConfig) -> dict[str, float]:
-    samples = sums["sum_samples"].item()
-    tokens, latents = samples * config.data.sequence_length, samples * config.latent_length
+    tokens, latents = sums["sum_tokens"].item(), sums["sum_latents"].item()
     metrics = {"reconstruction_nll": sums["sum_nll"].item() / tokens}
     for t in ROBUSTNESS_TIMES:
         name = f"t{round(1000 * t)}"

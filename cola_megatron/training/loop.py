@@ -5,15 +5,14 @@ import math
 import time
 from collections.abc import Iterator
 
-import torch
 from tqdm import tqdm
 
 from cola_megatron.config import RunConfig
-from cola_megatron.data import TokenShards
+from cola_megatron.data import TokenShards, training_samples
 from cola_megatron.errors import UserError
 from cola_megatron.parallel import PeerWatch, ProcessGroups, initialize_parameters
 from cola_megatron.scaling.flops import training_flops
-from cola_megatron.training.batches import MicroBatches, micro_batch_loader, micro_batches_per_step
+from cola_megatron.training.batches import MicroBatches, micro_batches_per_step
 from cola_megatron.training.checkpoint import (
     CheckpointError,
     check_checkpoint,
@@ -25,6 +24,7 @@ from cola_megatron.training.checkpoint import (
 from cola_megatron.training.engine import Engine
 from cola_megatron.training.evaluation import evaluate
 from cola_megatron.training.layout import build_model, initialize_run
+from cola_megatron.training.loader import BatchLoader
 from cola_megatron.training.metrics import MetricsLog
 from cola_megatron.training.open_shards import open_shards
 from cola_megatron.training.run_folder import (
@@ -122,12 +122,15 @@ class _Run:
     def to_the_end(self) -> Summary:
         training = self.config.training
         last = min(training.steps, training.stop_after or training.steps)
-        batches = micro_batch_loader(
-            MicroBatches(
-                self.config, self.train_shards, self.groups.data_parallel_rank, self.groups.data_parallel_size
-            ),
+        groups, data = self.groups, self.config.data
+        samples = training_samples(
+            self.train_shards, data.seed, data.shuffle_block_shards, skip_bad=data.bad_shards == "skip"
+        )
+        batches = BatchLoader(
+            MicroBatches(self.config, samples, groups.data_parallel_rank, groups.data_parallel_size),
             self.step,
-            self.groups.device,
+            groups,
+            known_bad=self.train_shards.bad,
         )
         bar = tqdm(
             total=training.steps, initial=self.step, disable=not self.progress, unit="step", desc=self.config.name
@@ -145,7 +148,7 @@ class _Run:
                 self._save()
         return self._finish()
 
-    def _one_step(self, batches: Iterator[dict[str, torch.Tensor]], bar: tqdm) -> None:
+    def _one_step(self, batches: BatchLoader, bar: tqdm) -> None:
         began, self.watch.step = time.perf_counter(), self.step + 1
         metrics = self.engine.step(batches, self.step)
         seconds = time.perf_counter() - began
@@ -155,7 +158,8 @@ class _Run:
         if self.step % self.config.training.log.every == 0 or self.step in (1, self.config.training.steps):
             speed = self._tokens(1) / seconds
             bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed:,.0f} tokens/s")
-            self._write("train", {**metrics, "tokens_per_second": speed, "seconds": self._seconds()})
+            times = {"tokens_per_second": speed, **batches.measured(), "seconds": self._seconds()}
+            self._write("train", {**metrics, **times})
 
     def _stop_if_diverged(self, metrics: dict[str, float]) -> None:
         bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]

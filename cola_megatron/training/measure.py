@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from cola_megatron.config import ConfigError, resolve_config
-from cola_megatron.data import read_manifest
-from cola_megatron.data.manifest import MANIFEST_NAME
+from cola_megatron.data import PreparedFolder, ShardError
 from cola_megatron.models.cola import Cola
 from cola_megatron.parallel import initialize_parallel, load_full_state_dict
 from cola_megatron.training.checkpoint import read_weights, require_checkpoint
@@ -12,7 +11,7 @@ from cola_megatron.training.evaluation import evaluate
 from cola_megatron.training.open_shards import open_shards
 
 
-def measure_checkpoint(run_folder: Path, data: Path | None, samples: int) -> dict[str, float]:
+def measure_checkpoint(run_folder: Path, data: str | Path | None, samples: int) -> dict[str, float]:
     """`evaluate` on the newest checkpoint of a run; `data` replaces the run's own shards.
 
     Raises:
@@ -22,10 +21,16 @@ def measure_checkpoint(run_folder: Path, data: Path | None, samples: int) -> dic
     config, weights = read_weights(require_checkpoint(run_folder))
     groups = initialize_parallel()
     folder = data or config.data.path
-    if folder is None or (data is None and not (folder / MANIFEST_NAME).is_file()):
+    if folder is None:
         raise ConfigError(f"{run_folder} names no shards: give --data FOLDER")
+    try:
+        manifest = PreparedFolder(folder, config.data.cache_folder).manifest
+    except ShardError as error:
+        if data is not None:
+            raise
+        raise ConfigError(f"the shards of {run_folder} are gone ({error}): give --data FOLDER") from error
     # Any length that the model can take will do for measuring.
-    length = config.data.model_copy(update={"sequence_length": read_manifest(folder).sequence_length})
+    length = config.data.model_copy(update={"sequence_length": manifest.sequence_length})
     config = resolve_config(config.model_copy(update={"data": length}).model_dump())
     (held_out,) = open_shards(config, folder, ["held_out"], groups)
     evaluation = config.training.evaluation.model_copy(update={"samples": samples})

@@ -1,7 +1,7 @@
 """What a held-out measurement computes, as a chain over the same parts as training: any pipeline can run it.
 
-Names that begin with `sum_` are sums over the samples of a micro-batch, each weighted by `weight`. Shapes as in
-`models/cola.py`.
+Names that begin with `sum_` are sums over the counted positions of a micro-batch, each sample weighted by `weight`.
+Shapes as in `models/cola.py`.
 """
 
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from cola_megatron.config import RunConfig
+from cola_megatron.layers.attention import AttentionContext
 from cola_megatron.models.cola import Cola
 from cola_megatron.models.dit import two_copy_times
 from cola_megatron.models.steps import Step
@@ -21,11 +22,16 @@ ROBUSTNESS_TIMES = (0.0, 0.25, 0.5)
 
 def measured_steps(model: Cola, config: RunConfig) -> list[Step]:
     """Posterior, reconstruction of latents at several flow times, and the velocity's error at two sets of times."""
-    steps = [*model.encoder_steps("tokens", gradient=False), *_of_the_posterior(model)]
+    steps = [*model.position_steps(), *model.encoder_steps("tokens", gradient=False), *_of_the_posterior(model)]
     steps += model.reference_steps(train_vae=False)
     if model.dit is not None:
         steps += [*_two_passes(model, config), *model.flow_steps(), *_of_the_velocity(model, config)]
-    return [*steps, *model.decoder_steps(_of_the_logits(model))]
+    return [*steps, *model.decoder_steps(_of_the_logits(model), views=len(ROBUSTNESS_TIMES))]
+
+
+def _total(values_SB: torch.Tensor, counted_BS: torch.Tensor, weight_B: torch.Tensor) -> torch.Tensor:
+    """Sum over counted positions and weighted samples, float64."""
+    return (values_SB.double() * counted_BS.t()).sum(0) @ weight_B
 
 
 def _of_the_posterior(model: Cola) -> Iterator[Step]:
@@ -33,13 +39,25 @@ def _of_the_posterior(model: Cola) -> Iterator[Step]:
         mean_SBC = model.vae.to_prior(mean_SBC)
         return torch.cat([(1 - t) * mean_SBC + t * z1_SBC for t in ROBUSTNESS_TIMES], dim=1)
 
-    def per_sample(value_SBC: torch.Tensor, weight_B: torch.Tensor) -> torch.Tensor:
-        return value_SBC.double().sum((0, 2)) @ weight_B
+    def numbers(
+        mean_SBC: torch.Tensor, counted_BL: torch.Tensor, counted_BS: torch.Tensor, weight_B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return counted_BL.double().sum(1) @ weight_B, counted_BS.double().sum(1) @ weight_B
 
-    yield Step("weight, mean -> sum_samples", lambda weight_B, mean: weight_B.sum())
-    yield Step("mean, weight -> sum_mean_square", lambda mean, weight: per_sample(mean.square(), weight))
+    def power(value_SBC: torch.Tensor, counted_BS: torch.Tensor, weight_B: torch.Tensor) -> torch.Tensor:
+        return _total(value_SBC.double().sum(-1), counted_BS, weight_B)
+
+    # Reads the mean so that one stage of a pipeline counts, not each of them.
+    yield Step("mean, counted, counted_latents, weight -> sum_tokens, sum_latents", numbers)
+    yield Step(
+        "mean, counted_latents, weight -> sum_mean_square",
+        lambda mean, counted, weight: power(mean.square(), counted, weight),
+    )
     if model.config.model.vae.variational:
-        yield Step("logvar, weight -> sum_variance", lambda logvar, weight: per_sample(logvar.exp(), weight))
+        yield Step(
+            "logvar, counted_latents, weight -> sum_variance",
+            lambda logvar, counted, weight: power(logvar.exp(), counted, weight),
+        )
     yield Step("mean, flow_noise -> latents", noisy)
 
 
@@ -60,6 +78,10 @@ def _two_passes(model: Cola, config: RunConfig) -> Iterator[Step]:
         zt_SBC = flow_matching.noisy_latents(z0_SBC, z1_SBC, t_SB, torch.zeros_like(t_SB, dtype=torch.bool))
         return torch.cat((z0_SBC[:clean_length], zt_SBC))
 
+    def context(tokens_BL: torch.Tensor, documents_BS: torch.Tensor | None) -> AttentionContext:
+        documents_BS = None if documents_BS is None else documents_BS.repeat(2, 1)
+        return dit.two_copy_context(length, clean_length, None, tokens_BL.device, documents_BS)
+
     def table(times_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         times = two_copy_times(times_BN, length, clean_length, None)
         return times.times_T, dit.local_index(times.index_SB)
@@ -67,7 +89,7 @@ def _two_passes(model: Cola, config: RunConfig) -> Iterator[Step]:
     yield Step("time, uniform_time -> both_times", both)
     yield Step("flow_noise -> z1", lambda z1_SBC: z1_SBC.repeat(1, 2, 1))
     yield Step("both_times -> distinct_times, time_index", table)
-    yield Step("tokens -> flow_context", lambda tokens: dit.two_copy_context(length, clean_length, None, tokens.device))
+    yield Step("tokens, latent_documents -> flow_context", context)
     yield Step("mean, logvar, posterior_noise -> z0", sample)
     yield Step("z0, z1, both_times -> two_copies", noise)
 
@@ -78,42 +100,48 @@ def _of_the_velocity(model: Cola, config: RunConfig) -> Iterator[Step]:
     def error(velocity: torch.Tensor, z0_SBC: torch.Tensor, z1_SBC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return flow_matching.squared_error(velocity[clean_length:], z0_SBC, z1_SBC).double().chunk(2, dim=1)
 
-    def target(z0_SBC: torch.Tensor, z1_SBC: torch.Tensor, weight_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        target_SBC = (z1_SBC - z0_SBC).chunk(2, dim=1)[0].double()
+    def target(
+        z0_SBC: torch.Tensor, z1_SBC: torch.Tensor, counted_BS: torch.Tensor, weight_B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        target_SBC = (z1_SBC - z0_SBC).chunk(2, dim=1)[0].double() * counted_BS.t()[..., None]
         return target_SBC.sum(0).t() @ weight_B, target_SBC.square().sum((0, 2)) @ weight_B
 
     def binned(
-        error_SB: torch.Tensor, uniform_BN: torch.Tensor, weight_B: torch.Tensor
+        error_SB: torch.Tensor, uniform_BN: torch.Tensor, counted_BS: torch.Tensor, weight_B: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        error_BN = error_SB.unflatten(0, (uniform_BN.shape[1], -1)).mean(1).t()
-        weight_BN = weight_B[:, None].expand_as(error_BN)
+        weight_SB = counted_BS.t() * weight_B
+        by_block = (
+            x_SB.unflatten(0, (uniform_BN.shape[1], -1)).sum(1).t() for x_SB in (error_SB * weight_SB, weight_SB)
+        )
         bin_BN = (uniform_BN * bins).long().clamp(max=bins - 1).flatten()
         zeros = torch.zeros(bins, dtype=torch.float64, device=error_SB.device)
-        return tuple(zeros.index_add(0, bin_BN, x.flatten()) for x in (error_BN * weight_BN, weight_BN))
+        return tuple(zeros.index_add(0, bin_BN, x_BN.flatten()) for x_BN in by_block)
 
     yield Step("velocity, z0, z1 -> error, uniform_error", error)
-    yield Step("error, weight -> sum_flow", lambda error_SB, weight_B: error_SB.sum(0) @ weight_B)
-    yield Step("z0, z1, weight -> sum_target, sum_target_square", target)
-    yield Step("uniform_error, uniform_time, weight -> sum_bin_error, sum_bin_count", binned)
+    yield Step("error, counted_latents, weight -> sum_flow", _total)
+    yield Step("z0, z1, counted_latents, weight -> sum_target, sum_target_square", target)
+    yield Step("uniform_error, uniform_time, counted_latents, weight -> sum_bin_error, sum_bin_count", binned)
 
 
 def _of_the_logits(model: Cola) -> Step:
     """Latents at each robustness time in turn: the logits of all of them at once would not fit."""
     groups, names = model.groups, [f"sum_correct_t{round(1000 * t)}" for t in ROBUSTNESS_TIMES]
 
-    def count(hidden: torch.Tensor, tokens_BL: torch.Tensor, weight_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def count(
+        hidden: torch.Tensor, tokens_BL: torch.Tensor, counted_BL: torch.Tensor, weight_B: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         correct, nll = [], None
         for hidden_SBH in hidden.chunk(len(ROBUSTNESS_TIMES), dim=1):
             logits_TBV = model.vae.decoder.logits(hidden_SBH)
             if groups.tensor_parallel_size > 1:
                 logits_TBV = gather_from_tensor_model_parallel_region(logits_TBV)
                 logits_TBV = logits_TBV[..., : model.config.model.vocab_size]
-            correct.append((logits_TBV.argmax(-1) == tokens_BL.t()).double().sum(0) @ weight_B)
+            correct.append(_total(logits_TBV.argmax(-1) == tokens_BL.t(), counted_BL, weight_B))
             if nll is None:
                 nll_BT = torch.nn.functional.cross_entropy(
                     logits_TBV.permute(1, 2, 0).float(), tokens_BL, reduction="none"
                 )
-                nll = nll_BT.double().sum(1) @ weight_B
+                nll = _total(nll_BT.t(), counted_BL, weight_B)
         return *correct, nll
 
-    return Step(f"hidden, tokens, weight -> {', '.join(names)}, sum_nll", count)
+    return Step(f"hidden, tokens, counted, weight -> {', '.join(names)}, sum_nll", count)

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from cola_megatron.config import ModelConfig, resolve_config
+from cola_megatron.data import tokenizer_file
 from cola_megatron.interop.published import TOKENIZER, Forms, PublishedModel, is_published
 from cola_megatron.interop.published_form import PublishedForm
 from cola_megatron.training.checkpoint import TENSORS, read_state, require_checkpoint
@@ -34,8 +35,11 @@ class CheckpointModel:
             for name, shape in StoredTensors(self.folder / TENSORS).shapes.items()
             if name.startswith(WEIGHTS) and not name.startswith(f"{WEIGHTS}reference.")
         }
-        places = [self.folder] if run.data.path is None else [self.folder, run.data.path]
-        self.tokenizer = next((place / TOKENIZER for place in places if (place / TOKENIZER).is_file()), None)
+        own, data = self.folder / TOKENIZER, run.data
+        if own.is_file() or data.path is None:
+            self.tokenizer = own if own.is_file() else None
+        else:
+            self.tokenizer = tokenizer_file(data.path, data.cache_folder)
 
     @property
     def has_prior(self) -> bool:

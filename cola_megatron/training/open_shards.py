@@ -1,13 +1,20 @@
 """The shards of a run, checked against its config."""
 
+import logging
 from pathlib import Path
+
+import torch.distributed as dist
 
 from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.data import TokenShards
 from cola_megatron.parallel import ProcessGroups
 
+logger = logging.getLogger(__name__)
 
-def open_shards(config: RunConfig, folder: Path | None, splits: list[str], groups: ProcessGroups) -> list[TokenShards]:
+
+def open_shards(
+    config: RunConfig, folder: str | Path | None, splits: list[str], groups: ProcessGroups
+) -> list[TokenShards]:
     """The given splits of a prepared folder; only the main process reads the files through to check their hashes.
 
     Raises:
@@ -15,15 +22,60 @@ def open_shards(config: RunConfig, folder: Path | None, splits: list[str], group
     """
     if folder is None:
         raise ConfigError("data.path is not set: give the folder that `cola prep run` wrote, data.path=FOLDER")
+    data, skip = config.data, config.data.bad_shards == "skip"
+
+    def opened(verify: str) -> list[TokenShards]:
+        return [TokenShards(folder, split, verify, skip, data.cache_folder, data.cache_bytes) for split in splits]
+
     if groups.is_main:
-        shards = [TokenShards(folder, split, verify=config.data.verify) for split in splits]
+        shards = opened(data.verify)
     groups.barrier()
     if not groups.is_main:
-        shards = [TokenShards(folder, split, verify="size") for split in splits]
+        shards = opened("size")
     for key, wanted, found in (
-        ("data.sequence_length", config.data.sequence_length, shards[0].sequence_length),
+        ("data.sequence_length", data.sequence_length, shards[0].sequence_length),
         ("model.vocab_size", config.model.vocab_size, shards[0].vocab_size),
     ):
         if wanted != found:
             raise ConfigError(f"{key}={wanted}, but the shards in {folder} have {found}; set {key}={found}")
+    if skip:
+        for split in shards:
+            _agree_on_bad_shards(split, groups)
+    if groups.is_main:
+        _warn_of_a_small_cache(config, shards[0])
     return shards
+
+
+def _agree_on_bad_shards(shards: TokenShards, groups: ProcessGroups) -> None:
+    """What one rank found at opening, no rank reads: all of them must replace the same samples."""
+    of_ranks = [{}] * groups.world_size
+    dist.all_gather_object(of_ranks, shards.bad)
+    for bad in of_ranks:
+        shards.exclude(bad)
+    if groups.is_main:
+        for problem in shards.bad.values():
+            logger.warning("%s; samples of it will be replaced by others (data.bad_shards=skip)", problem)
+
+
+def _warn_of_a_small_cache(config: RunConfig, shards: TokenShards) -> None:
+    """Shards that go through a cache smaller than they are want an order that keeps to a few of them."""
+    data, folder = config.data, shards.folder
+    if not folder.uses_cache or shards.raw_bytes <= data.cache_bytes:
+        return
+    if data.shuffle_block_shards is None:
+        logger.warning(
+            "data.cache_bytes=%d holds a part of the %d bytes of %s, so that most samples fetch a shard anew; set "
+            "data.shuffle_block_shards, or raise data.cache_bytes",
+            data.cache_bytes,
+            shards.raw_bytes,
+            folder,
+        )
+        return
+    needed = sum(2 * data.shuffle_block_shards * stream.largest_shard_bytes for stream in shards.streams)
+    if needed > data.cache_bytes:
+        logger.warning(
+            "data.cache_bytes=%d is less than the %d bytes of two blocks of shards of every source; raise it, or lower "
+            "data.shuffle_block_shards",
+            data.cache_bytes,
+            needed,
+        )

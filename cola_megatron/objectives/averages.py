@@ -1,0 +1,13 @@
+"""How a loss is averaged over a batch. Shapes: S positions (tokens or latents), B batch."""
+
+import torch
+
+
+def mean_over_counted(values_SB: torch.Tensor, counted_SB: torch.Tensor) -> torch.Tensor:
+    """Mean over samples of the mean over their counted positions.
+
+    Averaged per sample first, so that the mean over a batch is the mean over its micro-batches, however many positions
+    each of them counts. A sample that counts none gives 0.
+    """
+    weight_SB = counted_SB.to(values_SB.dtype)
+    return ((values_SB * weight_SB).sum(0) / weight_SB.sum(0).clamp(min=1)).mean()

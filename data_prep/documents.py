@@ -1,0 +1,53 @@
+"""What travels between the steps of a preparation: parts of sources, and documents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cola_megatron.config import Section
+
+__all__ = ["BadDocument", "Document", "Part"]
+
+
+class Part(Section):
+    """A piece of one source that a task reads by itself: a file, or a range of one."""
+
+    source: str
+    """Name of its source in the recipe."""
+    location: str
+    """Absolute path or URL of the file, or `embedded`."""
+    format: str
+    """How it is read: one of the formats of `data_prep.readers`, never `auto`."""
+    bytes: int
+    """Size of what is read (of the range, where there is one); 0 for the embedded corpus."""
+    start: int = 0
+    """First byte of a JSONL range (a line belongs to the range that holds its first byte), or first row group of a
+    Parquet range."""
+    stop: int | None = None
+    """End of the range, exclusive; None reads to the end of the file."""
+    version: str
+    """Changes when the file does: size and modification time, or what the store says (ETag)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document of a part."""
+
+    text: str
+    place: str
+    """Where it stands, for messages: `file:line`, `file:byte N`, `file:row 7`, `archive.tar/member`, `embedded:N`."""
+    url: str | None = None
+    """Where it came from, if the source says so."""
+    bytes_read: int = 0
+    """Bytes of the part that reading it consumed (compressed ones, if it is compressed)."""
+
+
+@dataclass(frozen=True, slots=True)
+class BadDocument:
+    """A record that cannot be a document, in a source whose `bad_documents` is `skip`."""
+
+    place: str
+    rule: str
+    """What is wrong with it, as it is counted: `bad_json`, `bad_field`, `bad_utf8`, `bad_archive`, `empty_file`."""
+    message: str
+    bytes_read: int = 0

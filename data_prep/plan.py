@@ -1,0 +1,130 @@
+"""What a preparation will do: its recipe, the parts it reads, and a fingerprint of both."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cola_megatron.config import Section
+from cola_megatron.data.manifest import sha256_of
+from data_prep.documents import BadDocument, Document, Part
+from data_prep.errors import DataPrepError
+from data_prep.readers import find_parts, read_part
+from data_prep.recipe import Recipe, SourceSettings
+from data_prep.work import PLAN_NAME, WorkFolder
+
+__all__ = ["Plan", "TaskInput", "make_plan", "open_plan", "work_folder_of"]
+
+# Of these, other versions may cut, clean or store text otherwise.
+PACKAGES = ("datatrove", "ftfy", "mosaicml-streaming", "numpy", "tokenizers", "webdataset")
+
+
+class TaskInput(Section):
+    """What one task of the steps that read documents reads: parts of one source, about `task_bytes` together."""
+
+    source: str
+    """Name of the source in the recipe."""
+    parts: list[Part]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the parts together."""
+        return sum(part.bytes for part in self.parts)
+
+
+class Plan(Section):
+    """One preparation. Task k of the steps that read documents reads input k."""
+
+    recipe: Recipe
+    inputs: list[TaskInput]
+    """Of all sources, in the order of the recipe."""
+    versions: dict[str, str]
+    fingerprint: str
+    """Equal for two plans that make the same bytes; the place of the output does not count."""
+
+    def documents(self, task: int) -> Iterator[Document | BadDocument]:
+        """The documents of an input as they stand in their files; raises DataPrepError."""
+        given = self.inputs[task]
+        source = next(source for source in self.recipe.sources if source.name == given.source)
+        for part in given.parts:
+            yield from read_part(part, source)
+
+    def token_cap(self, task: int) -> int | None:
+        """The share, by size, of an input in its source's `max_tokens`; None where there is no cap."""
+        name = self.inputs[task].source
+        cap = next(source for source in self.recipe.sources if source.name == name).max_tokens
+        if cap is None:
+            return None
+        sizes = {number: each.bytes for number, each in enumerate(self.inputs) if each.source == name}
+        total = sum(sizes.values())
+        if not total:  # the embedded corpus has no size; it is one input
+            return cap
+        before = sum(size for number, size in sizes.items() if number < task)
+        return cap * (before + sizes[task]) // total - cap * before // total
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Finds the parts of every source; reads no document.
+
+    Raises:
+        DataPrepError: a source is missing or of an unknown kind, or the tokenizer cannot be read.
+    """
+    inputs = [each for source in recipe.sources for each in _grouped(source, recipe.task_bytes)]
+    versions = {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
+    content: dict[str, Any] = {
+        "recipe": recipe.model_dump(mode="json", exclude={"output": True, "tokenizer": {"path"}}),
+        "tokenizer": _hash_of(recipe.tokenizer.path),
+        "inputs": [each.model_dump(mode="json") for each in inputs],
+        "versions": versions,
+    }
+    fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return Plan(recipe=recipe, inputs=inputs, versions=versions, fingerprint=fingerprint)
+
+
+def _grouped(source: SourceSettings, task_bytes: int) -> Iterator[TaskInput]:
+    """The parts of a source, small ones together."""
+    group: list[Part] = []
+    for part in find_parts(source, task_bytes):
+        if group and sum(each.bytes for each in group) + part.bytes > task_bytes:
+            yield TaskInput(source=source.name, parts=group)
+            group = []
+        group.append(part)
+    yield TaskInput(source=source.name, parts=group)
+
+
+def work_folder_of(output: Path) -> WorkFolder:
+    """Beside the output, so that finished shards are linked, not copied, into it."""
+    output = output.expanduser().absolute()
+    return WorkFolder(output.with_name(f"{output.name}.work"))
+
+
+def open_plan(work: WorkFolder) -> Plan:
+    """The plan in a work folder, for a process that runs one of its tasks; raises DataPrepError."""
+    path = work.path / PLAN_NAME
+    try:
+        return Plan.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataPrepError(f"{path} does not exist; give the work folder of a preparation, NAME.work") from error
+    except (OSError, ValueError) as error:
+        raise DataPrepError(f"{path}: not a readable plan; remove {work.path} and start again") from error
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _hash_of(tokenizer: Path | None) -> str | None:
+    if tokenizer is None:
+        return None
+    try:
+        return sha256_of(tokenizer.expanduser())
+    except OSError as error:
+        raise DataPrepError(f"{tokenizer}: the tokenizer cannot be read ({error.strerror}); check its path") from error

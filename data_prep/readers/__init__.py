@@ -1,0 +1,21 @@
+"""Finding and reading raw corpora: every document as it stands in its file, every fault named with its place.
+
+`find_parts` turns the inputs of a source into parts, `read_part` a part into documents. The formats, and the names
+by which `format: auto` knows them:
+
+    text        .txt .md                   one document per file
+    jsonl       .jsonl .ndjson .json       one object per line; a .json that is one large value is refused
+    parquet     .parquet                   one document per row
+    arrow       .arrow                     the streams that `datasets.save_to_disk` writes
+    webdataset  .tar .tgz                  one document per sample
+    embedded    -                          the documentation in the Python installation
+
+text, jsonl and webdataset may be compressed: .gz .bz2 .xz .zst .zstd. `format: huggingface` is no format of files: it
+chooses the data files of a dataset's folder.
+"""
+
+from data_prep.readers.find import find_parts
+from data_prep.readers.formats import EMBEDDED
+from data_prep.readers.read import read_part
+
+__all__ = ["EMBEDDED", "find_parts", "read_part"]

@@ -1,0 +1,73 @@
+"""What happened to the documents of every source: the `report.json` of a prepared folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from data_prep.contamination import added_up
+from data_prep.pack import HELD_OUT, TRAIN
+from data_prep.plan import Plan
+from data_prep.work import WorkFolder
+
+__all__ = ["report_of"]
+
+EXAMPLES = 20
+
+
+def report_of(plan: Plan, work: WorkFolder, tokenized: list[dict[str, Any]]) -> dict[str, Any]:
+    """Adds up the reports of the tasks, by source.
+
+    Args:
+        tokenized: reports of the step `tokenize`, in order.
+
+    Returns:
+        `sources`: for each its parts, bytes, documents and characters read and kept, documents removed by each rule,
+        documents and characters per split, a histogram of lengths in tokens, and the round-trip check;
+        `contamination`: what the decontamination hit, where there is one.
+    """
+    sources = {source.name: _source(plan, work, tokenized, source.name) for source in plan.recipe.sources}
+    report: dict[str, Any] = {"sources": sources}
+    if plan.recipe.decontamination is not None:
+        index = work.report("contamination", 0)
+        found = (each["contamination"] for each in work.reports("clean", len(plan.inputs)))
+        report["contamination"] = added_up(index["items"], index["searched"], found)
+    return report
+
+
+def _source(plan: Plan, work: WorkFolder, tokenized: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    tasks = [task for task, part in enumerate(plan.inputs) if part.source == name]
+    removed: Counter[str] = Counter()
+    read: Counter[str] = Counter()
+    if plan.recipe.cleans:
+        for task in tasks:
+            cleaned = work.report("clean", task)
+            removed.update(cleaned["removed"])
+            read.update({key: cleaned[key] for key in ("documents", "characters")})
+    if plan.recipe.deduplication is not None:
+        dropped = work.report("cluster", 0)["dropped"]
+        for task in tasks:
+            removed.update(dropped[str(task)])
+    lengths: Counter[str] = Counter()
+    round_trip: Counter[str] = Counter()
+    examples: list[str] = []
+    kept: Counter[str] = Counter()
+    for task in tasks:
+        each = tokenized[task]
+        lengths.update(each["lengths"])
+        round_trip.update({key: each["round_trip"][key] for key in ("checked", "different")})
+        examples += each["round_trip"]["examples"]
+        removed.update({"empty": each["empty"], **each["bad"]})
+        for split in (TRAIN, HELD_OUT):
+            kept.update({key: each["splits"][split][key] for key in ("documents", "characters")})
+    if not plan.recipe.cleans:
+        read.update({"documents": kept["documents"] + removed.total(), "characters": kept["characters"]})
+    return {
+        "parts": sum(len(plan.inputs[task].parts) for task in tasks),
+        "bytes": sum(plan.inputs[task].bytes for task in tasks),
+        "read": dict(read),
+        "removed": {rule: count for rule, count in sorted(removed.items()) if count},
+        "kept": dict(kept),
+        "lengths": dict(sorted(lengths.items(), key=lambda item: int(item[0]))),
+        "round_trip": {**round_trip, "examples": examples[:EXAMPLES]},
+    }

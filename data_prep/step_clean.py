@@ -1,0 +1,73 @@
+"""Steps `contamination` and `clean`: the rules that look at one document, and what later steps need to know of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data_prep.clean import Cleaner, Removed
+from data_prep.clean.settings import CleaningSettings
+from data_prep.contamination import ContaminationCounter
+from data_prep.decontaminate import ContaminationIndex
+from data_prep.deduplicate import Signatures
+from data_prep.documents import BadDocument
+from data_prep.kept_documents import CLEANED_NAME, CleanedWriter
+from data_prep.plan import Plan
+from data_prep.work import WorkFolder
+
+__all__ = ["clean_part", "index_evaluation_sets"]
+
+CONTAMINATED = "contamination"
+
+
+def index_evaluation_sets(
+    plan: Plan, work: WorkFolder, task: int, folder: Path, advance: Callable[[int], None]
+) -> dict[str, Any]:
+    """Leaves the index of the n-grams of the evaluation sets."""
+    index = ContaminationIndex.build(plan.recipe.decontamination)
+    index.save(folder)
+    return {"items": index.items, "searched": index.searched}
+
+
+def clean_part(plan: Plan, work: WorkFolder, task: int, folder: Path, advance: Callable[[int], None]) -> dict[str, Any]:
+    """Leaves the kept documents, repaired, and their signatures where duplicates are looked for.
+
+    The report holds `documents` and `characters` read, `removed` by rule, and `contamination` by evaluation task.
+    """
+    recipe = plan.recipe
+    clean = Cleaner(recipe.cleaning or CleaningSettings())
+    signatures = Signatures(recipe.deduplication) if recipe.deduplication is not None else None
+    contamination = None
+    if recipe.decontamination is not None:
+        contamination = ContaminationCounter(ContaminationIndex.load(work.folder("contamination", 0)))
+    removed: Counter[str] = Counter()
+    documents = characters = 0
+    with CleanedWriter(folder / CLEANED_NAME) as writer:
+        for document in plan.documents(task):
+            advance(document.bytes_read)
+            documents += 1
+            if isinstance(document, BadDocument):
+                removed[document.rule] += 1
+                continue
+            characters += len(document.text)
+            kept = clean(document)
+            if isinstance(kept, Removed):
+                removed[kept.rule] += 1
+                continue
+            if contamination is not None and contamination.found_in(kept):
+                removed[CONTAMINATED] += 1
+                continue
+            writer.write(kept)
+            if signatures is not None:
+                signatures.add(kept.text)
+    if signatures is not None:
+        signatures.save(folder)
+    return {
+        "documents": documents,
+        "characters": characters,
+        "kept": documents - removed.total(),
+        "removed": dict(removed),
+        "contamination": contamination.report if contamination is not None else {},
+    }

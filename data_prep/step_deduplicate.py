@@ -1,0 +1,65 @@
+"""Steps `match` and `cluster`: the rules that look at all documents.
+
+Documents are numbered through all parts in the order of the recipe, as they were kept by the step `clean`; of equal or
+nearly equal ones the first stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.clean.settings import DeduplicationSettings
+from data_prep.deduplicate import Signatures, clusters, find_pairs
+from data_prep.kept_documents import DROPPED_NAME
+from data_prep.plan import Plan
+from data_prep.work import WorkFolder
+
+__all__ = ["cluster", "keys_of", "match"]
+
+PAIRS_NAME = "pairs.npy"
+EXACT, NEAR = "duplicate/exact", "duplicate/near"
+
+
+def keys_of(settings: DeduplicationSettings) -> int:
+    """Number of keys that a document has: one for its whole text, one for each band of its MinHash."""
+    return settings.exact + (settings.near.bands if settings.near is not None else 0)
+
+
+def match(plan: Plan, work: WorkFolder, task: int, folder: Path, advance: Callable[[int], None]) -> dict[str, Any]:
+    """Leaves the pairs of documents with an equal key number `task`, int64 (pairs, 2)."""
+    settings = plan.recipe.deduplication
+    folders = [work.folder("clean", part) for part in range(len(plan.inputs))]
+    if settings.exact and task == 0:
+        keys = [Signatures.load_exact(each) for each in folders]
+    else:
+        keys = [Signatures.load_band(each, task - settings.exact) for each in folders]
+    pairs = find_pairs(keys)
+    np.save(folder / PAIRS_NAME, pairs)
+    return {"pairs": len(pairs)}
+
+
+def cluster(plan: Plan, work: WorkFolder, task: int, folder: Path, advance: Callable[[int], None]) -> dict[str, Any]:
+    """Leaves, for every part, which of its kept documents are dropped; the report counts them by part and rule."""
+    settings = plan.recipe.deduplication
+    counts = [report["kept"] for report in work.reports("clean", len(plan.inputs))]
+    first_of = clusters(sum(counts), (_pairs(work, key) for key in range(keys_of(settings))))
+    copies = np.zeros(sum(counts), dtype=bool)
+    if settings.exact:
+        copies[_pairs(work, 0)[:, 1]] = True
+    rules: dict[str, dict[str, int]] = {}
+    start = 0
+    for part, count in enumerate(counts):
+        own = slice(start, start + count)
+        gone = first_of[own] != np.arange(start, start + count)
+        np.save(folder / DROPPED_NAME.format(task=part), np.flatnonzero(gone))
+        rules[str(part)] = {EXACT: int((gone & copies[own]).sum()), NEAR: int((gone & ~copies[own]).sum())}
+        start += count
+    return {"documents": start, "dropped": rules}
+
+
+def _pairs(work: WorkFolder, key: int) -> np.ndarray:
+    return np.load(work.folder("match", key) / PAIRS_NAME)

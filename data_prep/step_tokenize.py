@@ -1,0 +1,134 @@
+"""Step `tokenize`: the kept documents of a part become sequences in shards."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from cola_megatron.data.manifest import TOKENIZER_NAME, FileRecord, sha256_of
+from data_prep.documents import Document
+from data_prep.kept_documents import kept_documents
+from data_prep.pack import HELD_OUT, TRAIN, new_packer, share_of, split_of
+from data_prep.plan import Plan
+from data_prep.tokenizer import DocumentTokenizer
+from data_prep.work import WorkFolder
+from data_prep.write import INDEX_NAME, SplitWriter
+
+__all__ = ["file_record", "open_tokenizer", "tokenize_part"]
+
+# Tokenised at a time: enough to keep every core busy, little beside a shard in memory.
+BATCH_CHARACTERS = 2**20
+EXAMPLES = 3
+
+
+def open_tokenizer(plan: Plan, work: WorkFolder) -> DocumentTokenizer:
+    """The tokenizer that the step before has left."""
+    settings = plan.recipe.tokenizer
+    return _open(work.folder("tokenizer", 0) / TOKENIZER_NAME, settings.end_of_text, settings.padding)
+
+
+@functools.lru_cache(maxsize=1)
+def _open(path: Path, end_of_text: str, padding: str) -> DocumentTokenizer:
+    """Once for all tasks of a process: a large one takes a fifth of a second."""
+    return DocumentTokenizer(path, end_of_text, padding)
+
+
+def tokenize_part(
+    plan: Plan, work: WorkFolder, task: int, folder: Path, advance: Callable[[int], None]
+) -> dict[str, Any]:
+    """Leaves `train/` and `held_out/` with shards and an index each.
+
+    The report holds a `StreamRecord` per split, the documents that were empty, a histogram of their lengths (powers of
+    two of tokens), the outcome of the round-trip check, and the size and hash of every shard.
+    """
+    recipe, tokenizer = plan.recipe, open_tokenizer(plan, work)
+    left = plan.token_cap(task)
+    left = sys.maxsize if left is None else left
+    lengths: Counter[int] = Counter()
+    check = _RoundTrip(tokenizer, recipe.tokenizer.round_trip_share, recipe.seed)
+    bad: Counter[str] = Counter()
+    empty = 0
+    with ExitStack() as stack:
+        writers = {split: stack.enter_context(_writer(plan, tokenizer, folder / split)) for split in (TRAIN, HELD_OUT)}
+        documents = kept_documents(plan, work, task, lambda document: bad.update([document.rule]))
+        for batch in _batches(documents):
+            for document, tokens in zip(batch, tokenizer.encode([each.text for each in batch]), strict=True):
+                if not left:
+                    break
+                if not document.text:
+                    empty += 1
+                    continue
+                check(document, tokens[:-1])
+                lengths[int(math.log2(len(tokens)))] += 1
+                kept = tokens[:left]
+                left -= len(kept)
+                writers[split_of(document.text, recipe.held_out_fraction, recipe.seed)].add(kept, len(document.text))
+            advance(sum(document.bytes_read for document in batch))
+            if not left:
+                break
+    return {
+        "source": plan.inputs[task].source,
+        "splits": {split: writer.record for split, writer in writers.items()},
+        "empty": empty,
+        "bad": dict(bad),
+        "lengths": {str(2**power): count for power, count in sorted(lengths.items())},
+        "round_trip": check.report,
+        "files": {
+            path.relative_to(folder).as_posix(): file_record(path).model_dump()
+            for path in sorted(folder.glob("*/*"))
+            if path.name != INDEX_NAME
+        },
+    }
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and hash of a file."""
+    return FileRecord(bytes=path.stat().st_size, sha256=sha256_of(path))
+
+
+def _writer(plan: Plan, tokenizer: DocumentTokenizer, folder: Path) -> SplitWriter:
+    packing = plan.recipe.packing
+    packer = new_packer(packing, tokenizer.token_dtype, tokenizer.padding_id)
+    return SplitWriter(folder, plan.recipe.shards, packer, tokenizer.token_dtype, packing.sequence_length)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """The documents in groups of about `BATCH_CHARACTERS` characters."""
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _RoundTrip:
+    """Decodes some documents again: a tokenizer that cannot write what it reads trains a model that cannot either."""
+
+    def __init__(self, tokenizer: DocumentTokenizer, share: float, seed: int) -> None:
+        self._tokenizer, self._share, self._seed = tokenizer, share, seed
+        self._checked = self._different = 0
+        self._examples: list[str] = []
+
+    def __call__(self, document: Document, tokens: Any) -> None:
+        if not self._share or share_of(document.text, self._seed, "round trip") >= self._share:
+            return
+        self._checked += 1
+        if self._tokenizer.decode(tokens) != document.text:
+            self._different += 1
+            if len(self._examples) < EXAMPLES:
+                self._examples.append(document.place)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return {"checked": self._checked, "different": self._different, "examples": self._examples}

@@ -1,0 +1,40 @@
+"""Recipes of data sets from files and from options, and what they would do."""
+
+from pathlib import Path
+from typing import Any
+
+from cola_megatron.config import load_tree, resolve_tree
+from data_prep.plan import make_plan, work_folder_of
+from data_prep.recipe import Recipe
+from data_prep.steps import steps_of
+
+
+def from_file(path: Path, overrides: list[str], output: Path | None) -> Recipe:
+    """A YAML file with overrides such as `packing.sequence_length=1024`; raises ConfigError."""
+    return load_tree(Recipe, path, [*overrides, *([f"output={output}"] if output is not None else [])])
+
+
+def from_options(
+    inputs: list[str], output: Path, text_field: str = "text", max_tokens: int | None = None, **sections: Any
+) -> Recipe:
+    """One source, nothing cleaned; raises ConfigError."""
+    name = "embedded" if inputs == ["embedded"] else "text"
+    source = {"name": name, "inputs": inputs, "text_field": text_field, "max_tokens": max_tokens}
+    return resolve_tree(Recipe, {"output": output, "sources": [source], **sections})
+
+
+def describe(recipe: Recipe) -> str:
+    """Sources with their parts and bytes, and steps with their tasks."""
+    plan = make_plan(recipe)
+    lines = []
+    for source in recipe.sources:
+        inputs = [each for each in plan.inputs if each.source == source.name]
+        parts = [part for each in inputs for part in each.parts]
+        formats = ", ".join(sorted({part.format for part in parts}))
+        size = sum(part.bytes for part in parts)
+        lines.append(f"source {source.name}: {len(parts):,} parts ({formats}), {size:,} bytes in {len(inputs):,} tasks")
+    work = work_folder_of(recipe.output)
+    for step in steps_of(plan):
+        done = sum(work.is_finished(step.name, task) for task in range(step.tasks))
+        lines.append(f"step {step.name}: {step.tasks} tasks" + (f", {done} finished" if done else ""))
+    return "\n".join([*lines, f"output {recipe.output.expanduser().absolute()}, work folder {work.path}"])

@@ -1,0 +1,89 @@
+"""A preparation that is killed again and again ends with the bytes of one that was left in peace."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+KILLS = 10
+
+
+def start(recipe: Path, output: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "launchers.cli", "prep", "run", "--recipe", str(recipe), "--output", str(output)]
+    return subprocess.Popen(
+        [*command, "--workers", "2"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(recipe: Path, output: Path) -> None:
+    process = start(recipe, output)
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, printed
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Two sources in many parts, cleaned and deduplicated: every step has tasks."""
+    chooser = random.Random(0)
+    words = "the a of and to in that have with be on for it was as at by from this which or an".split()  # noqa: SIM905
+    names = [f"word{number}" for number in range(500)]
+    texts = [
+        " ".join(chooser.choice(words if chooser.random() < 0.5 else names) for _ in range(120)) + "."
+        for _ in range(900)
+    ]
+    texts += texts[:50]
+    for name, part in (("one", texts[:500]), ("two", texts[500:])):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in part)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    tree = {
+        "output": str(tmp_path / "unused"),
+        "sources": [{"name": name, "inputs": [str(tmp_path / f"{name}.jsonl")]} for name in ("one", "two")],
+        "cleaning": {"length": {"minimum_characters": 10}},
+        "deduplication": {"exact": True},
+        "tokenizer": {"vocab_size": 700},
+        "packing": {"sequence_length": 64},
+        "shards": {"size_bytes": 8192},
+        "task_bytes": 50_000,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_ten_kills_change_no_byte(tmp_path: Path, recipe: Path) -> None:
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    began = time.monotonic()
+    finish(recipe, undisturbed)
+    seconds = time.monotonic() - began
+    chooser, kills = random.Random(time.time_ns()), 0
+    while kills < KILLS:
+        process = start(recipe, killed)
+        try:
+            process.communicate(timeout=chooser.uniform(0.3, 0.8) * seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+        kills += 1
+        if killed.exists():
+            break  # finished between two kills: what is left is to compare
+    finish(recipe, killed)
+    assert content(killed) == content(undisturbed)
+    assert not killed.with_name("killed.work").exists()
