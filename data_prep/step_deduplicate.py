@@ -30,7 +30,7 @@ def keys_of(settings: DeduplicationSettings) -> int:
 
 
 def match(plan: Plan, work: WorkFolder, task: int, folder: Path, advance: Callable[[int], None]) -> dict[str, Any]:
-    """Leaves the pairs of documents with an equal key number `task`, int64 (pairs, 2)."""
+    """Leaves (later document, the first one with the same key number `task`), int64 (pairs, 2)."""
     settings = plan.recipe.deduplication
     folders = [work.folder("clean", part) for part in range(len(plan.inputs))]
     if settings.exact and task == 0:
@@ -49,7 +49,7 @@ def cluster(plan: Plan, work: WorkFolder, task: int, folder: Path, advance: Call
     first_of = clusters(sum(counts), (_pairs(work, key) for key in range(keys_of(settings))))
     copies = np.zeros(sum(counts), dtype=bool)
     if settings.exact:
-        copies[_pairs(work, 0)[:, 1]] = True
+        copies[_pairs(work, 0)[:, 0]] = True
     rules: dict[str, dict[str, int]] = {}
     start = 0
     for part, count in enumerate(counts):
