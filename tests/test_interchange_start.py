@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from cola_megatron.config import ConfigError, RunConfig, load_config
+from cola_megatron.data import training_samples
 from cola_megatron.interop import HeldWeights, read_published, write_published
 from cola_megatron.models.cola import Cola
 from cola_megatron.parallel import initialize_parallel, initialize_parameters, load_full_state_dict
@@ -55,9 +56,9 @@ def expected(start: Start) -> float:
     model = Cola(config, groups)
     load_full_state_dict(model, weights | reference, groups)
     (shards,) = open_shards(config, config.data.path, ["train"], groups)
-    batches = MicroBatches(config, shards, 0, 1)
+    batches = MicroBatches(config, training_samples(shards, config.data.seed), 0, 1)
     with torch.no_grad():
-        losses = [model(batches[index])["loss"].item() for index in range(batches.per_step)]
+        losses = [model(batches[index].tensors)["loss"].item() for index in range(batches.per_step)]
     return sum(losses) / len(losses)
 
 
