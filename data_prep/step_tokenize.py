@@ -20,7 +20,7 @@ from data_prep.tokenizer import DocumentTokenizer
 from data_prep.work import WorkFolder
 from data_prep.write import INDEX_NAME, SplitWriter
 
-__all__ = ["file_record", "open_tokenizer", "tokenize_part"]
+__all__ = ["file_record", "open_tokenizer", "tokenize_input"]
 
 # Tokenised at a time: enough to keep every core busy, little beside a shard in memory.
 BATCH_CHARACTERS = 2**20
@@ -39,7 +39,7 @@ def _open(path: Path, end_of_text: str, padding: str) -> DocumentTokenizer:
     return DocumentTokenizer(path, end_of_text, padding)
 
 
-def tokenize_part(
+def tokenize_input(
     plan: Plan, work: WorkFolder, task: int, folder: Path, advance: Callable[[int], None]
 ) -> dict[str, Any]:
     """Leaves `train/` and `held_out/` with shards and an index each.

@@ -35,28 +35,28 @@ class Step:
     work: Work
     """Does task n of the plan: (plan, finished tasks, n, folder to fill, progress) -> report. `progress` is called
     with bytes of the inputs read."""
-    reads_parts: bool = False
-    """Whether task n reads part n, and its progress is in bytes; otherwise in tasks."""
-    depends_on_its_part_alone: bool = False
-    """Whether task n stays as it is when other parts change."""
+    reads_inputs: bool = False
+    """Whether task n reads input n, and its progress is in bytes; otherwise in tasks."""
+    depends_on_its_input_alone: bool = False
+    """Whether task n stays as it is when other inputs change."""
 
 
 def steps_of(plan: Plan) -> list[Step]:
     """What this plan needs, in order; the last is `merge`."""
-    recipe, parts = plan.recipe, len(plan.inputs)
+    recipe, inputs = plan.recipe, len(plan.inputs)
     steps = []
     if recipe.decontamination is not None:
         steps.append(Step("contamination", 1, step_clean.index_evaluation_sets))
     if recipe.cleans:
-        steps.append(Step("clean", parts, step_clean.clean_part, reads_parts=True, depends_on_its_part_alone=True))
+        steps.append(Step("clean", inputs, step_clean.clean_input, reads_inputs=True, depends_on_its_input_alone=True))
     if recipe.deduplication is not None:
         steps.append(Step("match", step_deduplicate.keys_of(recipe.deduplication), step_deduplicate.match))
         steps.append(Step("cluster", 1, step_deduplicate.cluster))
     steps.append(Step("tokenizer", 1, step_tokenizer.place_tokenizer))
-    # A trained tokenizer, and which of two duplicates stays, depend on all parts.
+    # A trained tokenizer, and which of two duplicates stays, depend on all inputs.
     alone = recipe.tokenizer.path is not None and recipe.deduplication is None
     steps.append(
-        Step("tokenize", parts, step_tokenize.tokenize_part, reads_parts=True, depends_on_its_part_alone=alone)
+        Step("tokenize", inputs, step_tokenize.tokenize_input, reads_inputs=True, depends_on_its_input_alone=alone)
     )
     steps.append(Step("merge", 1, step_merge.merge))
     return steps

@@ -12,15 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 import webdataset
 
-from cola_megatron.data.shards import TOKENS_COLUMN, tokens_encoding
+from cola_megatron.data.formats import INDEX_NAME, TAR_BLOCK, TAR_RECORD, TOKENS_COLUMN, tokens_encoding
 from cola_megatron.data.streaming_backend import MDSWriter, compress
 from data_prep.pack import Packer
 from data_prep.recipe import ShardSettings
 
 __all__ = ["INDEX_NAME", "SplitWriter", "merge_indexes"]
 
-INDEX_NAME = "index.json"
-TAR_BLOCK, TAR_RECORD = 512, 10_240
 MEMBER_DIGITS = 9
 
 

@@ -8,14 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cola_megatron.data.manifest import Manifest, ShardError, read_manifest
-
-REPORT = "report.json"
+from data_prep.work import REPORT_NAME
 
 
 def read_statistics(folder: Path) -> dict[str, Any]:
     """The report of a prepared folder, with the streams of its splits; raises ShardError."""
     manifest = read_manifest(folder)
-    path = folder / REPORT
+    path = folder / REPORT_NAME
     try:
         report = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -258,6 +258,23 @@ def test_a_bad_source_is_named_and_once_repaired_the_rest_is_not_read_again(tmp_
     assert files_of(output) == files_of(run(tmp_path / "in", tmp_path / "again", **changes))
 
 
+def test_work_with_another_tokenizer_of_the_same_name_is_not_taken_over(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(2):
+        shutil.copy(corpus, tmp_path / "in" / f"{number}.jsonl")
+    (tmp_path / "in" / "1.jsonl").write_bytes(corpus.read_bytes() + b"{")
+    given = tmp_path / "given.json"
+    shutil.copy(run(corpus, tmp_path / "first") / "tokenizer.json", given)
+    options = {"tokenizer": given, "task_bytes": 1 + corpus.stat().st_size}
+    with pytest.raises(DataPrepError, match="not valid JSON"):
+        run(tmp_path / "in", tmp_path / "out", **options)
+    given.write_text(json.dumps(json.loads(given.read_text())))
+    with pytest.raises(
+        DataPrepError, match=r"unfinished work of another preparation \(the tokenizer .*given\.json has changed\)"
+    ):
+        run(tmp_path / "in", tmp_path / "out", **options)
+
+
 def test_bad_documents_can_be_skipped_and_are_counted(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [document(seed) for seed in range(40)])
     with source.open("ab") as file:

@@ -79,6 +79,15 @@ def test_planted_documents_are_found_and_the_others_stay(recipe: Path, tmp_path:
     assert "second.jsonl:3" in found["examples"][0]
 
 
+def test_another_evaluation_set_is_another_preparation(recipe: Path, tmp_path: Path) -> None:
+    assert prep("run", "--recipe", recipe, "--workers", 1).exit_code == 0
+    assert prep("run", "--recipe", recipe, "--workers", 1).exit_code == 0
+    with (tmp_path / "sets" / "lambada.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "a second question that the corpus has never met"}) + "\n")
+    again = prep("run", "--recipe", recipe, "--workers", 1)
+    assert again.exit_code != 0 and "was prepared differently" in str(again.exception) + again.output
+
+
 def test_statistics_are_tables_and_pictures(recipe: Path, tmp_path: Path) -> None:
     assert prep("run", "--recipe", recipe, "--workers", 1).exit_code == 0
     shown = prep("stats", tmp_path / "out", "--figures", tmp_path / "figures")

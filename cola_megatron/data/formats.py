@@ -15,8 +15,18 @@ import numpy as np
 from cola_megatron.data.manifest import Manifest
 from cola_megatron.data.streaming_backend import FileInfo, MDSReader
 
-__all__ = ["TOKENS_COLUMN", "Shard", "ShardReader", "shard_reader", "tokens_encoding"]
+__all__ = [
+    "INDEX_NAME",
+    "TAR_BLOCK",
+    "TAR_RECORD",
+    "TOKENS_COLUMN",
+    "Shard",
+    "ShardReader",
+    "shard_reader",
+    "tokens_encoding",
+]
 
+INDEX_NAME = "index.json"
 TOKENS_COLUMN = "tokens"
 TAR_BLOCK, TAR_RECORD = 512, 10_240
 TAR_MEMBER = re.compile(rb"[0-9]{9}\.npy\0+")

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from cola_megatron.data.cache import DEFAULT_CACHE_BYTES
 from cola_megatron.data.folder import PreparedFolder
-from cola_megatron.data.formats import TOKENS_COLUMN, Shard, shard_reader, tokens_encoding
+from cola_megatron.data.formats import INDEX_NAME, TOKENS_COLUMN, Shard, shard_reader, tokens_encoding
 from cola_megatron.data.manifest import (
     TOKENIZER_NAME,
     BadShardError,
@@ -28,7 +28,6 @@ from cola_megatron.data.manifest import (
 
 __all__ = ["TOKENS_COLUMN", "TokenShards", "TokenStream", "tokens_encoding"]
 
-INDEX_NAME = "index.json"
 READS = 5
 """Times that a copy in the cache may vanish between its fetching and its reading."""
 
