@@ -1,9 +1,10 @@
 """The `cola` command. Each command parses, calls the library, and prints; what it does lives below.
 
-Exit codes: 0 done, 1 failed, 2 wrong use (a bad option or config).
+How it ends is in `cola_megatron.errors`.
 """
 
 import sys
+import traceback
 
 import typer
 
@@ -52,17 +53,18 @@ def quickstart(
 
 def main() -> None:
     """Entry point of the console script."""
-    from cola_megatron.config import ConfigError
-    from cola_megatron.errors import UserError
+    from cola_megatron.errors import ExitCode, UserError
 
     try:
         app()
-    except ConfigError as error:
-        sys.exit(fail(str(error), 2))
     except UserError as error:
-        sys.exit(fail(str(error), 1))
+        sys.exit(fail(str(error), error.exit_code))
     except OSError as error:
-        sys.exit(fail(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error), 1))
+        message = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+        sys.exit(fail(message, ExitCode.FAILED))
+    except Exception:
+        traceback.print_exc()
+        sys.exit(ExitCode.CRASHED)
 
 
 if __name__ == "__main__":

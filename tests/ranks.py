@@ -106,6 +106,7 @@ def _mortal_rank(rank: int, world_size: int, port: int, output: Path, function: 
         code = 0
     except UserError as error:
         print(f"cola: {error}", file=sys.stderr)
+        code = error.exit_code
     except BaseException:
         traceback.print_exc()
     sys.stderr.flush()

@@ -1,6 +1,7 @@
 """The loader in real runs: what it writes into the metrics, its errors, and resuming with other ranks."""
 
 import logging
+import multiprocessing
 import os
 import re
 import time
@@ -107,6 +108,7 @@ def test_damage_found_while_reading_is_one_line(build: Callable, tmp_path: Path,
     with pytest.raises(ShardError, match=rf"^{re.escape(str(shard))}: sample \d holds token id 65535") as caught:
         run(config)
     assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children(), "a process whose exception is held would wait for them for ever"
 
 
 @pytest.mark.parametrize("verify", ["hash", "size"])

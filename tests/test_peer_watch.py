@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from cola_megatron.config import RunConfig, dump_config
+from cola_megatron.errors import ExitCode
 from cola_megatron.parallel import PeerWatch, initialize_parallel
 from cola_megatron.parallel.heartbeats import Silence
 from cola_megatron.training.checkpoint import newest_checkpoint, read_weights
@@ -113,10 +114,10 @@ def three_watches() -> tuple[list[float], list[str]]:
 
 
 def assert_named(ends: list[RankEnd], lost: int, said: str, within: float = TIMEOUT) -> None:
-    """Every rank but the lost one ended by itself, in time, with code 1 and one line."""
+    """Every rank but the lost one ended by itself, in time, with its exit code and one line."""
     for rank, end in enumerate(ends):
         if rank != lost:
-            assert end.exit_code == 1, f"rank {rank}: {end}"
+            assert end.exit_code == ExitCode.RANK_LOST, f"rank {rank}: {end}"
             assert re.fullmatch(rf"cola: rank {lost} \(\S+, process \d+\) {said}; {RESUMES}", end.last_line), end.errors
             assert end.errors.count(RESUMES) == 1 and "Traceback" not in end.errors
             assert end.at - ends[lost].at < within, f"rank {rank} took {end.at - ends[lost].at:.1f} s"
@@ -142,14 +143,14 @@ def test_a_rank_that_dies_on_another_machine_is_named():
 def test_a_store_that_is_gone_is_laid_to_rank_0():
     first, *others = ends_of_ranks(be_killed_on_a_machine_of_its_own, 3, 0, TIMEOUT)
     for end in others:
-        assert end.exit_code == 1 and end.at - first.at < TIMEOUT
+        assert end.exit_code == ExitCode.RANK_LOST and end.at - first.at < TIMEOUT
         assert re.match(rf"cola: {RANK_0}, its machine or its launcher is lost in step 41", end.last_line), end.errors
 
 
 def test_a_store_that_falls_silent_is_laid_to_rank_0():
     ends = ends_of_ranks(one_rank_acts, 3, 0, stop_this_rank, wait_in_a_collective, TIMEOUT, stopped=(0,))
     for end in ends[1:]:
-        assert end.exit_code == 1
+        assert end.exit_code == ExitCode.RANK_LOST
         assert re.match(rf"cola: {RANK_0}, its machine or its launcher is lost in step 41", end.last_line), end.errors
         assert f"127.0.0.1 is gone (no answer for {TIMEOUT:g} s); {RESUMES}" in end.last_line
 

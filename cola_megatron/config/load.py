@@ -9,13 +9,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cola_megatron.config.run import RunConfig
-from cola_megatron.errors import UserError
+from cola_megatron.errors import ExitCode, UserError
 
 Tree = TypeVar("Tree", bound=BaseModel)
 
 
 class ConfigError(UserError, ValueError):
     """A config that cannot run; the message is one line with the key, the value and what would be right."""
+
+    exit_code = ExitCode.WRONG_USE
 
 
 def preset_names() -> list[str]:

@@ -32,7 +32,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from cola_megatron.errors import UserError
+from cola_megatron.errors import ExitCode, UserError
 from cola_megatron.parallel.groups import ProcessGroups
 from cola_megatron.parallel.heartbeats import Board, Heartbeat, Silence
 from cola_megatron.parallel.process_ends import ProcessEnds, this_machine
@@ -46,6 +46,8 @@ _numbers = itertools.count()
 
 class RankLost(UserError):
     """Another rank of the job died, failed or fell silent; the message names it."""
+
+    exit_code = ExitCode.RANK_LOST
 
 
 class PeerWatch:
@@ -257,7 +259,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _end_process(message: str) -> None:
-    """Prints one line and ends the process with code 1, whatever its other threads are doing."""
+    """Prints one line and ends the process as `RankLost` would, whatever its other threads are doing."""
     print(f"cola: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(1)
+    os._exit(RankLost.exit_code)

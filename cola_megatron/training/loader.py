@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 class BatchLoader(Iterator[dict[str, torch.Tensor]]):
     """The tensors of the micro-batches from one step to the end of the run, on the device.
 
-    `training.loader_workers` processes prepare them, each `training.prefetch_steps` steps ahead.
+    `training.loader_workers` processes prepare them, each `training.prefetch_steps` steps ahead. `close` ends them:
+    they ignore the signals that stop a run, so nothing else would, and a process that leaves waits for its children.
     """
 
     def __init__(self, batches: MicroBatches, start_step: int, groups: ProcessGroups, known_bad: Collection[str] = ()):
@@ -42,8 +43,11 @@ class BatchLoader(Iterator[dict[str, torch.Tensor]]):
             pin_memory=groups.device.type == "cuda",
             worker_init_fn=leave_stopping_to_the_main_process,
         )
-        # The processes start with the first request, not here.
-        self._items = (item for item in loader)
+        self._items = _items(loader)
+
+    def close(self) -> None:
+        """Ends the loader's processes."""
+        self._items.close()
 
     def __next__(self) -> dict[str, torch.Tensor]:
         """Raises ShardError (and other user errors) of the workers as they were, and one when a worker died."""
@@ -104,6 +108,17 @@ class BatchLoader(Iterator[dict[str, torch.Tensor]]):
             if shard not in self._named and self._groups.is_main:
                 logger.warning("%s; its samples are replaced by others (data.bad_shards=skip)", problem)
             self._named.add(shard)
+
+
+def _items(loader: DataLoader) -> Generator[MicroBatch | UserError, None, None]:
+    """The items of a loader, whose processes start with the first request and end with the last or a `close`."""
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    finally:
+        if loader.num_workers:
+            # Torch does this when the iterator is collected, which the traceback of an error may put off for ever.
+            iterator._shutdown_workers()
 
 
 class _ErrorsAsItems(Dataset):

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from cola_megatron.config import RunConfig
 from cola_megatron.data import TokenShards, training_samples
-from cola_megatron.errors import UserError
+from cola_megatron.errors import ExitCode, UserError
 from cola_megatron.parallel import PeerWatch, ProcessGroups, initialize_parameters
 from cola_megatron.scaling.flops import training_flops
 from cola_megatron.training.batches import MicroBatches, micro_batches_per_step
@@ -42,6 +42,8 @@ from cola_megatron.training.stop_signals import StopSignals
 class TrainingDiverged(UserError, ArithmeticError):
     """A loss or gradient that is not a number; nothing of the step was saved."""
 
+    exit_code = ExitCode.DIVERGED
+
 
 def train(config: RunConfig, progress: bool = True) -> Summary:
     """Runs one stage to its end, resuming where a checkpoint is found; every process of the job calls it.
@@ -51,7 +53,7 @@ def train(config: RunConfig, progress: bool = True) -> Summary:
         TrainingDiverged: in the step that produced it.
         CheckpointError: a save failed.
         RankLost: another rank died, failed or fell silent. Where a rank cannot raise, because it waits for the lost
-            one, its process ends instead, with the same line and exit code 1.
+            one, its process ends instead, with the same line and exit code.
     """
     groups = initialize_run(config)
     with PeerWatch(groups, config.parallel.peer_timeout_seconds) as watch:
@@ -135,7 +137,7 @@ class _Run:
         bar = tqdm(
             total=training.steps, initial=self.step, disable=not self.progress, unit="step", desc=self.config.name
         )
-        with StopSignals(self.groups) as stop, bar, self.watch.naming_lost_ranks():
+        with StopSignals(self.groups) as stop, bar, contextlib.closing(batches), self.watch.naming_lost_ranks():
             self._measure_if_due()  # a job that died between a save and its measurement left it to us
             while self.step < last:
                 self._one_step(batches, bar)
