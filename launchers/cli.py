@@ -13,8 +13,10 @@ from launchers import (
     convert_command,
     eval_command,
     generate_command,
+    launch_command,
     plan_command,
     prep_command,
+    submit_command,
     train_command,
 )
 from launchers.output import fail
@@ -30,6 +32,9 @@ app = typer.Typer(
 app.add_typer(prep_command.app, name="prep")
 app.command("config")(config_command.config)
 app.command("train")(train_command.train)
+# What follows the first word of COMMAND is its own, options too.
+app.command("launch", context_settings={"allow_interspersed_args": False})(launch_command.launch)
+app.add_typer(submit_command.app, name="submit")
 app.add_typer(convert_command.app, name="convert")
 app.command("generate")(generate_command.generate)
 app.add_typer(eval_command.app, name="eval")

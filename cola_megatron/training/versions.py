@@ -25,13 +25,14 @@ def provenance() -> dict[str, object]:
     return {
         "command": sys.argv,
         "host": platform.node(),
-        "git_revision": _git("rev-parse", "HEAD"),
-        "git_changes": _git("status", "--porcelain"),
+        "git_revision": git("rev-parse", "HEAD"),
+        "git_changes": git("status", "--porcelain"),
         "versions": versions(),
     }
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
+    """What git says of the checkout that this package lies in; None where there is none."""
     try:
         answer = subprocess.run(
             ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True

@@ -1,0 +1,119 @@
+"""A submission: a folder that holds all that a job was made of, and the job."""
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+
+from cola_megatron.config import ConfigError, RunConfig, dump_config
+from cola_megatron.training.versions import git
+from launchers.slurm import commands
+from launchers.slurm.render import Shape, training_script
+from launchers.slurm.site import Site
+
+__all__ = ["SCRIPT", "SUBMISSIONS", "Submission", "check_layout", "shape_of", "write_training"]
+
+SUBMISSIONS, SCRIPT, JOB = "submissions", "job.sbatch", "job_id"
+# What a variable's name says of a secret; the environment is stored beside the run.
+SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A written batch script."""
+
+    folder: Path
+    run_folder: Path
+
+    @property
+    def script(self) -> Path:
+        """What sbatch takes."""
+        return self.folder / SCRIPT
+
+    @property
+    def log(self) -> str:
+        """Where the job writes, once it has an id."""
+        return str(self.folder / "slurm-*.log")
+
+    def validate(self) -> str:
+        """What `sbatch --test-only` says; raises SlurmError."""
+        return commands.test_only(str(self.script))
+
+    def submit(self, after: list[str] | tuple[str, ...] = ()) -> str:
+        """Hands the script to Slurm and notes the job's id in the folder; raises SlurmError."""
+        job = commands.submit(str(self.script), after)
+        (self.folder / JOB).write_text(f"{job}\n")
+        return job
+
+
+def shape_of(site: Site, nodes: int, processes: int | None) -> Shape:
+    """So many nodes, and on each so many processes: by default one for each GPU, or one."""
+    if processes is not None and site.gpus_per_node and processes > site.gpus_per_node:
+        raise ConfigError(
+            f"--processes {processes}: the nodes of this site have {site.gpus_per_node} GPUs (gpus_per_node); lower it"
+        )
+    return Shape(nodes, processes or site.gpus_per_node or 1)
+
+
+def check_layout(config: RunConfig, shape: Shape) -> None:
+    """Refuses here what the job would refuse in its first seconds; raises ConfigError."""
+    from cola_megatron.training.batches import micro_batches_per_step
+
+    parallel = config.parallel
+    replica = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    if shape.world_size % replica:
+        raise ConfigError(
+            f"{shape.nodes} nodes of {shape.processes} processes: {shape.world_size} is not divisible by "
+            f"tensor_parallel_size={parallel.tensor_parallel_size} times "
+            f"pipeline_parallel_size={parallel.pipeline_parallel_size}; change --nodes or the layout"
+        )
+    micro_batches_per_step(config, shape.world_size // replica)
+
+
+def write_training(config: RunConfig, site: Site, shape: Shape) -> Submission:
+    """Writes the next submission folder of a run: script, supervisor, config, site, git state and environment.
+
+    Raises:
+        ConfigError: the layout does not fit the processes.
+    """
+    check_layout(config, shape)
+    working = Path.cwd()
+    run_folder = working / config.run_folder
+    folder = next_folder(run_folder)
+    (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "site.yaml").write_text(dump_config(site))
+    (folder / SCRIPT).write_text(training_script(site, shape, config.name, folder, run_folder, working))
+    with resources.as_file(resources.files("slurm") / "supervise.py") as supervisor:
+        shutil.copy(supervisor, folder / "supervise.py")
+    write_surroundings(folder)
+    return Submission(folder, run_folder)
+
+
+def next_folder(run_folder: Path) -> Path:
+    """A new folder for a submission, numbered on from those before."""
+    parent = run_folder / SUBMISSIONS
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1 + max((int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=0)
+    while True:
+        folder = parent / f"{number:04d}"
+        try:
+            folder.mkdir()
+        except FileExistsError:  # somebody submits the same run at the same moment
+            number += 1
+        else:
+            return folder
+
+
+def write_surroundings(folder: Path) -> None:
+    """git.txt and git.diff of the code, environment.txt with packages and variables, secrets left out."""
+    (folder / "git.txt").write_text("".join(f"{line}\n" for line in (git("rev-parse", "HEAD"), git("status", "-s"))))
+    (folder / "git.diff").write_text(f"{git('diff', 'HEAD') or ''}\n")
+    packages = sorted({f"{each.metadata['Name']}=={each.version}" for each in metadata.distributions()})
+    variables = [
+        f"{name}={'(left out)' if any(sign in name.upper() for sign in SECRETS) else value}"
+        for name, value in sorted(os.environ.items())
+    ]
+    text = [f"python {sys.version}", f"executable {sys.executable}", "", *packages, "", *variables]
+    (folder / "environment.txt").write_text("\n".join(text) + "\n")

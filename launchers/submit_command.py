@@ -1,0 +1,98 @@
+"""`cola submit`: training as jobs of Slurm."""
+
+from pathlib import Path
+
+import typer
+from typer.core import TyperGroup
+
+from launchers.output import print_json, print_table
+
+
+class ConfigByDefault(TyperGroup):
+    """`submit CONFIG` is `submit run CONFIG`, where CONFIG is not the name of another command."""
+
+    def parse_args(self, ctx, args):
+        """Puts the name of the command there where it was left out."""
+        first = next((word for word in args if not word.startswith("-")), None)
+        if first is not None and first not in self.commands and "--help" not in args[: args.index(first)]:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=ConfigByDefault,
+    help="Hand training to Slurm: `cola submit CONFIG --nodes N`, or a pipeline, or an array.",
+    no_args_is_help=True,
+)
+
+SITE = typer.Option(None, help="Site file, or plain, cloud-efa, container; by default $COLA_SITE.")
+SETTINGS = typer.Option([], "--set", help="A key of the site file, KEY=VALUE; repeatable.")
+NODES = typer.Option(1, min=1, help="Nodes of a training job.")
+PROCESSES = typer.Option(None, min=1, help="Processes on each node; by default one for each GPU, or one.")
+PARTITION = typer.Option(None, help="Partition, over the site's.")
+ACCOUNT = typer.Option(None, help="Account, over the site's.")
+TIME = typer.Option(None, help="Time limit, over the site's.")
+DRY_RUN = typer.Option(False, "--dry-run", help="Print the batch script; write and submit nothing.")
+JSON = typer.Option(False, "--json", help="Print what was submitted as JSON.")
+
+
+@app.command("run")
+def run(
+    source: str = typer.Argument(..., metavar="CONFIG", help="A preset (tiny, small, base, paper-2b) or a YAML file."),
+    overrides: list[str] = typer.Argument(None, help="section.key=value, as many as you like."),
+    nodes: int = NODES,
+    processes: int = PROCESSES,
+    site: str = SITE,
+    settings: list[str] = SETTINGS,
+    partition: str = PARTITION,
+    account: str = ACCOUNT,
+    time: str = TIME,
+    after: list[str] = typer.Option([], help="Job ids that must end well before; repeatable."),
+    dry_run: bool = DRY_RUN,
+    test_only: bool = typer.Option(False, "--test-only", help="Write the folder and ask Slurm, but do not submit."),
+    as_json: bool = JSON,
+) -> None:
+    """Train a config on nodes of a cluster; survives time limits, pre-emption and lost nodes.
+
+    Script, config, site file, git state with its diff and the environment are kept in RUN/submissions/NNNN.
+
+    Example: `cola submit base name=first stage=1 data.path=/data/web --nodes 4 --site our-cluster.yaml`
+    """
+    from cola_megatron.config import load_config
+    from launchers.slurm.render import training_script
+    from launchers.slurm.submission import check_layout, shape_of, write_training
+
+    config, chosen = load_config(source, overrides or []), chosen_site(site, settings, partition, account, time)
+    shape = shape_of(chosen, nodes, processes)
+    if dry_run:
+        check_layout(config, shape)
+        working = Path.cwd()
+        run_folder = working / config.run_folder
+        print(
+            training_script(chosen, shape, config.name, run_folder / "submissions" / "NNNN", run_folder, working),
+            end="",
+        )
+        return
+    submission = write_training(config, chosen, shape)
+    starts = submission.validate()
+    job = None if test_only else submission.submit(after)
+    if as_json:
+        print_json({"job": job, "folder": submission.folder, "run_folder": submission.run_folder, "slurm": starts})
+        return
+    rows = [
+        ("job", job or "not submitted (--test-only)"),
+        ("folder", str(submission.folder)),
+        ("Slurm says", starts),
+        ("follow", f"tail -F {submission.folder}/slurm-{job or 'JOB'}.log"),
+        ("state", f"cola status {config.run_folder}"),
+        ("end it", f"cola cancel {config.run_folder}"),
+    ]
+    print_table(rows)
+
+
+def chosen_site(site: str | None, settings: list[str], partition: str | None, account: str | None, time: str | None):
+    """The site with what the command line has over it; raises ConfigError."""
+    from launchers.slurm.site import load_site
+
+    given = {"partition": partition, "account": account, "time": time}
+    return load_site(site, [*settings, *(f"{key}={value}" for key, value in given.items() if value is not None)])

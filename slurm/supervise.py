@@ -1,0 +1,273 @@
+#!/usr/bin/env python3
+"""Runs the training of a Slurm job until it is done: tries again after failures, and gives the job back to the queue.
+
+`cola submit` copies this file beside each batch script, which ends in it. It runs on the first node of the job, outside
+of any container, so it needs Python 3.6 and nothing else. All it knows of a try is how the tasks of `srun` ended: their
+exit codes are those of `cola_megatron.errors`. What it decided stands in events.jsonl beside it, where it also finds
+what it did before the job was requeued.
+
+    code of a task                what is done
+    0                             the job ends well
+    1, 2, 74                      the job ends with that code: the same again would fail again
+    75 (saved after a signal)     requeue
+    73 (preflight named nodes)    requeue without these nodes
+    anything else                 try again here; without the node where it failed twice, or that Slurm gave up, requeue
+
+Tries that end without a new checkpoint are counted, and the job ends after `--tries` of them in a row.
+"""
+
+import argparse
+import glob
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+DONE, FAILED, WRONG_USE, RANK_LOST, BAD_NODE, DIVERGED, STOPPED = 0, 1, 2, 71, 73, 74, 75
+FINAL = (WRONG_USE, FAILED, DIVERGED)
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+LOST_NODE_STATES = re.compile("DOWN|DRAIN|FAIL|NOT_RESPONDING|POWER|REBOOT|UNKNOWN")
+TASK_END = re.compile(r"^srun: error: (?P<nodes>\S+): tasks? \S+ (?P<how>.+?)\s*$")
+EXIT_CODE = re.compile("[Ee]xit code (?P<code>[0-9]+)")
+FIRST_PORT, PORTS = 20000, 12000
+
+
+class Supervisor:
+    """One stay of a job on its nodes."""
+
+    def __init__(self, options):
+        self.options = options
+        self.job = os.environ["SLURM_JOB_ID"]
+        self.path = os.path.join(options.folder, "events.jsonl")
+        self.events = read_events(self.path)
+        self.signalled = None
+        self.step = None
+        for number in SIGNALS:
+            signal.signal(number, self.receive)
+
+    # ---- signals -----------------------------------------------------------------------------------------------------
+
+    def receive(self, number, frame):
+        """The time limit or the owner of the machine: the ranks are told, save and end, and `run` sees them end."""
+        self.signalled = signal.Signals(number).name
+        if self.step is not None and self.step.poll() is None:
+            self.step.send_signal(signal.SIGUSR1)  # srun hands it to its tasks
+
+    # ---- the job -----------------------------------------------------------------------------------------------------
+
+    def run(self):
+        """Tries until there is an exit code for the job, and returns it."""
+        while True:
+            number = 1 + sum(event["event"] == "try" for event in self.events)
+            os.environ["COLA_ATTEMPT_BEGAN"] = str(time.time())
+            # Others on this node use other ports, and a process left over from the last try keeps its own.
+            port = FIRST_PORT + (int(self.job) * 16 + number) % PORTS
+            os.environ["MASTER_PORT"] = str(port)
+            self.write("try", number=number, nodes=self.nodes(), checkpoint=self.checkpoint(), port=port)
+            code, failures = self.preflight()
+            if code == DONE and self.signalled is None:
+                code, failures = self.srun(self.options.train)
+            self.write("end", code=code, failures=failures, signal=self.signalled)
+            decision = self.decide(code, number)
+            if decision is not None:
+                return decision
+
+    def preflight(self):
+        """The exit code of the preflight, 0 without one."""
+        if not self.options.preflight:
+            return DONE, {}
+        report = os.path.join(self.options.folder, "preflight.json")
+        if os.path.exists(report):
+            os.remove(report)
+        code, failures = self.srun(self.options.preflight, self.options.preflight_seconds)
+        if code != BAD_NODE:
+            return code, failures
+        with open(report, encoding="utf-8") as file:
+            return code, {node: "; ".join(reasons) for node, reasons in json.load(file)["bad_nodes"].items()}
+
+    def decide(self, code, number):
+        """The exit code of the job, or None for another try here; does not return from a requeue."""
+        if code == DONE and self.signalled is None:
+            return DONE
+        if code in FINAL:
+            return self.stop(code, "the same again would fail again; the lines above say why")
+        fruitless = fruitless_tries(self.events, self.checkpoint())
+        if fruitless >= self.options.tries:
+            return self.stop(code, f"{fruitless} tries in a row brought no new checkpoint")
+        excluded = self.nodes_to_avoid()
+        if self.signalled is not None:
+            return self.requeue(code, f"stopped by {self.signalled}", excluded)
+        if code == STOPPED:
+            return self.requeue(code, "a signal reached the ranks", excluded)
+        if set(excluded) & set(self.nodes()):
+            return self.requeue(code, "nodes failed", excluded)
+        self.say(f"try {number} ended with code {code}; trying again here in {self.options.pause:g} s")
+        time.sleep(self.options.pause)
+        return None if self.signalled is None else self.requeue(code, f"stopped by {self.signalled}", excluded)
+
+    def nodes_to_avoid(self):
+        """Nodes that the preflight named, where tries failed twice, or that Slurm itself has given up."""
+        ends = [event for event in self.events if event["event"] == "end"]
+        failed = [node for end in ends for node in end["failures"] if end["code"] != BAD_NODE]
+        named = {node for end in ends if end["code"] == BAD_NODE for node in end["failures"]}
+        twice = {node for node in failed if failed.count(node) > 1}
+        lost = {node for node in self.nodes() if LOST_NODE_STATES.search(state_of(node))}
+        return sorted(named | twice | lost)
+
+    def requeue(self, code, reason, excluded):
+        """Gives the nodes back and waits to be ended; the job begins again when its turn comes."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # the requeue ends this process: not before the last line
+        self.write("requeue", reason=reason, excluded=excluded)
+        self.say(f"{reason}: back to the queue" + (", without " + ",".join(excluded) if excluded else ""))
+        failure = scontrol("requeue", self.job)
+        if failure:
+            return self.stop(code if code != DONE else FAILED, f"Slurm does not requeue this job ({failure})")
+        if excluded:
+            # Only a pending job takes this; it is pending from now on, and this process lives for Slurm's KillWait.
+            failure = scontrol("update", "JobId=" + self.job, "ExcNodeList=" + ",".join(excluded))
+            if failure:
+                self.say(f"the nodes could not be excluded ({failure}); the next try sees them again")
+        time.sleep(3600)
+        return self.stop(code, "Slurm did not end the requeued job")
+
+    def stop(self, code, reason):
+        """The job is over."""
+        self.write("stop", code=code, reason=reason)
+        self.say(f"the job ends with code {code}: {reason}")
+        return code
+
+    # ---- what it looks at --------------------------------------------------------------------------------------------
+
+    def srun(self, command, seconds=None):
+        """Runs a step; returns its decisive exit code, and on which nodes tasks failed in what way."""
+        ends = []
+        self.step = subprocess.Popen(shlex.split(command), stderr=subprocess.PIPE)
+        if self.signalled is not None:  # it came while srun was on its way
+            self.step.send_signal(signal.SIGUSR1)
+        pump = threading.Thread(target=pass_on, args=(self.step.stderr, ends), daemon=True)
+        pump.start()
+        try:
+            code = self.step.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.say(f"the step took longer than {seconds:g} s")
+            self.step.terminate()
+            code = self.step.wait()
+        pump.join(10)
+        codes = [each for _, each in ends] + [code if code >= 0 else 128 - code]
+        failures = {}
+        for nodes, each in ends:
+            if each not in (DONE, RANK_LOST, STOPPED, *FINAL):
+                failures.update(dict.fromkeys(host_names(nodes), f"exit code {each}"))
+        return decisive(codes), failures
+
+    def checkpoint(self):
+        """Step of the newest complete checkpoint, -1 without one."""
+        found = glob.glob(os.path.join(self.options.run_folder, "checkpoints", "step_*", "state.json"))
+        steps = [os.path.basename(os.path.dirname(path))[len("step_") :] for path in found]
+        return max([int(step) for step in steps if step.isdigit()] or [-1])
+
+    def nodes(self):
+        return host_names(os.environ["SLURM_JOB_NODELIST"])
+
+    def write(self, event, **values):
+        entry = dict(values, event=event, time=time.time(), job=self.job)
+        self.events.append(entry)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def say(self, text):
+        print("cola: " + text, file=sys.stderr, flush=True)
+
+
+def fruitless_tries(events, checkpoint):
+    """How many of the last tries brought no new checkpoint, though nobody told them to stop.
+
+    A try without an end was killed together with the supervisor: its node failed.
+    """
+    tries = []
+    for event in events:
+        if event["event"] == "try":
+            tries.append({"from": event["checkpoint"], "asked": False})
+        elif event["event"] == "end":
+            tries[-1]["asked"] = event["code"] == STOPPED or event["signal"] is not None
+    count = 0
+    for each in reversed(tries):
+        if checkpoint > each["from"] or each["asked"]:
+            break
+        count, checkpoint = count + 1, each["from"]
+    return count
+
+
+def decisive(codes):
+    """Of the exit codes of all tasks the one that says what to do: what is final, then why, then who merely noticed."""
+    for code in (*FINAL, BAD_NODE):
+        if code in codes:
+            return code
+    others = [code for code in codes if code not in (DONE, RANK_LOST, STOPPED)]
+    if others:
+        return max(others)
+    return next((code for code in (STOPPED, RANK_LOST) if code in codes), DONE)
+
+
+def pass_on(stream, ends):
+    """Copies what a step says to our stderr, and notes (nodes, exit code) of tasks that failed."""
+    for line in iter(stream.readline, b""):
+        sys.stderr.buffer.write(line)
+        sys.stderr.buffer.flush()
+        found = TASK_END.match(line.decode("utf-8", "replace"))
+        if found:
+            code = EXIT_CODE.search(found.group("how"))
+            ends.append((found.group("nodes"), int(code.group("code")) if code else 128 + signal.SIGKILL))
+
+
+def host_names(nodes):
+    """n[1-2] -> [n1, n2]."""
+    answer = subprocess.Popen(["scontrol", "show", "hostnames", nodes], stdout=subprocess.PIPE).communicate()[0]
+    return answer.decode().split() or [nodes]
+
+
+def state_of(node):
+    answer = subprocess.Popen(
+        ["scontrol", "--oneliner", "show", "node", node], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ).communicate()[0]
+    found = re.search(r"\bState=(\S+)", answer.decode())
+    return found.group(1) if found else ""
+
+
+def scontrol(*arguments):
+    """Runs scontrol; returns what went wrong, in one line, or nothing."""
+    process = subprocess.Popen(("scontrol", *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    said = b" ".join(process.communicate()).decode("utf-8", "replace")
+    return (" ".join(said.split()) or f"exit code {process.returncode}") if process.returncode else ""
+
+
+def read_events(path):
+    """What stands in events.jsonl; a last line that a kill cut short is left out."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--folder", required=True, help="folder of this submission")
+    parser.add_argument("--run-folder", required=True, help="folder of the run, which has its checkpoints")
+    parser.add_argument("--train", required=True, help="the srun command of a try")
+    parser.add_argument("--preflight", default="", help="the srun command before it")
+    parser.add_argument("--preflight-seconds", type=float, default=300, help="time that the preflight has")
+    parser.add_argument("--tries", type=int, default=3, help="tries in a row without a new checkpoint")
+    parser.add_argument("--pause", type=float, default=10, help="seconds before another try on the same nodes")
+    return Supervisor(parser.parse_args()).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
