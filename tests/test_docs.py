@@ -23,7 +23,7 @@ SUFFIXES = (".py", ".md", ".svg", ".png", ".sbatch.j2", ".html.j2")
 # From the top: a row may import from itself and from the rows below it.
 ROWS = (
     ("launchers",),
-    ("tools", "data_prep"),
+    ("tools", "data_prep", "slurm"),
     ("interface.py",),
     ("training", "evaluation"),
     ("inference", "interop", "data", "scaling"),
