@@ -2,15 +2,22 @@
 
 Torchrun itself ends with 1 whatever its processes ended with, and gives them 30 s after a SIGTERM. Here the agent ends
 with the exit code that says most, and a signal that asks for the end is handed to the processes, which save and end by
-themselves.
+themselves. Where processes of another node failed, its agent says so in the store of the rendezvous, and those here,
+which may wait for them in a collective, are ended if they do not end by themselves.
 """
 
+import contextlib
+import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -19,7 +26,17 @@ from slurm.supervise import decisive
 
 __all__ = ["Node", "run_processes"]
 
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+FAILED, ENDED = "cola/failed", "cola/ended"
+POLL_SECONDS = 1.0
+GRACE_SECONDS = 15.0
+"""After a failure on another node, before the processes here are ended: the ranks know better what happened."""
+LINGER_SECONDS = 60.0
+"""The first node keeps the store for so long after its own end, for the last words of the others."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +67,14 @@ def run_processes(command: Sequence[str], processes: int, node: Node) -> int:
     Raises:
         RendezvousFailed: the address is taken, cannot be reached, or nodes are missing.
     """
+    # Of a store that is lost torch writes a trace for every thread that notices; ours is one line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     host, _, _ = node.rendezvous.rpartition(":")
     config = LaunchConfig(
         min_nodes=node.nodes,
@@ -70,23 +90,93 @@ def run_processes(command: Sequence[str], processes: int, node: Node) -> int:
         start_method="spawn",
         signals_to_handle="SIGHUP",  # the others are ours
     )
+    others = _OtherNodes(node)
+    with _handing_on_signals(), others:
+        try:
+            elastic_launch(config, sys.executable)("-m", "launchers.cli", *command)
+        except ChildFailedError as error:
+            # While this error is held, so is the store: other nodes can still read it.
+            return others.tell(_decisive(error.failures, others.failed))
+        except (RendezvousError, OSError, RuntimeError) as error:
+            if others.failed is not None:
+                return ExitCode.RANK_LOST
+            raise RendezvousFailed(
+                f"{node.rendezvous}: {node.nodes} nodes did not meet there ({' '.join(str(error).split())[:300]}); is "
+                "the port taken by another process, is the address reachable from every node, did every node start?"
+            ) from error
+    return ExitCode.DONE
+
+
+class _OtherNodes:
+    """What the agents of a job tell each other about failures; nothing in a job of one node."""
+
+    def __init__(self, node: Node):
+        self.node, self.failed = node, None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="other nodes", daemon=True)
+
+    def __enter__(self) -> None:
+        if self.node.nodes > 1:
+            self._thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+
+    def tell(self, code: int) -> int:
+        """Announces how the processes here ended; the node of the store then waits for the others. Returns `code`."""
+        if self.node.nodes == 1:
+            return code
+        self._over.set()
+        with contextlib.suppress(RuntimeError):  # the store is gone: everybody knows
+            store = self._connect()
+            if code not in (ExitCode.STOPPED, ExitCode.RANK_LOST):
+                store.set(FAILED, f"node {self.node.rank} with exit code {code}")
+            ended, until = store.add(ENDED, 1), time.monotonic() + LINGER_SECONDS
+            while self.node.rank == 0 and ended < self.node.nodes and time.monotonic() < until:
+                time.sleep(POLL_SECONDS)
+                ended = store.add(ENDED, 0)
+        return code
+
+    def _watch(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the ranks notice as well that the store is gone
+            store = self._connect()
+            while not self._over.wait(POLL_SECONDS):
+                if store.check([FAILED]):
+                    self._end_processes(store.get(FAILED).decode())
+                    return
+
+    def _end_processes(self, failed: str) -> None:
+        if self._over.wait(GRACE_SECONDS):
+            return
+        self.failed = failed
+        print(f"cola: the processes of {failed} are gone; those here are ended", file=sys.stderr, flush=True)
+        for child in psutil.Process().children():
+            child.kill()
+
+    def _connect(self) -> "TCPStore":
+        from torch.distributed import TCPStore
+
+        host, _, port = self.node.rendezvous.rpartition(":")
+        return TCPStore(host, int(port), timeout=timedelta(seconds=self.node.rendezvous_seconds))
+
+
+def _decisive(failures: dict[int, "ProcessFailure"], failed_elsewhere: str | None) -> int:
+    if failed_elsewhere is not None:
+        return ExitCode.RANK_LOST  # we ended them ourselves
+    codes = {rank: _exit_code(failure.exitcode) for rank, failure in sorted(failures.items())}
+    for rank, code in codes.items():
+        print(f"cola: rank {rank} ended with exit code {code}", file=sys.stderr, flush=True)
+    return decisive(list(codes.values()))
+
+
+@contextlib.contextmanager
+def _handing_on_signals() -> Iterator[None]:
     before = {number: signal.signal(number, _ask_processes_to_stop) for number in STOP_SIGNALS}
     try:
-        elastic_launch(config, sys.executable)("-m", "launchers.cli", *command)
-    except ChildFailedError as error:
-        codes = {rank: _exit_code(failure.exitcode) for rank, failure in error.failures.items()}
-        for rank, code in sorted(codes.items()):
-            print(f"cola: rank {rank} ended with exit code {code}", file=sys.stderr)
-        return decisive(list(codes.values()))
-    except (RendezvousError, OSError, RuntimeError) as error:
-        raise RendezvousFailed(
-            f"{node.rendezvous}: {node.nodes} nodes did not meet there ({' '.join(str(error).split())[:300]}); is the "
-            "port taken by another process, is the address reachable from every node, did every node start?"
-        ) from error
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return ExitCode.DONE
 
 
 def _ask_processes_to_stop(number: int, frame: FrameType | None) -> None:

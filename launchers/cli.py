@@ -16,6 +16,7 @@ from launchers import (
     launch_command,
     plan_command,
     prep_command,
+    status_command,
     submit_command,
     train_command,
 )
@@ -35,6 +36,8 @@ app.command("train")(train_command.train)
 # What follows the first word of COMMAND is its own, options too.
 app.command("launch", context_settings={"allow_interspersed_args": False})(launch_command.launch)
 app.add_typer(submit_command.app, name="submit")
+app.command("status")(status_command.status)
+app.command("cancel")(status_command.cancel)
 app.add_typer(convert_command.app, name="convert")
 app.command("generate")(generate_command.generate)
 app.add_typer(eval_command.app, name="eval")

@@ -66,12 +66,8 @@ def run(
     shape = shape_of(chosen, nodes, processes)
     if dry_run:
         check_layout(config, shape)
-        working = Path.cwd()
-        run_folder = working / config.run_folder
-        print(
-            training_script(chosen, shape, config.name, run_folder / "submissions" / "NNNN", run_folder, working),
-            end="",
-        )
+        folder = Path.cwd() / config.run_folder / "submissions" / "NNNN"
+        print(training_script(chosen, shape, config.name, folder, Path.cwd()), end="")
         return
     submission = write_training(config, chosen, shape)
     starts = submission.validate()
@@ -88,6 +84,64 @@ def run(
         ("end it", f"cola cancel {config.run_folder}"),
     ]
     print_table(rows)
+
+
+@app.command("array")
+def array(
+    source: str = typer.Argument(None, metavar="CONFIG", help="A preset or a YAML file, for runs that name no other."),
+    overrides: list[str] = typer.Argument(None, help="section.key=value for all runs."),
+    name: str = typer.Option(None, help="Name of the array: its runs lie in RUNS_FOLDER/NAME."),
+    run: list[str] = typer.Option([], help="One run: 'NAME [CONFIG] key=value ...'; repeatable."),
+    runs: Path = typer.Option(None, help="A file with one such line for each run; # begins a comment."),
+    concurrency: int = typer.Option(None, min=1, help="Runs that train at once."),
+    again: Path = typer.Option(None, help="Folder of an array: submit those of its runs that have not finished."),
+    only: list[str] = typer.Option([], help="With --again: only this run; repeatable."),
+    nodes: int = NODES,
+    processes: int = PROCESSES,
+    site: str = SITE,
+    settings: list[str] = SETTINGS,
+    partition: str = PARTITION,
+    account: str = ACCOUNT,
+    time: str = TIME,
+    after: list[str] = typer.Option([], help="Job ids that must end well before; repeatable."),
+    dry_run: bool = DRY_RUN,
+    as_json: bool = JSON,
+) -> None:
+    """Train many configs as one job array; each run survives and fails by itself.
+
+    Example: `cola submit array base data.path=/data/web --name rates --concurrency 2 --nodes 4
+    --run "low training.optimizer.learning_rate=1e-4" --run "high training.optimizer.learning_rate=3e-4"`
+
+    Example: `cola submit array --again runs/rates --only high`
+    """
+    from cola_megatron.config import ConfigError
+    from launchers.slurm import array as arrays
+    from launchers.slurm.submission import shape_of
+
+    if again is not None:
+        submission = arrays.write_again(again, only, concurrency)
+    elif source is None or name is None:
+        raise ConfigError("give CONFIG and --name, or --again FOLDER")
+    else:
+        lines = [*run, *(arrays.lines_of(runs) if runs is not None else [])]
+        configs = arrays.configs_of(name, source, overrides or [], lines)
+        chosen = chosen_site(site, settings, partition, account, time)
+        shape = shape_of(chosen, nodes, processes)
+        if dry_run:
+            print(arrays.dry_script(name, configs, chosen, shape, concurrency), end="")
+            return
+        submission = arrays.write_array(name, configs, chosen, shape, concurrency)
+    starts = submission.validate()
+    job = submission.submit(after)
+    if as_json:
+        elements = [
+            {"job": f"{job}_{number}", "run_folder": path} for number, path in enumerate(submission.run_folders)
+        ]
+        print_json({"job": job, "folder": submission.folder, "elements": elements, "slurm": starts})
+        return
+    for number, path in enumerate(submission.run_folders):
+        print(f"  {job}_{number}  {path}")
+    print_table([("job", job), ("folder", str(submission.folder)), ("state", f"cola status {submission.parent}")])
 
 
 def chosen_site(site: str | None, settings: list[str], partition: str | None, account: str | None, time: str | None):

@@ -11,7 +11,7 @@ what it did before the job was requeued.
     1, 2, 74                      the job ends with that code: the same again would fail again
     75 (saved after a signal)     requeue
     73 (preflight named nodes)    requeue without these nodes
-    anything else                 try again here; without the node where it failed twice, or that Slurm gave up, requeue
+    anything else                 try again here; requeue if a node failed twice, took no tasks or is down
 
 Tries that end without a new checkpoint are counted, and the job ends after `--tries` of them in a row.
 """
@@ -29,10 +29,15 @@ import threading
 import time
 
 DONE, FAILED, WRONG_USE, RANK_LOST, BAD_NODE, DIVERGED, STOPPED = 0, 1, 2, 71, 73, 74, 75
+KILLED, LAUNCH_FAILED = 128 + signal.SIGKILL, -1
 FINAL = (WRONG_USE, FAILED, DIVERGED)
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 LOST_NODE_STATES = re.compile("DOWN|DRAIN|FAIL|NOT_RESPONDING|POWER|REBOOT|UNKNOWN")
 TASK_END = re.compile(r"^srun: error: (?P<nodes>\S+): tasks? \S+ (?P<how>.+?)\s*$")
+LAUNCH_FAILURE = re.compile(r"^srun: error: .*failed on node (?P<node>\S+): (?P<how>.+?)\s*$")
+NOT_STARTED = "not started: "
+# From here on tasks end because srun ends them.
+AFTERMATH = re.compile("^srun: (First task exited|Job step aborted|Force Terminated|launch/slurm: _step_signal)")
 EXIT_CODE = re.compile("[Ee]xit code (?P<code>[0-9]+)")
 FIRST_PORT, PORTS = 20000, 12000
 
@@ -104,20 +109,27 @@ class Supervisor:
             return self.requeue(code, f"stopped by {self.signalled}", excluded)
         if code == STOPPED:
             return self.requeue(code, "a signal reached the ranks", excluded)
-        if set(excluded) & set(self.nodes()):
-            return self.requeue(code, "nodes failed", excluded)
-        self.say(f"try {number} ended with code {code}; trying again here in {self.options.pause:g} s")
-        time.sleep(self.options.pause)
+        lost = [node for node in self.nodes() if LOST_NODE_STATES.search(state_of(node))]
+        if lost or set(excluded) & set(self.nodes()):
+            return self.requeue(code, f"{','.join(lost or excluded)} failed", excluded)
+        # Longer and longer: what ails a machine or a file system may pass.
+        pause = self.options.pause * 2 ** max(0, fruitless - 1)
+        self.say(f"try {number} ended with code {code}; trying again here in {pause:g} s")
+        time.sleep(pause)
         return None if self.signalled is None else self.requeue(code, f"stopped by {self.signalled}", excluded)
 
     def nodes_to_avoid(self):
-        """Nodes that the preflight named, where tries failed twice, or that Slurm itself has given up."""
+        """Nodes that the preflight named, that took no tasks, or where tries failed twice; none where none are left."""
         ends = [event for event in self.events if event["event"] == "end"]
-        failed = [node for end in ends for node in end["failures"] if end["code"] != BAD_NODE]
-        named = {node for end in ends if end["code"] == BAD_NODE for node in end["failures"]}
-        twice = {node for node in failed if failed.count(node) > 1}
-        lost = {node for node in self.nodes() if LOST_NODE_STATES.search(state_of(node))}
-        return sorted(named | twice | lost)
+        failures = [(end["code"], node, how) for end in ends for node, how in end["failures"].items()]
+        at_once = {node for code, node, how in failures if code == BAD_NODE or how.startswith(NOT_STARTED)}
+        nodes = [node for _, node, _ in failures]
+        avoided = sorted(at_once | {node for node in nodes if nodes.count(node) > 1})
+        others = set(usable_nodes(os.environ.get("SLURM_JOB_PARTITION", ""))) - set(avoided)
+        if avoided and len(others) < len(self.nodes()):
+            self.say(f"{','.join(avoided)} failed, but the partition has no {len(self.nodes())} other nodes")
+            return []
+        return avoided
 
     def requeue(self, code, reason, excluded):
         """Gives the nodes back and waits to be ended; the job begins again when its turn comes."""
@@ -159,12 +171,12 @@ class Supervisor:
             self.step.terminate()
             code = self.step.wait()
         pump.join(10)
-        codes = [each for _, each in ends] + [code if code >= 0 else 128 - code]
         failures = {}
-        for nodes, each in ends:
+        for names, each, how in ends:
             if each not in (DONE, RANK_LOST, STOPPED, *FINAL):
-                failures.update(dict.fromkeys(host_names(nodes), f"exit code {each}"))
-        return decisive(codes), failures
+                failures.update(dict.fromkeys(host_names(names), how))
+        codes = [each for _, each, _ in ends if each != LAUNCH_FAILED]
+        return decisive([*codes, code if code >= 0 else 128 - code]), failures
 
     def checkpoint(self):
         """Step of the newest complete checkpoint, -1 without one."""
@@ -218,20 +230,35 @@ def decisive(codes):
 
 
 def pass_on(stream, ends):
-    """Copies what a step says to our stderr, and notes (nodes, exit code) of tasks that failed."""
+    """Copies what a step says to our stderr, and notes (nodes, exit code, how) of what failed by itself."""
+    aftermath = False
     for line in iter(stream.readline, b""):
         sys.stderr.buffer.write(line)
         sys.stderr.buffer.flush()
-        found = TASK_END.match(line.decode("utf-8", "replace"))
-        if found:
-            code = EXIT_CODE.search(found.group("how"))
-            ends.append((found.group("nodes"), int(code.group("code")) if code else 128 + signal.SIGKILL))
+        text = line.decode("utf-8", "replace")
+        aftermath = aftermath or AFTERMATH.match(text) is not None
+        if aftermath:
+            continue
+        ended, unlaunched = TASK_END.match(text), LAUNCH_FAILURE.match(text)
+        if ended:
+            code = EXIT_CODE.search(ended.group("how"))
+            ends.append((ended.group("nodes"), int(code.group("code")) if code else KILLED, ended.group("how")))
+        elif unlaunched:
+            ends.append((unlaunched.group("node"), LAUNCH_FAILED, NOT_STARTED + unlaunched.group("how")))
 
 
 def host_names(nodes):
     """n[1-2] -> [n1, n2]."""
     answer = subprocess.Popen(["scontrol", "show", "hostnames", nodes], stdout=subprocess.PIPE).communicate()[0]
     return answer.decode().split() or [nodes]
+
+
+def usable_nodes(partition):
+    """The nodes of a partition that are up."""
+    command = ["sinfo", "--noheader", "--Node", "--format=%N", "--states=idle,alloc,mix,comp"]
+    if partition:
+        command.append("--partition=" + partition)
+    return subprocess.Popen(command, stdout=subprocess.PIPE).communicate()[0].decode().split()
 
 
 def state_of(node):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from cola_megatron.config import RunConfig, dump_config
-from cola_megatron.errors import UserError
+from cola_megatron.errors import ExitCode, UserError
 from cola_megatron.training.metrics import read_metrics
 from cola_megatron.training.versions import provenance
 
@@ -35,11 +35,17 @@ class Summary:
     """The last held-out measurement."""
 
 
+class RunFolderTaken(UserError):
+    """Another job trains in this run folder."""
+
+    exit_code = ExitCode.CRASHED  # it may be the last try of this job, not quite ended
+
+
 def lock_run_folder(folder: Path) -> IO:
     """Claims a run folder for this job until the returned file is closed or the process ends.
 
     Raises:
-        UserError: another job holds it.
+        RunFolderTaken: another job holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / LOCK).open("w")
@@ -47,7 +53,7 @@ def lock_run_folder(folder: Path) -> IO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise UserError(f"{folder}: another job is training here; wait for it, or use another name=") from None
+        raise RunFolderTaken(f"{folder}: another job is training here; wait for it, or use another name=") from None
     return file
 
 

@@ -1,5 +1,6 @@
 """Slurm's own commands."""
 
+import re
 import subprocess
 from collections.abc import Sequence
 
@@ -63,9 +64,35 @@ def test_only(script: str) -> str:
 
 
 def submit(script: str, after: Sequence[str] = (), condition: str = "afterok") -> str:
-    """Submits a batch script that waits for other jobs; returns its job id. Raises SlurmError."""
+    """Submits a batch script that waits for other jobs; returns its job id.
+
+    Raises:
+        SlurmError: Slurm refuses it, or would let it wait for ever; nothing is left in the queue.
+    """
     dependency = [f"--dependency={condition}:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
-    return run(["sbatch", "--parsable", *dependency, script]).split(";")[0]
+    job = run(["sbatch", "--parsable", *dependency, script]).split(";")[0]
+    # Many clusters accept a longer job than the partition allows, and then never start it.
+    asked, allowed = _shown("job", job, "TimeLimit"), _shown("partition", _shown("job", job, "Partition"), "MaxTime")
+    if _shown("job", job, "QOS") in ("", "normal", "(null)") and _seconds(asked) > _seconds(allowed):
+        cancel([job])
+        raise SlurmError(f"{script}: time limit {asked}: the partition allows {allowed}; give a --time that it allows")
+    return job
+
+
+def _shown(kind: str, name: str, key: str) -> str:
+    """A value that scontrol shows of a job or a partition; empty where it shows none."""
+    lines = run(["scontrol", "--oneliner", "show", kind, name]).splitlines()
+    found = re.search(rf"\b{key}=(\S+)", lines[0]) if lines else None
+    return found.group(1) if found else ""
+
+
+def _seconds(limit: str) -> float:
+    """Of a time limit as scontrol shows it, [D-]HH:MM:SS; infinite where it is none."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", limit)
+    if found is None:
+        return float("inf")
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def cancel(jobs: Sequence[str]) -> None:

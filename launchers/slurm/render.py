@@ -38,19 +38,24 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(values)
 
 
-def training_script(site: Site, shape: Shape, name: str, folder: Path, run_folder: Path, working: Path) -> str:
-    """The script that trains the config of a submission folder."""
+def training_script(site: Site, shape: Shape, name: str, folder: Path, working: Path, array: str | None = None) -> str:
+    """The script that trains the config of a submission folder.
+
+    Args:
+        working: where relative paths of the config begin.
+        array: elements as Slurm writes them, such as 0-3%2; `folder` then holds a link for each in `elements/`.
+    """
     return render(
         "train.sbatch.j2",
         site=site,
         name=name,
         nodes=shape.nodes,
         processes=shape.processes,
-        resources=_resources(site, shape, working),
+        resources=[*_resources(site, shape, working), *([f"--array={array}"] if array is not None else [])],
         threads=max(1, (site.cpus_per_node or shape.processes) // shape.processes),
         folder=folder,
-        run_folder=run_folder,
-        log=folder / "slurm-%j.log",
+        array=None if array is None else folder,
+        log=folder / ("slurm-%j.log" if array is None else "slurm-%A_%a.log"),
         step=_step(site, shape),
         cola=cola_command(site),
     )
@@ -92,7 +97,8 @@ def _resources(site: Site, shape: Shape, working: Path) -> list[str]:
 def _step(site: Site, shape: Shape) -> list[str]:
     """The words of srun. It ends only those tasks that the first failure leaves behind: the ranks end by themselves."""
     tasks = shape.processes if site.launcher == "tasks" else 1
-    words = ["srun", f"--nodes={shape.nodes}", f"--ntasks-per-node={tasks}", "--kill-on-bad-exit=0", "--wait=300"]
+    words = ["srun", f"--nodes={shape.nodes}", f"--ntasks-per-node={tasks}", "--kill-on-bad-exit=0"]
+    words.append(f"--wait={site.wait_seconds}")
     # Slurm's steps do not inherit the cores of the job.
     words.append(f"--cpus-per-task={site.cpus_per_node // tasks}" if site.cpus_per_node else "--cpu-bind=none")
     return [*words, *site.srun_arguments, *_pyxis(site)]

@@ -5,7 +5,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from cola_megatron.config import ConfigError, Section, load_tree
@@ -70,6 +70,10 @@ class Site(Section):
     """The run is told so long before its time limit: longer than a step and a save."""
     tries: PositiveInt = 3
     """A job ends after so many tries in a row that brought no new checkpoint."""
+    wait_seconds: PositiveInt = 300
+    """srun ends what is left of a try so long after its first process has ended."""
+    pause_seconds: NonNegativeFloat = 10
+    """Before another try on the same nodes."""
     preflight: bool = True
     """Run `cola doctor` on all nodes before every try."""
     preflight_seconds: PositiveInt = 300

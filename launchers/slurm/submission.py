@@ -84,7 +84,7 @@ def write_training(config: RunConfig, site: Site, shape: Shape) -> Submission:
     folder = next_folder(run_folder)
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "site.yaml").write_text(dump_config(site))
-    (folder / SCRIPT).write_text(training_script(site, shape, config.name, folder, run_folder, working))
+    (folder / SCRIPT).write_text(training_script(site, shape, config.name, folder, working))
     with resources.as_file(resources.files("slurm") / "supervise.py") as supervisor:
         shutil.copy(supervisor, folder / "supervise.py")
     write_surroundings(folder)

@@ -1,0 +1,221 @@
+"""Training jobs on a real Slurm: what ends them, and that nothing is lost by it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cola_megatron.config import RunConfig, dump_config
+from cola_megatron.training.checkpoint import newest_checkpoint
+from cola_megatron.training.loop import train
+from cola_megatron.training.metrics import read_metrics
+from tests.slurm_cluster import Cluster, cluster, records
+
+STEPS = 60
+# A step of this takes some 40 ms, so the run lasts long enough to be hit in the middle.
+LONG = [f"training.steps={STEPS}", "training.checkpoint.every=10", "training.checkpoint.keep_last=3", "stage=1"]
+SITE = "partition: main\ngpus_per_node: 0\nexclusive: false\npreflight: false\nsupervisor_python: python3\n"
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Cluster]:
+    with cluster(nodes=2) as running:
+        yield running
+
+
+class Job:
+    """A submitted run."""
+
+    def __init__(self, slurm: Cluster, config: RunConfig, answer: dict):
+        self.slurm, self.config = slurm, config
+        self.id, self.folder = answer["job"], Path(answer["folder"])
+
+    def step(self) -> int:
+        """The last step in the metrics."""
+        path = self.config.run_folder / "metrics.jsonl"
+        return max((record["step"] for record in read_metrics(path)), default=0) if path.is_file() else 0
+
+    def wait_for_step(self, step: int) -> None:
+        self.slurm.wait_for(lambda: self.step() >= step, f"step {step} of job {self.id}", 60)
+
+    def wait_for_checkpoint(self, step: int) -> None:
+        def there() -> bool:
+            newest = newest_checkpoint(self.config.run_folder)
+            return newest is not None and int(newest.name.removeprefix("step_")) >= step
+
+        self.slurm.wait_for(there, f"checkpoint {step} of job {self.id}", 60)
+
+    def events(self, kind: str) -> list[dict]:
+        return [event for event in records(self.folder / "events.jsonl") if event["event"] == kind]
+
+    def log(self) -> str:
+        return (self.folder / f"slurm-{self.id}.log").read_text()
+
+    def losses(self) -> list[float]:
+        found = read_metrics(self.config.run_folder / "metrics.jsonl")
+        return [record["loss"] for record in found if record["kind"] == "train"]
+
+
+@pytest.fixture
+def submit(slurm: Cluster, tiny, tmp_path: Path) -> Callable[..., Job]:
+    """`submit(*overrides, options=(), site="")`: a two-node job."""
+
+    def send(*overrides: str, options: tuple[str, ...] = (), site: str = "") -> Job:
+        config = tiny(1, *LONG, *overrides)
+        (tmp_path / "config.yaml").write_text(dump_config(config))
+        (tmp_path / "site.yaml").write_text(SITE + site)
+        command = ["submit", str(tmp_path / "config.yaml"), "--site", str(tmp_path / "site.yaml"), "--nodes", "2"]
+        done = subprocess.run(
+            [sys.executable, "-m", "launchers.cli", *command, *options, "--json"],
+            env=slurm.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return Job(slurm, config, json.loads(done.stdout))
+
+    return send
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of the same run on two processes that nothing happened to."""
+    from cola_megatron.config import load_config
+    from tests.ranks import run_ranks
+    from tests.support import TINY
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = load_config("tiny", [*TINY, *LONG, f"data.path={corpus}", f"runs_folder={folder}"])
+    run_ranks(train, 2, config, False)
+    found = read_metrics(config.run_folder / "metrics.jsonl")
+    return [record["loss"] for record in found if record["kind"] == "train"]
+
+
+def assert_nothing_lost(job: Job, undisturbed: list[float], tries: int) -> None:
+    state = job.slurm.run_to_the_end(job.id)
+    assert state == "COMPLETED", job.log()[-4000:]
+    assert job.losses() == undisturbed
+    assert len(job.events("try")) == tries, job.events("try")
+
+
+@pytest.mark.parametrize("launcher", ["agent", "tasks"])
+def test_a_job_on_two_nodes_trains_to_its_end(submit, undisturbed, launcher: str) -> None:
+    job = submit(site=f"launcher: {launcher}\n")
+    assert_nothing_lost(job, undisturbed, tries=1)
+    for name in ("job.sbatch", "config.yaml", "site.yaml", "git.txt", "git.diff", "environment.txt", "supervise.py"):
+        assert (job.folder / name).is_file()
+
+
+def test_a_requeue_in_the_middle(submit, undisturbed, slurm: Cluster) -> None:
+    job = submit()
+    job.wait_for_checkpoint(20)
+    slurm.commands("scontrol", "requeue", job.id)
+    assert_nothing_lost(job, undisturbed, tries=2)
+
+
+@pytest.mark.parametrize("launcher", ["agent", "tasks"])
+def test_the_signal_before_the_time_limit_saves_and_requeues(submit, undisturbed, slurm: Cluster, launcher) -> None:
+    job = submit("training.checkpoint.every=1000", site=f"launcher: {launcher}\n")
+    job.wait_for_step(5)
+    slurm.commands("scancel", "--batch", "--signal=USR1", job.id)
+    assert_nothing_lost(job, undisturbed, tries=2)
+    (requeue,) = job.events("requeue")
+    assert requeue["reason"] == "stopped by SIGUSR1"
+    assert job.events("try")[1]["checkpoint"] >= 5
+    assert "exit code" not in str(requeue)
+
+
+def test_pre_emption_saves_and_the_job_comes_back(submit, undisturbed, slurm: Cluster) -> None:
+    job = submit("training.checkpoint.every=1000")
+    job.wait_for_step(5)
+    urgent = slurm.commands(
+        "sbatch", "--parsable", "--partition=high", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1"
+    )
+    assert_nothing_lost(job, undisturbed, tries=2)
+    assert slurm.job(urgent)["JobState"] == "COMPLETED"
+    assert job.events("try")[1]["checkpoint"] >= 5
+
+
+@pytest.mark.parametrize("launcher", ["agent", "tasks"])
+def test_a_killed_rank(submit, undisturbed, slurm: Cluster, launcher: str) -> None:
+    job = submit(site=f"launcher: {launcher}\n", options=("--set", "pause_seconds=0.5"))
+    job.wait_for_checkpoint(20)
+    slurm.ranks()[1].kill()
+    assert_nothing_lost(job, undisturbed, tries=2)
+    (end, _) = job.events("end")
+    assert end["code"] == 128 + signal.SIGKILL and len(end["failures"]) == 1
+    assert "rank 1" in job.log() and "died in step" in job.log()
+
+
+def test_a_killed_step_daemon(submit, undisturbed, slurm: Cluster) -> None:
+    job = submit(options=("--set", "pause_seconds=0.5"))
+    job.wait_for_checkpoint(20)
+    rank = slurm.ranks()[1]
+    daemon = next(each for each in rank.parents() if "slurmstepd" in each.name())
+    daemon.kill()
+    assert_nothing_lost(job, undisturbed, tries=2)
+
+
+def test_a_node_that_goes_down(submit, undisturbed, slurm: Cluster) -> None:
+    job = submit()
+    job.wait_for_checkpoint(20)
+    slurm.kill_node("n2")
+    slurm.wait_for(lambda: slurm.states()["n2"].rstrip("*") in ("down", "idle"), "the node down", 60)
+    slurm.start_node("n2")
+    assert_nothing_lost(job, undisturbed, tries=2)
+
+
+def test_a_truncated_newest_checkpoint(submit, undisturbed, slurm: Cluster) -> None:
+    job = submit()
+    job.wait_for_checkpoint(30)
+    slurm.commands("scontrol", "requeue", job.id)
+    slurm.wait_for(lambda: slurm.job(job.id)["JobState"] == "PENDING" and not slurm.ranks(), "the requeue")
+    newest = newest_checkpoint(job.config.run_folder)
+    victim = max((newest / "tensors").glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    os.truncate(victim, victim.stat().st_size // 2)
+    assert_nothing_lost(job, undisturbed, tries=2)
+    assert newest.name in job.log() and (newest.parent / f"damaged_{newest.name}").is_dir()
+
+
+def test_a_run_that_would_fail_again_is_not_tried_again(submit, slurm: Cluster, tmp_path: Path) -> None:
+    job = submit("data.path=/nowhere")
+    assert slurm.run_to_the_end(job.id) == "FAILED"
+    assert slurm.job(job.id)["ExitCode"] in ("1:0", "2:0")
+    assert len(job.events("try")) == 1
+    assert "/nowhere" in job.log() and "Traceback" not in job.log()
+
+
+def test_tries_without_progress_are_bounded(submit, slurm: Cluster) -> None:
+    job = submit("training.checkpoint.every=1000", options=("--set", "tries=2", "--set", "pause_seconds=0.2"))
+    for _ in range(2):
+        slurm.wait_for(lambda: len(slurm.ranks()) == 2, "two ranks", 60)
+        rank = slurm.ranks()[0]
+        rank.kill()
+        psutil.wait_procs([rank], 10)
+        time.sleep(1)
+    assert slurm.run_to_the_end(job.id) == "FAILED"
+    assert len(job.events("try")) == 2
+    assert "2 tries in a row brought no new checkpoint" in job.log()
+
+
+def test_a_cancelled_job_stays_cancelled(submit, slurm: Cluster) -> None:
+    job = submit()
+    job.wait_for_step(3)
+    done = subprocess.run(
+        [sys.executable, "-m", "launchers.cli", "cancel", str(job.config.run_folder)],
+        env=slurm.environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and job.id in done.stdout
+    assert slurm.run_to_the_end(job.id) == "CANCELLED"
+    slurm.wait_for(lambda: not slurm.ranks(), "the end of its ranks")
+    assert newest_checkpoint(job.config.run_folder) is not None, "it saved before it ended"
