@@ -19,8 +19,8 @@ from cola_megatron.training.checkpoint import (
     newest_checkpoint,
     read_state,
     read_weights,
-    save_checkpoint,
 )
+from cola_megatron.training.checkpoint_writer import save_checkpoint
 from cola_megatron.training.engine import Engine
 from cola_megatron.training.layout import build_model, initialize_run
 from cola_megatron.training.loop import train

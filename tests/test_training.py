@@ -47,8 +47,9 @@ def test_a_run_writes_config_manifest_metrics_and_summary(tiny):
     assert json.loads((folder / "manifest.json").read_text())["versions"]["torch"] == torch.__version__
     assert json.loads((folder / "summary.json").read_text())["tokens"] == summary.tokens
     records = read_metrics(folder / "metrics.jsonl")
-    assert [record["step"] for record in records if record["kind"] == "evaluation"] == [3, 6]
-    measured = records[-1]
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    assert [record["step"] for record in evaluations] == [3, 6]
+    measured = evaluations[-1]
     for name in (
         "reconstruction_accuracy",
         "reconstruction_accuracy_t250",

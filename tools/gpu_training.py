@@ -30,8 +30,8 @@ from cola_megatron.training.checkpoint import (
     load_optimizer,
     load_weights,
     read_weights,
-    save_checkpoint,
 )
+from cola_megatron.training.checkpoint_writer import save_checkpoint
 from cola_megatron.training.engine import Engine
 from tools.gpu_measurements import Record, Setting, bf16_peak, machine, release_memory, synchronize
 

@@ -74,6 +74,11 @@ class CheckpointConfig(Section):
 
     every: PositiveInt = 1_000
     keep_last: PositiveInt = 2
+    keep_every: PositiveInt | None = None
+    """Checkpoints whose step is a multiple of this are kept for ever."""
+    asynchronous: bool = True
+    """Training goes on while a checkpoint is written. Needs host memory for a copy: 12 bytes for every parameter that
+    this rank writes. false: it waits until the checkpoint is complete."""
 
 
 class LogConfig(Section):

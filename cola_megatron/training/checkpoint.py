@@ -1,41 +1,35 @@
-"""Checkpoints: written beside, moved into place when complete, found again, refused when they do not fit.
+"""Checkpoints: what they consist of, found, read, refused when they do not fit.
 
     checkpoints/step_00000200/
-        state.json    step, samples seen, config, layout, data fingerprint, versions, files with their sizes
+        state.json    step, samples seen, config, layout, data fingerprint, versions, files with their sizes, checksums
         tensors/      weights and moments of AdamW in float32, by name: see `sharded_tensors`
 
 A checkpoint belongs to no layout: tensors are whole whoever wrote them, and every process reads its own part. Resuming
 reads all of them; export, evaluation, stage 2 and notebooks read the weights. Randomness and data order are pure
 functions of (seed, step), so `step` is their state and the counter of AdamW.
+
+state.json holds the checksum of the index of the tensors and its own, and the index those of all pieces. Written they
+are by `checkpoint_writer`; what a run resumes from is chosen by `resume`.
 """
 
 import json
-import shutil
-from collections.abc import Callable
+import zlib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import nn
 
 from cola_megatron.config import RunConfig, resolve_config
 from cola_megatron.parallel import ProcessGroups
+from cola_megatron.training.agreement import together
+from cola_megatron.training.checkpoints_folder import step_folders
 from cola_megatron.training.engine import Engine
-from cola_megatron.training.engine_state import WEIGHTS, pieces_to_load, pieces_to_save, weight_pieces
-from cola_megatron.training.sharded_tensors import (
-    CheckpointError,
-    StoredTensors,
-    Written,
-    flush,
-    write_index,
-    write_pieces,
-)
-from cola_megatron.training.versions import versions
+from cola_megatron.training.engine_state import WEIGHTS, pieces_to_load, weight_pieces
+from cola_megatron.training.sharded_tensors import INDEX, CheckpointError, DamagedCheckpoint, StoredTensors, flush
 
 STATE, TENSORS = "state.json", "tensors"
-T = TypeVar("T")
+_INDEX_CRC32, _STATE_CRC32 = "index_crc32", "state_crc32"
 
 # May differ between a checkpoint and the run that resumes it: they change how a run is run, not what it computes.
 FREE_KEYS = (
@@ -61,65 +55,17 @@ FREE_KEYS = (
 )
 
 
-def checkpoints_folder(run_folder: Path) -> Path:
-    """Where the checkpoints of a run lie."""
-    return run_folder / "checkpoints"
-
-
 def newest_checkpoint(run_folder: Path) -> Path | None:
     """The complete checkpoint with the highest step, or None. A folder a kill left half-written is not one."""
-    complete = [path for path in _checkpoints(checkpoints_folder(run_folder)) if (path / STATE).is_file()]
+    complete = [path for path in step_folders(run_folder) if (path / STATE).is_file()]
     return complete[-1] if complete else None
 
 
-def save_checkpoint(engine: Engine, step: int, data_fingerprint: str, groups: ProcessGroups) -> Path:
-    """Writes the state after `step` optimiser steps; all ranks call it.
-
-    Everything is written into a folder of another name and renamed when it is complete and on the disk: a kill at any
-    moment leaves the previous checkpoint as the newest.
-
-    Raises:
-        CheckpointError: the disk is full or the folder cannot be written; the previous checkpoint stays good.
-    """
-    config = engine.config
-    folder = checkpoints_folder(config.run_folder)
-    final, unfinished = folder / f"step_{step:08d}", folder / f".saving_step_{step:08d}"
-
-    def begin() -> None:
-        for leftover in folder.glob(".saving_*"):
-            shutil.rmtree(leftover)
-        (unfinished / TENSORS).mkdir(parents=True)
-
-    def write() -> list[Written]:
-        return write_pieces(unfinished / TENSORS, f"rank_{groups.rank:05d}", pieces_to_save(engine, step))
-
-    def finish() -> None:
-        write_index(unfinished / TENSORS, [piece for pieces in parts for piece in pieces])
-        write_state(unfinished, _state(config, step, data_fingerprint, groups))
-        if final.exists():
-            shutil.rmtree(final)
-        unfinished.rename(final)
-        flush(folder)
-        _prune(folder, config.training.checkpoint.keep_last)
-
-    try:
-        _together(groups, begin if groups.is_main else None)
-        parts = _together(groups, write)
-        _together(groups, finish if groups.is_main else None)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{final}: the checkpoint could not be written ({reason}); the one before stays good: "
-            "see that the disk has space, and run again"
-        ) from error
-    return final
-
-
 def check_checkpoint(checkpoint: Path, config: RunConfig, data_fingerprint: str) -> int:
-    """Whether a run of this config can go on from a checkpoint; returns the number of steps done.
+    """Whether a checkpoint is one of a run of this config; returns the number of steps done. Reads state.json only.
 
     Raises:
-        CheckpointError: another config (the message names the keys), other data, or missing files.
+        CheckpointError: another config (the message names the keys) or other data. DamagedCheckpoint: no good state.
     """
     state = read_state(checkpoint)
     differing = differing_keys(state["config"], config.model_dump(mode="json"))
@@ -131,10 +77,6 @@ def check_checkpoint(checkpoint: Path, config: RunConfig, data_fingerprint: str)
         )
     if state["data_fingerprint"] != data_fingerprint:
         raise CheckpointError(f"{checkpoint} was trained on other shards than those in data.path={config.data.path}")
-    for name, size in state["files"].items():
-        path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != size:
-            raise CheckpointError(f"{path} is missing or cut short; delete {checkpoint} to resume from the one before")
     return state["step"]
 
 
@@ -147,7 +89,7 @@ def load_weights(module: nn.Module, checkpoint: Path, groups: ProcessGroups, pre
     Raises:
         CheckpointError: missing or damaged files, or another model; on every rank.
     """
-    _together(groups, lambda: StoredTensors(checkpoint / TENSORS).fill(weight_pieces(module, groups, prefix)))
+    together(groups, lambda: open_tensors(checkpoint).fill(weight_pieces(module, groups, prefix)))
 
 
 def load_optimizer(engine: Engine, checkpoint: Path) -> None:
@@ -159,9 +101,9 @@ def load_optimizer(engine: Engine, checkpoint: Path) -> None:
 
     def load() -> None:
         steps = read_state(checkpoint)["step"]
-        StoredTensors(checkpoint / TENSORS).fill(pieces_to_load(engine, steps))
+        open_tensors(checkpoint).fill(pieces_to_load(engine, steps))
 
-    _together(engine.groups, load)
+    together(engine.groups, load)
 
 
 def read_weights(checkpoint: Path) -> tuple[RunConfig, dict[str, torch.Tensor]]:
@@ -170,7 +112,7 @@ def read_weights(checkpoint: Path) -> tuple[RunConfig, dict[str, torch.Tensor]]:
     Raises:
         CheckpointError: missing or damaged files.
     """
-    config, stored = resolve_config(read_state(checkpoint)["config"]), StoredTensors(checkpoint / TENSORS)
+    config, stored = resolve_config(read_state(checkpoint)["config"]), open_tensors(checkpoint)
     names = [name for name in stored.shapes if name.startswith(WEIGHTS)]
     return config, {
         name.removeprefix(WEIGHTS): stored.read(name) for name in names if not name.startswith(f"{WEIGHTS}reference.")
@@ -178,11 +120,21 @@ def read_weights(checkpoint: Path) -> tuple[RunConfig, dict[str, torch.Tensor]]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint; raises CheckpointError."""
+    """What state.json of a checkpoint says of it; raises DamagedCheckpoint."""
+    path = checkpoint / STATE
     try:
-        return json.loads((checkpoint / STATE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{checkpoint / STATE} cannot be read ({error}); delete {checkpoint}") from None
+        state = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{path} cannot be read ({error})") from None
+    written = state.pop(_STATE_CRC32, None) if isinstance(state, dict) else 0
+    if written is not None and written != _checksum(state):
+        raise DamagedCheckpoint(f"{path} is not what was written")
+    return state
+
+
+def open_tensors(checkpoint: Path) -> StoredTensors:
+    """The tensors of a checkpoint, for reading; raises DamagedCheckpoint."""
+    return StoredTensors(checkpoint / TENSORS, read_state(checkpoint).get(_INDEX_CRC32))
 
 
 def require_checkpoint(run_folder: Path) -> Path:
@@ -196,10 +148,11 @@ def require_checkpoint(run_folder: Path) -> Path:
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Completes a checkpoint whose other files are there with state.json, which also gets their sizes."""
+    """Completes a checkpoint whose other files are there with state.json, which also gets sizes and checksums."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    (folder / STATE).write_text(json.dumps({**state, "files": sizes}, indent=1) + "\n")
+    state = {**state, "files": sizes, _INDEX_CRC32: zlib.crc32((folder / TENSORS / INDEX).read_bytes())}
+    (folder / STATE).write_text(json.dumps({**state, _STATE_CRC32: _checksum(state)}, indent=1) + "\n")
     flush(folder / STATE)
     flush(folder)
 
@@ -218,54 +171,5 @@ def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -
     return found
 
 
-def _state(config: RunConfig, step: int, data_fingerprint: str, groups: ProcessGroups) -> dict[str, Any]:
-    return {
-        "step": step,
-        "samples_seen": step * config.training.global_batch_size,
-        "layout": {
-            "tensor_parallel": groups.tensor_parallel_size,
-            "pipeline_parallel": groups.pipeline_parallel_size,
-            "data_parallel": groups.data_parallel_size,
-            "zero_stage": config.parallel.zero_stage,
-        },
-        "data_fingerprint": data_fingerprint,
-        "versions": versions(),
-        "config": config.model_dump(mode="json"),
-    }
-
-
-def _prune(folder: Path, keep_last: int) -> None:
-    for old in _checkpoints(folder)[:-keep_last]:
-        shutil.rmtree(old)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """In order of steps; other names (`step_00000200.bak`, ...) are the user's own and are left alone."""
-    found = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
-
-
-def _together(groups: ProcessGroups, work: Callable[[], T] | None) -> list[T]:
-    """Runs `work` on every rank (None: nothing to do on this one).
-
-    Returns:
-        the results of all ranks, on the main process; elsewhere nothing.
-
-    Raises:
-        Exception: what `work` raised; on the other ranks a CheckpointError with the same message.
-    """
-    result = failure = None
-    try:
-        result = work() if work is not None else None
-    except Exception as error:  # raised again below, when all ranks know of it
-        failure = error
-    answers = [None] * groups.world_size if groups.is_main else None
-    message = None if failure is None else (str(failure) or type(failure).__name__).splitlines()[0]
-    dist.gather_object((result, message), answers)
-    first = [next((message for _, message in answers if message is not None), None)] if groups.is_main else [None]
-    dist.broadcast_object_list(first)
-    if failure is not None:
-        raise failure
-    if first[0] is not None:
-        raise CheckpointError(first[0])
-    return [result for result, _ in answers] if groups.is_main else []
+def _checksum(state: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())

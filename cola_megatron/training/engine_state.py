@@ -46,11 +46,18 @@ def frozen_weights(model: nn.Module, groups: ProcessGroups) -> dict[str, torch.T
     }
 
 
-def pieces_to_save(engine: "Engine", steps: int) -> Iterator[Piece]:
-    """What this process writes after `steps` optimiser steps; all processes together write every element once."""
+def frozen_pieces(engine: "Engine") -> Iterator[Piece]:
+    """What this process writes of the frozen parameters: values in host memory that never change."""
     parameters = dict(engine.model.named_parameters())
     for name, frozen in engine.frozen.items():
         yield from _pieces(f"{WEIGHTS}{name}", parameters[name], engine.groups, 0, frozen)
+
+
+def trained_pieces(engine: "Engine", steps: int) -> Iterator[Piece]:
+    """What this process writes of the trained ones after `steps` optimiser steps: values that the next step changes.
+
+    With `frozen_pieces`, all processes together write every element once.
+    """
     _prepare_moments(engine)
     counted = {int(_adam(engine).state[flat]["step"]) for flat in _flat_tensors(engine)}
     if counted - {steps}:  # what is not saved must follow from what is

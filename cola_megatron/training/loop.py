@@ -12,21 +12,17 @@ from cola_megatron.data import TokenShards, training_samples
 from cola_megatron.errors import ExitCode, UserError
 from cola_megatron.parallel import PeerWatch, ProcessGroups, initialize_parameters
 from cola_megatron.scaling.flops import training_flops
+from cola_megatron.training.agreement import Agreement
 from cola_megatron.training.batches import MicroBatches, micro_batches_per_step
-from cola_megatron.training.checkpoint import (
-    CheckpointError,
-    check_checkpoint,
-    load_optimizer,
-    load_weights,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from cola_megatron.training.checkpoint import load_optimizer, load_weights
+from cola_megatron.training.checkpoint_writer import CheckpointWriter, Saved
 from cola_megatron.training.engine import Engine
 from cola_megatron.training.evaluation import evaluate
 from cola_megatron.training.layout import build_model, initialize_run
 from cola_megatron.training.loader import BatchLoader
 from cola_megatron.training.metrics import MetricsLog
 from cola_megatron.training.open_shards import open_shards
+from cola_megatron.training.resume import resume_from
 from cola_megatron.training.run_folder import (
     Summary,
     finished_summary,
@@ -62,16 +58,12 @@ def train(config: RunConfig, progress: bool = True) -> Summary:
 
 def _train(config: RunConfig, groups: ProcessGroups, watch: PeerWatch, progress: bool) -> Summary:
     train_shards, held_out_shards = open_shards(config, config.data.path, ["train", "held_out"], groups)
-    checkpoint, start = newest_checkpoint(config.run_folder), 0
-    if checkpoint is not None:
-        if config.training.resume == "never":
-            raise CheckpointError(f"{config.run_folder} holds checkpoints and training.resume=never; use another name=")
-        start = check_checkpoint(checkpoint, config, train_shards.fingerprint)
+    micro_batches_per_step(config, groups.data_parallel_size)  # refuse here what the engine would refuse late
+    with lock_run_folder(config.run_folder) if groups.is_main else contextlib.nullcontext():
+        checkpoint, start = resume_from(config, train_shards.fingerprint, groups)
         finished = finished_summary(config, start)
         if finished is not None:
             return finished
-    micro_batches_per_step(config, groups.data_parallel_size)  # refuse here what the engine would refuse late
-    with lock_run_folder(config.run_folder) if groups.is_main else contextlib.nullcontext():
         model = build_model(config, groups)
         if checkpoint is None:
             initialize_parameters(model, config.seed, groups)
@@ -120,6 +112,9 @@ class _Run:
         history = read_history(config.run_folder, start)
         self.seconds_before, self.measured_at, self.measured = history.seconds, history.measured_at, history.measured
         self.began = time.perf_counter()
+        self.writer = CheckpointWriter(
+            engine, train_shards.fingerprint, groups, config.training.checkpoint.asynchronous, self._record_save
+        )
 
     def to_the_end(self) -> Summary:
         training = self.config.training
@@ -137,12 +132,20 @@ class _Run:
         bar = tqdm(
             total=training.steps, initial=self.step, disable=not self.progress, unit="step", desc=self.config.name
         )
-        with StopSignals(self.groups) as stop, bar, contextlib.closing(batches), self.watch.naming_lost_ranks():
+        with (
+            StopSignals() as stop,
+            bar,
+            contextlib.closing(batches),
+            self.watch.naming_lost_ranks(),
+            self.writer,
+        ):
+            agreement = Agreement(groups, stop, self.writer)
             self._measure_if_due()  # a job that died between a save and its measurement left it to us
             while self.step < last:
                 self._one_step(batches, bar)
                 if self.step % training.checkpoint.every == 0 or self.step >= training.steps:
                     self._save()
+                agreement.reach()
                 if stop.requested():
                     break  # whoever asked will not wait for a measurement; the resumed job makes it up
                 self._measure_if_due()
@@ -166,6 +169,7 @@ class _Run:
     def _stop_if_diverged(self, metrics: dict[str, float]) -> None:
         bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
+            self.writer.wait()  # what was good and is being written is not given up
             raise TrainingDiverged(
                 f"step {self.step + 1}: {', '.join(bad)}; nothing of it was saved. Start again under another name= "
                 "with a lower training.optimizer.learning_rate, or look at the data of that step"
@@ -181,12 +185,16 @@ class _Run:
         self._write("evaluation", {**self.measured, "seconds": self._seconds()})
 
     def _save(self) -> None:
-        save_checkpoint(self.engine, self.step, self.train_shards.fingerprint, self.groups)
+        self.writer.save(self.step)
         self.saved_at = self.step
 
-    def _write(self, kind: str, values: dict[str, float]) -> None:
+    def _record_save(self, saved: Saved) -> None:
+        took = {"blocked": saved.blocked, "writing": saved.seconds, "bytes": saved.bytes, "seconds": self._seconds()}
+        self._write("checkpoint", took, saved.step)
+
+    def _write(self, kind: str, values: dict[str, float], step: int | None = None) -> None:
         if self.log is not None:
-            self.log.write(kind, self.step, values)
+            self.log.write(kind, self.step if step is None else step, values)
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.began

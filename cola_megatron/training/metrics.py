@@ -8,7 +8,11 @@ from cola_megatron.config import ConfigError, RunConfig
 
 
 class MetricsLog:
-    """Appends one JSON object per line; `kind` is "train" or "evaluation".
+    """Appends one JSON object per line; `kind` is "train", "evaluation" or "checkpoint".
+
+    Every record has `seconds`, the time of the run until then. That of a checkpoint comes when it is complete, so after
+    those of later steps; it says for how many seconds training was `blocked`, for how many `writing` went on, and how
+    many `bytes` the tensors have.
 
     A resumed run first drops the lines after its checkpoint, so that every step stands there once.
     """
@@ -18,12 +22,14 @@ class MetricsLog:
         self._drop_after(resumed_at)
         self.file = self.path.open("a", buffering=1)  # a line is on its way to the disk when it ends
         self.wandb = _start_wandb(config)
+        self._newest = 0
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Records the values of a finished step (counted from 1)."""
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         if self.wandb is not None:
-            self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+            self._newest = max(step, self._newest)  # wandb drops what is of an earlier step
+            self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=self._newest)
 
     def close(self) -> None:
         """Flushes and ends the wandb run."""

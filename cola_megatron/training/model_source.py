@@ -8,9 +8,8 @@ from cola_megatron.config import ModelConfig, resolve_config
 from cola_megatron.data import tokenizer_file
 from cola_megatron.interop.published import TOKENIZER, Forms, PublishedModel, is_published
 from cola_megatron.interop.published_form import PublishedForm
-from cola_megatron.training.checkpoint import TENSORS, read_state, require_checkpoint
+from cola_megatron.training.checkpoint import open_tensors, read_state, require_checkpoint
 from cola_megatron.training.engine_state import WEIGHTS
-from cola_megatron.training.sharded_tensors import StoredTensors
 
 FORMS = "published"
 """Key of state.json: how the model was written where it was imported from. Trained checkpoints have none."""
@@ -32,7 +31,7 @@ class CheckpointModel:
         self.forms: Forms | None = forms and {part: PublishedForm(**form) for part, form in forms.items()}
         self.shapes = {
             name.removeprefix(WEIGHTS): shape
-            for name, shape in StoredTensors(self.folder / TENSORS).shapes.items()
+            for name, shape in open_tensors(self.folder).shapes.items()
             if name.startswith(WEIGHTS) and not name.startswith(f"{WEIGHTS}reference.")
         }
         own, data = self.folder / TOKENIZER, run.data
@@ -51,7 +50,7 @@ class CheckpointModel:
 
         The files are mapped anew each time: what was read through a mapping counts as memory while it is kept.
         """
-        return StoredTensors(self.folder / TENSORS).read(f"{WEIGHTS}{name}")
+        return open_tensors(self.folder).read(f"{WEIGHTS}{name}")
 
 
 ModelSource = PublishedModel | CheckpointModel

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from cola_megatron.errors import UserError
-from cola_megatron.training.checkpoint import STATE, TENSORS, read_state, require_checkpoint, write_state
+from cola_megatron.training.checkpoint import STATE, TENSORS, open_tensors, read_state, require_checkpoint, write_state
 from cola_megatron.training.sharded_tensors import (
     Box,
     CheckpointError,
@@ -37,7 +37,7 @@ def reshard(checkpoint: Path, output: Path, ranks: int, progress: bool = True) -
     if output.exists():
         raise UserError(f"{output} exists; give a new folder")
     checkpoint = require_checkpoint(checkpoint)
-    source = StoredTensors(checkpoint / TENSORS)
+    source = open_tensors(checkpoint)
     plan = _deal_out(source.shapes, ranks)
     unfinished = output.with_name(f".resharding_{output.name}")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -36,6 +36,21 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint that is missing, damaged, or of another config; one line with the cure."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """Files of a checkpoint are missing, cut short, unreadable or not what was written.
+
+    Its only argument is the reason; the message adds the cure for those who asked for this very checkpoint.
+    """
+
+    def __str__(self) -> str:
+        return f"{self.reason}; use another checkpoint of the run, or bring this one back from a copy"
+
+    @property
+    def reason(self) -> str:
+        """What is wrong, without the cure."""
+        return self.args[0]
+
+
 class Piece(NamedTuple):
     """A rectangle of a whole tensor, and where its values are: to be written from there, or read to there."""
 
@@ -95,6 +110,21 @@ def rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
             yield from (((index, *offsets), (1, *sizes)) for offsets, sizes in rectangles(shape[1:], begin, end))
 
 
+def cut(piece: Piece) -> Iterator[Piece]:
+    """The piece in parts of about PIECE_BYTES, along its first dimension that has several rows."""
+    shape = piece.values.shape
+    dim = next((dim for dim, size in enumerate(shape) if size > 1), None)
+    if dim is None:
+        yield piece
+        return
+    row_bytes = 4 * piece.values.numel() // shape[dim]
+    step = max(1, PIECE_BYTES // row_bytes)
+    for start in range(0, shape[dim], step):
+        values = piece.values.narrow(dim, start, min(step, shape[dim] - start))
+        offsets = (*piece.offsets[:dim], piece.offsets[dim] + start, *piece.offsets[dim + 1 :])
+        yield piece._replace(offsets=offsets, values=values)
+
+
 def write_pieces(folder: Path, stem: str, pieces: Iterable[Piece]) -> list[Written]:
     """Writes one process's pieces as float32 into files `stem`_000.safetensors, ... in `folder`, and to the disk.
 
@@ -112,7 +142,7 @@ def write_pieces(folder: Path, stem: str, pieces: Iterable[Piece]) -> list[Writt
         batch.clear()
         size, files = 0, files + 1
 
-    for piece in chain.from_iterable(map(_cut, pieces)):
+    for piece in chain.from_iterable(map(cut, pieces)):
         values = piece.values.detach().to("cpu", torch.float32).contiguous()
         batch[_key(piece.name, piece.offsets)] = values
         size += values.nbytes
@@ -158,15 +188,22 @@ def flush(path: Path) -> None:
 
 
 class StoredTensors:
-    """A folder of tensors, for reading. Every method raises CheckpointError where files are missing or damaged."""
+    """A folder of tensors, for reading. Every method raises DamagedCheckpoint where files are missing or damaged.
 
-    def __init__(self, folder: Path):
+    Args:
+        index_crc32: of the index file, where it is known.
+    """
+
+    def __init__(self, folder: Path, index_crc32: int | None = None):
         self.folder = folder
         self._open: dict[str, safe_open] = {}
         try:
-            self._index: dict[str, StoredTensor] = json.loads((folder / INDEX).read_text())
+            content = (folder / INDEX).read_bytes()
+            self._index: dict[str, StoredTensor] = json.loads(content)
         except (OSError, ValueError) as error:
             raise self._damaged(INDEX, error) from error
+        if index_crc32 is not None and zlib.crc32(content) != index_crc32:
+            raise self._damaged(INDEX, "it is not what was written")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -180,6 +217,17 @@ class StoredTensors:
         values = torch.empty(sizes)
         self.fill([Piece(name, shape, offsets, values)])
         return values
+
+    def verify(self, reader: int = 0, readers: int = 1) -> None:
+        """Reads one of `readers` even shares of all pieces, file by file, and compares it with its checksums."""
+        pieces = [(name, stored) for name, tensor in self._index.items() for stored in tensor["pieces"]]
+        pieces.sort(key=lambda piece: piece[1]["file"])
+        start, stop = (len(pieces) * end // readers for end in (reader, reader + 1))
+        for _, of_one_file in groupby(pieces[start:stop], key=lambda piece: piece[1]["file"]):
+            self._open.clear()  # what was read through a mapping counts as memory while it is kept
+            for name, stored in of_one_file:
+                self._read(name, stored)
+        self._open.clear()
 
     @torch.no_grad()
     def fill(self, pieces: Iterable[Piece]) -> None:
@@ -224,11 +272,8 @@ class StoredTensors:
             raise self._damaged(file, f"{name} is not what was written")
         return values
 
-    def _damaged(self, file: str, reason: object) -> CheckpointError:
-        return CheckpointError(
-            f"{self.folder / file} is missing or damaged ({reason}); "
-            f"delete {self.folder.parent} to resume from the one before"
-        )
+    def _damaged(self, file: str, reason: object) -> DamagedCheckpoint:
+        return DamagedCheckpoint(f"{self.folder / file} is missing or damaged ({' '.join(str(reason).split())})")
 
 
 def _file(stem: str, number: int) -> str:
@@ -241,21 +286,6 @@ def _key(name: str, offsets: Iterable[int]) -> str:
 
 def _checksum(values: torch.Tensor) -> int:
     return zlib.crc32(memoryview(values.view(-1).numpy()).cast("B"))
-
-
-def _cut(piece: Piece) -> Iterator[Piece]:
-    """The piece in parts of about PIECE_BYTES, along its first dimension that has several rows."""
-    shape = piece.values.shape
-    dim = next((dim for dim, size in enumerate(shape) if size > 1), None)
-    if dim is None:
-        yield piece
-        return
-    row_bytes = 4 * piece.values.numel() // shape[dim]
-    step = max(1, PIECE_BYTES // row_bytes)
-    for start in range(0, shape[dim], step):
-        values = piece.values.narrow(dim, start, min(step, shape[dim] - start))
-        offsets = (*piece.offsets[:dim], piece.offsets[dim] + start, *piece.offsets[dim + 1 :])
-        yield piece._replace(offsets=offsets, values=values)
 
 
 def _overlap(stored: Box, wanted: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:

@@ -1,10 +1,9 @@
 """Ending a run in good order when the machine is wanted for something else."""
 
 import signal
+from collections.abc import Sequence
 
-import torch
-
-from cola_megatron.parallel import ProcessGroups, RankLost
+from cola_megatron.parallel import RankLost
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -12,11 +11,12 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StopSignals:
     """SIGTERM and SIGUSR1 (pre-emption, time limit) and Ctrl-C end the run after the step in hand, having saved.
 
-    A second Ctrl-C interrupts at once. The ranks agree: one that was signalled stops all of them at the same step.
+    A second Ctrl-C interrupts at once. It is a `Speaker` of the ranks' `Agreement`: one that was signalled stops all of
+    them at the same step.
     """
 
-    def __init__(self, groups: ProcessGroups):
-        self.groups, self.received = groups, False
+    def __init__(self):
+        self.received = self._requested = False
 
     def __enter__(self) -> "StopSignals":
         self.previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
@@ -33,13 +33,17 @@ class StopSignals:
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 
+    def says(self) -> Sequence[bool]:
+        """Whether this rank was signalled."""
+        return (self.received,)
+
+    def hears(self, said: Sequence[bool]) -> None:
+        """Whether any rank was."""
+        (self._requested,) = said
+
     def requested(self) -> bool:
-        """Whether any rank was signalled (a collective)."""
-        if self.groups.world_size == 1:
-            return self.received
-        flag = torch.tensor([float(self.received)], device=self.groups.device)
-        torch.distributed.all_reduce(flag)
-        return bool(flag.item())
+        """Whether the ranks have agreed to stop."""
+        return self._requested
 
 
 def leave_stopping_to_the_main_process(worker: int) -> None:
