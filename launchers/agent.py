@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from cola_megatron.errors import ExitCode, UserError
+from cola_megatron.errors import ExitCode
+from cola_megatron.parallel.rendezvous import RendezvousFailed
 from slurm.supervise import decisive
 
 __all__ = ["Node", "run_processes"]
@@ -50,12 +51,6 @@ class Node:
     job: str
     """The same on all nodes of a try, and on no others."""
     rendezvous_seconds: int
-
-
-class RendezvousFailed(UserError):
-    """The nodes did not find each other."""
-
-    exit_code = ExitCode.CRASHED
 
 
 def run_processes(command: Sequence[str], processes: int, node: Node) -> int:

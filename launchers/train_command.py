@@ -13,7 +13,7 @@ def train(
     overrides: list[str] = typer.Argument(None, help="section.key=value, as many as you like."),
     as_json: bool = typer.Option(False, "--json", help="Print the summary as JSON."),
 ) -> None:
-    """Train one stage; resumes where the run folder holds a checkpoint.
+    """Train one stage; resumes where the run folder holds a checkpoint. A signal saves and ends it with exit code 75.
 
     Under torchrun every process runs this same command.
 
@@ -22,17 +22,19 @@ def train(
     training.stage_one=runs/first`
     """
     from cola_megatron.config import load_config
+    from cola_megatron.errors import ExitCode
 
     config = load_config(source, overrides or [])
     from cola_megatron.training.loop import train as run
 
     summary = run(config)
-    if int(os.environ.get("RANK", 0)) != 0:
-        return
-    if as_json:
-        print_json(asdict(summary))
-    else:
-        print_summary(summary)
+    if int(os.environ.get("RANK", 0)) == 0:
+        if as_json:
+            print_json(asdict(summary))
+        else:
+            print_summary(summary)
+    if summary.stopped_by_signal:
+        raise typer.Exit(ExitCode.STOPPED)
 
 
 def print_summary(summary) -> None:

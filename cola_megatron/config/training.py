@@ -87,6 +87,8 @@ class LogConfig(Section):
     every: PositiveInt = 10
     wandb: Literal["disabled", "offline", "online"] = "offline"
     wandb_project: str = "cola-megatron"
+    wandb_group: str | None = None
+    """Runs of one array or sweep share it."""
 
 
 class TrainingConfig(Section):
@@ -113,6 +115,9 @@ class TrainingConfig(Section):
     metrics, the seconds per step that the slowest rank waited for data, is above a few milliseconds."""
     prefetch_steps: PositiveInt = 2
     """Steps that each loader worker prepares ahead; their batches lie in host memory."""
+    hang_seconds: PositiveFloat | None = 1_800.0
+    """A job without a step, or another sign of progress, for so long writes the stacks of all ranks and ends; null:
+    never. Longer than the start, a compilation or the save of a checkpoint takes."""
     vae_update: VAEUpdateConfig = VAEUpdateConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()

@@ -1,6 +1,7 @@
 """Process groups, devices and backends. Everything above asks this package where it runs."""
 
 from cola_megatron.parallel.groups import ProcessGroups, initialize_parallel
+from cola_megatron.parallel.hang_watch import HangWatch
 from cola_megatron.parallel.parameters import (
     gather_state_dict,
     initialize_parameters,
@@ -11,6 +12,7 @@ from cola_megatron.parallel.parameters import (
 from cola_megatron.parallel.peer_watch import PeerWatch, RankLost
 
 __all__ = [
+    "HangWatch",
     "PeerWatch",
     "ProcessGroups",
     "RankLost",

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from cola_megatron.config import ConfigError
 from cola_megatron.parallel.megatron import ModelParallelConfig, parallel_state
+from cola_megatron.parallel.rendezvous import cannot_join, has_a_gpu_of_its_own, place_from_srun
 
 
 @dataclass(frozen=True)
@@ -79,17 +80,19 @@ def initialize_parallel(
 ) -> ProcessGroups:
     """Joins the job and builds its groups.
 
-    Under torchrun (RANK, WORLD_SIZE, ... in the environment) it joins that job over nccl or gloo; in a
-    plain Python process it makes a job of one, without a network port. A second call in one process must ask for
-    the same sizes and returns an equal object.
+    Under torchrun (RANK, WORLD_SIZE, ... in the environment), or as one of several tasks of srun with MASTER_ADDR and
+    MASTER_PORT, it joins that job over nccl or gloo; in a plain Python process it makes a job of one, without a network
+    port. A second call in one process must ask for the same sizes and returns an equal object.
 
     Raises:
         ConfigError: the world size is not divisible by the tensor- times the pipeline-parallel size, or the groups
             exist with other sizes.
+        RendezvousFailed: the processes do not find each other.
     """
     if tensor_parallel_size > 1:
         # One queue keeps collectives and kernels in the order of their launch, which megatron-core's overlap relies on.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.update(place_from_srun(os.environ))
     device = _local_device()
     if not dist.is_initialized():
         _join_job(device, timedelta(minutes=timeout_minutes))
@@ -150,6 +153,8 @@ def _local_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if has_a_gpu_of_its_own(gpus):
+        local_rank = 0
     if local_rank >= gpus:
         raise ConfigError(
             f"process {local_rank} of this machine has no GPU: there are {gpus}; start at most {gpus} processes here "
@@ -164,13 +169,11 @@ def _join_job(device: torch.device, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # gloo and nccl both remark on the device they were not given
-        tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-        if "WORLD_SIZE" not in os.environ and tasks > 1:
-            raise ConfigError(
-                f"srun started {tasks} tasks that do not know each other (no WORLD_SIZE); start one torchrun per node"
-            )
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
+            try:
+                dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
+            except (dist.DistError, TimeoutError) as error:
+                raise cannot_join(error) from error
         else:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists, even in a job of one
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -16,7 +16,8 @@ heartbeat. Every rank makes two small requests a second, rank 0 one that reads N
 The guard thread ends the process once there is a verdict: a main thread that waits inside a collective cannot be
 interrupted. It is a thread of its own because the store's client waits without limit for a store that fell silent.
 
-A heartbeat says that a process lives, not that it advances: a rank whose main thread hangs still beats.
+A heartbeat says that a process lives, not that it advances: a rank whose main thread hangs still beats. That is noticed
+by `hang_watch`, which tells it here.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 import torch.distributed as dist
@@ -59,11 +60,17 @@ class PeerWatch:
     told to the others and goes on unchanged. One out of a collective becomes `RankLost` where a rank is lost.
     """
 
-    def __init__(self, groups: ProcessGroups, timeout: float):
+    def __init__(self, groups: ProcessGroups, timeout: float, before_hung_end: Callable[[], object] = lambda: None):
+        """
+        Args:
+            before_hung_end: called on every rank, in another thread, before a job that hangs is ended.
+        """
         self.groups, self.timeout, self.step = groups, timeout, 0
+        self._before_hung_end = before_hung_end
         # A verdict is read within a second, and 1,000 ranks make no more requests than the store answers in passing.
         self.interval = min(1.0, timeout / 20)
         self._verdict: str | None = None
+        self._code = ExitCode.RANK_LOST
         self._accusation: str | None = None
         self._explained: BaseException | None = None
         self._rounds, self._done = 0, False
@@ -116,6 +123,10 @@ class PeerWatch:
                 self._explain(error)
             raise
 
+    def report(self, text: str, code: ExitCode) -> None:
+        """Ends the job with this line and exit code on every rank; from any thread."""
+        self._accuse(f"{self._heartbeat().name}: {text}", code)
+
     # ---- the main thread, on its way out ----------------------------------------------------------------------------
 
     def _explain(self, error: BaseException) -> None:
@@ -127,12 +138,17 @@ class PeerWatch:
         # A broken collective tells that a rank is gone, not which: the verdict comes from whoever knows.
         lost = _is_of_a_collective(error) and self._decided.wait(self.timeout + 5 * self.interval)
         if not lost:
-            self._accuse(f"{self._heartbeat().name} failed {self._when()}: {_one_line(error)}")
+            # What would fail again on this rank would so on any: all of them end with its exit code.
+            code = getattr(error, "exit_code", ExitCode.RANK_LOST)
+            self._accuse(
+                f"{self._heartbeat().name} failed {self._when()}: {_one_line(error)}",
+                ExitCode.RANK_LOST if code.is_worth_another_try else code,
+            )
             self._decided.wait(5 * self.interval)
         # Time for the others to read the verdict: the store may end with this process's launcher.
         time.sleep(2 * self.interval)
         if lost:
-            raise RankLost(self._message()) from error
+            raise self._rank_lost() from error
 
     # ---- the heartbeat thread ---------------------------------------------------------------------------------------
 
@@ -153,7 +169,7 @@ class PeerWatch:
                     # Soon again at the start, while ranks arrive: one that was never heard of cannot be named.
                     self._ends.wait(self.interval if self._heard_of_all() else self.interval / 10)
         except RuntimeError as error:  # what the store's client raises
-            self._decide(self._store_lost(_one_line(error)))
+            self._decide(f"{ExitCode.RANK_LOST:d} {self._store_lost(_one_line(error))}")
 
     def _look_for_lost_ranks(self, beats: dict[int, bytes]) -> None:
         self._silence.count(beats)
@@ -193,12 +209,14 @@ class PeerWatch:
             unanswered = unanswered + self.interval if self._rounds == rounds else 0.0
             rounds = self._rounds
             if unanswered > self.timeout:
-                self._decide(self._store_lost(f"no answer for {self.timeout:g} s"))
+                self._decide(f"{ExitCode.RANK_LOST:d} {self._store_lost(f'no answer for {self.timeout:g} s')}")
             if self._decided.is_set():
                 decided += self.interval
                 # A main thread that runs leaves the block by itself; one that waits inside a collective never does.
                 if decided >= (LEAVE_SECONDS if self._leaving.is_set() else 5 * self.interval):
-                    _end_process(self._message())
+                    if self._code == ExitCode.HUNG:
+                        self._before_hung_end()
+                    _end_process(self._message(), self._code)
 
     # ---- what they share --------------------------------------------------------------------------------------------
 
@@ -227,18 +245,27 @@ class PeerWatch:
     def _died(self, beat: Heartbeat) -> str:
         return f"{beat.name} died {self._when()}: killed, out of memory or crashed; see the kernel's log on {beat.host}"
 
-    def _accuse(self, text: str) -> None:
+    def _accuse(self, text: str, code: ExitCode = ExitCode.RANK_LOST) -> None:
         """Has the heartbeat thread propose this verdict, unless there is another already."""
         if self._accusation is None:
-            self._accusation = text
+            self._accusation = f"{code:d} {text}"
             self._ends.wake()
 
     def _decide(self, verdict: str) -> None:
+        """`verdict`: exit code and text."""
         if self._verdict is None:
-            self._verdict = verdict
+            code, _, self._verdict = verdict.partition(" ")
+            self._code = ExitCode(int(code))
             self._decided.set()
 
+    def _rank_lost(self) -> RankLost:
+        error = RankLost(self._message())
+        error.exit_code = self._code
+        return error
+
     def _message(self) -> str:
+        if not self._code.is_worth_another_try:
+            return f"{self._verdict}; this job ends: started again, it would fail again"
         return f"{self._verdict}; this job ends: started again, it resumes from its newest checkpoint"
 
 
@@ -258,8 +285,8 @@ def _one_line(error: BaseException) -> str:
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
-def _end_process(message: str) -> None:
+def _end_process(message: str, code: ExitCode) -> None:
     """Prints one line and ends the process as `RankLost` would, whatever its other threads are doing."""
     print(f"cola: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(RankLost.exit_code)
+    os._exit(code)

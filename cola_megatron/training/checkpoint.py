@@ -47,6 +47,7 @@ FREE_KEYS = (
     "training.activation_checkpointing",
     "training.stage_one",
     "training.resume",
+    "training.hang_seconds",
     "training.loader_workers",
     "training.prefetch_steps",
     "training.evaluation",

@@ -3,7 +3,7 @@
 Shapes as in `models/cola.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -21,8 +21,17 @@ from cola_megatron.training.measured_chain import ROBUSTNESS_TIMES, measured_ste
 
 
 @torch.no_grad()
-def evaluate(model: Cola, shards: TokenShards, config: RunConfig, groups: ProcessGroups) -> dict[str, float]:
+def evaluate(
+    model: Cola,
+    shards: TokenShards,
+    config: RunConfig,
+    groups: ProcessGroups,
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Measures on the first held-out sequences of every source, the same ones each time and in any layout.
+
+    Args:
+        on_batch: called after every micro-batch.
 
     Returns:
         `reconstruction_accuracy` (of the posterior mean) and `reconstruction_accuracy_t250`, `_t500` (of the latent
@@ -46,6 +55,7 @@ def evaluate(model: Cola, shards: TokenShards, config: RunConfig, groups: Proces
         for name in results:
             if name in state:
                 sums[name] = sums[name] + state[name] if name in sums else state[name]
+        on_batch()
         return {name: state[name] for name in stage.hands_on}
 
     forward_only(Neighbours(groups, stage.takes, stage.hands_on), batches, forward)

@@ -3,14 +3,11 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator
-
-from tqdm import tqdm
 
 from cola_megatron.config import RunConfig
 from cola_megatron.data import TokenShards, training_samples
 from cola_megatron.errors import ExitCode, UserError
-from cola_megatron.parallel import PeerWatch, ProcessGroups, initialize_parameters
+from cola_megatron.parallel import HangWatch, PeerWatch, ProcessGroups, initialize_parameters
 from cola_megatron.scaling.flops import training_flops
 from cola_megatron.training.agreement import Agreement
 from cola_megatron.training.batches import MicroBatches, micro_batches_per_step
@@ -20,7 +17,6 @@ from cola_megatron.training.engine import Engine
 from cola_megatron.training.evaluation import evaluate
 from cola_megatron.training.layout import build_model, initialize_run
 from cola_megatron.training.loader import BatchLoader
-from cola_megatron.training.metrics import MetricsLog
 from cola_megatron.training.open_shards import open_shards
 from cola_megatron.training.resume import resume_from
 from cola_megatron.training.run_folder import (
@@ -28,9 +24,9 @@ from cola_megatron.training.run_folder import (
     finished_summary,
     lock_run_folder,
     read_history,
-    record_start,
     write_summary,
 )
+from cola_megatron.training.run_reports import RunReports, open_reports
 from cola_megatron.training.starting_weights import load_starting_weights
 from cola_megatron.training.stop_signals import StopSignals
 
@@ -52,11 +48,13 @@ def train(config: RunConfig, progress: bool = True) -> Summary:
             one, its process ends instead, with the same line and exit code.
     """
     groups = initialize_run(config)
-    with PeerWatch(groups, config.parallel.peer_timeout_seconds) as watch:
-        return _train(config, groups, watch, progress)
+    hang = HangWatch(config.run_folder, config.training.hang_seconds, groups.rank, groups.world_size)
+    with hang, PeerWatch(groups, config.parallel.peer_timeout_seconds, hang.write_stacks) as watch:
+        hang.peers = watch
+        return _train(config, groups, watch, hang, progress)
 
 
-def _train(config: RunConfig, groups: ProcessGroups, watch: PeerWatch, progress: bool) -> Summary:
+def _train(config: RunConfig, groups: ProcessGroups, watch: PeerWatch, hang: HangWatch, progress: bool) -> Summary:
     train_shards, held_out_shards = open_shards(config, config.data.path, ["train", "held_out"], groups)
     micro_batches_per_step(config, groups.data_parallel_size)  # refuse here what the engine would refuse late
     with lock_run_folder(config.run_folder) if groups.is_main else contextlib.nullcontext():
@@ -74,20 +72,12 @@ def _train(config: RunConfig, groups: ProcessGroups, watch: PeerWatch, progress:
         if checkpoint is not None:
             load_optimizer(engine, checkpoint)
         # From here on the folder is written to: all that could refuse this start has had its say.
-        with _open_log(config, start, groups) as log:
-            return _Run(config, groups, engine, train_shards, held_out_shards, start, log, watch, progress).to_the_end()
-
-
-@contextlib.contextmanager
-def _open_log(config: RunConfig, start: int, groups: ProcessGroups) -> Iterator[MetricsLog | None]:
-    """The main process's log; every rank waits until the records after `start` are gone from it."""
-    with contextlib.ExitStack() as at_the_end:
-        log = None
-        if groups.is_main:
-            record_start(config)
-            log = at_the_end.enter_context(contextlib.closing(MetricsLog(config, start)))
-        groups.barrier()
-        yield log
+        hang.progress()
+        with open_reports(config, start, groups, progress) as reports:
+            run = _Run(config, groups, engine, train_shards, held_out_shards, start, reports, watch, hang)
+            summary = run.to_the_end()
+        groups.barrier()  # a launcher ends what is left when the first rank has ended: not before the last is through
+        return summary
 
 
 class _Run:
@@ -101,14 +91,15 @@ class _Run:
         train_shards: TokenShards,
         held_out_shards: TokenShards,
         start: int,
-        log: MetricsLog | None,
+        reports: RunReports,
         watch: PeerWatch,
-        progress: bool,
+        hang: HangWatch,
     ):
         self.config, self.groups, self.engine = config, groups, engine
         self.train_shards, self.held_out_shards = train_shards, held_out_shards
         self.step, self.saved_at = start, start
-        self.log, self.watch, self.progress = log, watch, progress and groups.is_main
+        self.reports, self.watch, self.hang = reports, watch, hang
+        self.stopped = False
         history = read_history(config.run_folder, start)
         self.seconds_before, self.measured_at, self.measured = history.seconds, history.measured_at, history.measured
         self.began = time.perf_counter()
@@ -129,12 +120,8 @@ class _Run:
             groups,
             known_bad=self.train_shards.bad,
         )
-        bar = tqdm(
-            total=training.steps, initial=self.step, disable=not self.progress, unit="step", desc=self.config.name
-        )
         with (
             StopSignals() as stop,
-            bar,
             contextlib.closing(batches),
             self.watch.naming_lost_ranks(),
             self.writer,
@@ -142,29 +129,29 @@ class _Run:
             agreement = Agreement(groups, stop, self.writer)
             self._measure_if_due()  # a job that died between a save and its measurement left it to us
             while self.step < last:
-                self._one_step(batches, bar)
+                self._one_step(batches)
                 if self.step % training.checkpoint.every == 0 or self.step >= training.steps:
                     self._save()
                 agreement.reach()
                 if stop.requested():
+                    self.stopped = self.step < last
                     break  # whoever asked will not wait for a measurement; the resumed job makes it up
                 self._measure_if_due()
             if self.saved_at != self.step:
                 self._save()
         return self._finish()
 
-    def _one_step(self, batches: BatchLoader, bar: tqdm) -> None:
+    def _one_step(self, batches: BatchLoader) -> None:
         began, self.watch.step = time.perf_counter(), self.step + 1
         metrics = self.engine.step(batches, self.step)
         seconds = time.perf_counter() - began
         self._stop_if_diverged(metrics)
         self.step += 1
-        bar.update()
+        self.hang.progress()
+        self.reports.stepped(self.step, metrics["loss"], self._tokens(1))
         if self.step % self.config.training.log.every == 0 or self.step in (1, self.config.training.steps):
-            speed = self._tokens(1) / seconds
-            bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {speed:,.0f} tokens/s")
-            times = {"tokens_per_second": speed, **batches.measured(), "seconds": self._seconds()}
-            self._write("train", {**metrics, **times})
+            measured = {"tokens_per_second": self._tokens(1) / seconds, **batches.measured()}
+            self.reports.train(self.step, {**metrics, **measured}, self._seconds())
 
     def _stop_if_diverged(self, metrics: dict[str, float]) -> None:
         bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
@@ -180,21 +167,23 @@ class _Run:
         due = self.step and (self.step % training.evaluation.every == 0 or self.step >= training.steps)
         if not due or self.measured_at == self.step:
             return
-        self.measured = evaluate(self.engine.model, self.held_out_shards, self.config, self.groups)
+        self.reports.state("measuring")
+        self.measured = evaluate(
+            self.engine.model, self.held_out_shards, self.config, self.groups, on_batch=self.hang.progress
+        )
         self.measured_at = self.step
-        self._write("evaluation", {**self.measured, "seconds": self._seconds()})
+        self.reports.record("evaluation", self.step, {**self.measured, "seconds": self._seconds()})
 
     def _save(self) -> None:
+        self.reports.state("saving")
         self.writer.save(self.step)
         self.saved_at = self.step
+        self.hang.progress()
 
     def _record_save(self, saved: Saved) -> None:
         took = {"blocked": saved.blocked, "writing": saved.seconds, "bytes": saved.bytes, "seconds": self._seconds()}
-        self._write("checkpoint", took, saved.step)
-
-    def _write(self, kind: str, values: dict[str, float], step: int | None = None) -> None:
-        if self.log is not None:
-            self.log.write(kind, self.step if step is None else step, values)
+        self.reports.record("checkpoint", saved.step, took)
+        self.hang.progress()
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.began
@@ -211,7 +200,10 @@ class _Run:
             model_flops=training_flops(self.config, self.step),
             seconds=self._seconds(),
             metrics=self.measured or {},
+            stopped_by_signal=self.stopped,
+            **self.reports.goodput(self._seconds()),
         )
+        self.reports.state("stopped" if not summary.finished else "finished")
         if self.groups.is_main:
             write_summary(summary)
         return summary

@@ -22,14 +22,12 @@ class MetricsLog:
         self._drop_after(resumed_at)
         self.file = self.path.open("a", buffering=1)  # a line is on its way to the disk when it ends
         self.wandb = _start_wandb(config)
-        self._newest = 0
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Records the values of a finished step (counted from 1)."""
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         if self.wandb is not None:
-            self._newest = max(step, self._newest)  # wandb drops what is of an earlier step
-            self.wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=self._newest)
+            self.wandb.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
 
     def close(self) -> None:
         """Flushes and ends the wandb run."""
@@ -58,9 +56,10 @@ def _start_wandb(config: RunConfig):
     import wandb
 
     try:
-        return wandb.init(
+        run = wandb.init(
             project=config.training.log.wandb_project,
             name=config.name,
+            group=config.training.log.wandb_group,
             id=_wandb_id(config),
             resume="allow",
             mode=config.training.log.wandb,
@@ -72,6 +71,10 @@ def _start_wandb(config: RunConfig):
         raise ConfigError(
             f"training.log.wandb={config.training.log.wandb}: wandb did not start ({error}); log in, or use offline"
         ) from error
+    # Our own axis: wandb's may only rise, and drops what a resumed run takes again.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def _wandb_id(config: RunConfig) -> str:

@@ -33,6 +33,14 @@ class Summary:
     """Time in training steps, measurements and saves, over all jobs of this run."""
     metrics: dict[str, float]
     """The last held-out measurement."""
+    stopped_by_signal: bool = False
+    """A signal asked for the end before it was due; the state is saved."""
+    restarts: int = 0
+    """Starts of the run before its last."""
+    lost_steps: int = 0
+    """Steps that were taken more than once."""
+    goodput: float | None = None
+    """See `training.attempts`; None on all processes but the main one."""
 
 
 class RunFolderTaken(UserError):
