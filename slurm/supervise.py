@@ -109,7 +109,7 @@ class Supervisor:
             return self.requeue(code, f"stopped by {self.signalled}", excluded)
         if code == STOPPED:
             return self.requeue(code, "a signal reached the ranks", excluded)
-        lost = [node for node in self.nodes() if LOST_NODE_STATES.search(state_of(node))]
+        lost = [node for node in self.nodes() if LOST_NODE_STATES.search(shown("node", node, "State"))]
         if lost or set(excluded) & set(self.nodes()):
             return self.requeue(code, f"{','.join(lost or excluded)} failed", excluded)
         # Longer and longer: what ails a machine or a file system may pass.
@@ -135,10 +135,12 @@ class Supervisor:
         """Gives the nodes back and waits to be ended; the job begins again when its turn comes."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # the requeue ends this process: not before the last line
+        if shown("job", self.job, "JobState") == "CANCELLED":  # Slurm would requeue that, too
+            return self.stop(code if code != DONE else STOPPED, "it was cancelled")
         self.write("requeue", reason=reason, excluded=excluded)
         self.say(f"{reason}: back to the queue" + (", without " + ",".join(excluded) if excluded else ""))
         failure = scontrol("requeue", self.job)
-        if failure:
+        if failure and "pending" not in failure.lower():  # after a node failure Slurm has requeued the job already
             return self.stop(code if code != DONE else FAILED, f"Slurm does not requeue this job ({failure})")
         if excluded:
             # Only a pending job takes this; it is pending from now on, and this process lives for Slurm's KillWait.
@@ -261,11 +263,11 @@ def usable_nodes(partition):
     return subprocess.Popen(command, stdout=subprocess.PIPE).communicate()[0].decode().split()
 
 
-def state_of(node):
-    answer = subprocess.Popen(
-        ["scontrol", "--oneliner", "show", "node", node], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ).communicate()[0]
-    found = re.search(r"\bState=(\S+)", answer.decode())
+def shown(kind, name, key):
+    """A value that scontrol shows of a job or a node."""
+    command = ["scontrol", "--oneliner", "show", kind, name]
+    answer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE).communicate()[0]
+    found = re.search(r"\b" + key + r"=(\S+)", answer.decode())
     return found.group(1) if found else ""
 
 

@@ -176,11 +176,15 @@ class Cluster:
         found = {}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                environment, words = process.environ(), process.cmdline()
-                ours = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"] and "RANK" in environment
-                # A loader's process looks like its rank, but for its parent.
-                if ours and "train" in words and "launch" not in words and "RANK" not in process.parent().environ():
+                environment, words, parent = process.environ(), process.cmdline(), process.parent()
+                ours = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
+                if not ours or "train" not in words or "launch" in words or "supervise.py" in " ".join(words):
+                    continue
+                # A loader's process looks like its rank, but for its parent: an agent, or a task of srun's none.
+                if "RANK" in environment and "RANK" not in parent.environ():
                     found[int(environment["RANK"])] = process
+                elif "RANK" not in environment and "slurmstepd" in parent.name():
+                    found[int(environment["SLURM_PROCID"])] = process
         return found
 
     def step_daemons(self, node: str) -> list[psutil.Process]:

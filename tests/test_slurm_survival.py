@@ -172,7 +172,7 @@ def test_a_killed_step_daemon(submit, undisturbed, slurm: Cluster) -> None:
     rank = slurm.ranks()[1]
     daemon = next(each for each in rank.parents() if "slurmstepd" in each.name())
     daemon.kill()
-    assert_nothing_lost(job, undisturbed, tries=2)
+    assert_nothing_lost(job, undisturbed, tries=(1, 2))
 
 
 def test_a_node_that_goes_down(submit, undisturbed, slurm: Cluster) -> None:
@@ -219,7 +219,7 @@ def test_tries_without_progress_are_bounded(submit, slurm: Cluster) -> None:
 
 
 def test_a_cancelled_job_stays_cancelled(submit, slurm: Cluster) -> None:
-    job = submit()
+    job = submit("training.steps=100000", "training.checkpoint.every=100000")
     job.wait_for_step(3)
     done = subprocess.run(
         [sys.executable, "-m", "launchers.cli", "cancel", str(job.config.run_folder)],
@@ -228,6 +228,6 @@ def test_a_cancelled_job_stays_cancelled(submit, slurm: Cluster) -> None:
         text=True,
     )
     assert done.returncode == 0 and job.id in done.stdout
-    assert slurm.run_to_the_end(job.id) == "CANCELLED"
+    slurm.wait_for(lambda: slurm.job(job.id)["JobState"] == "CANCELLED", "the end of the job", 60)
     slurm.wait_for(lambda: not slurm.ranks(), "the end of its ranks")
     assert newest_checkpoint(job.config.run_folder) is not None, "it saved before it ended"
