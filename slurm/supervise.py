@@ -135,12 +135,15 @@ class Supervisor:
         """Gives the nodes back and waits to be ended; the job begins again when its turn comes."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # the requeue ends this process: not before the last line
-        if shown("job", self.job, "JobState") == "CANCELLED":  # Slurm would requeue that, too
-            return self.stop(code if code != DONE else STOPPED, "it was cancelled")
+        if shown("job", self.job, "JobState") == "COMPLETING":
+            # Cancelled, or requeued by Slurm itself: a requeue of ours would bring a cancelled job back, and an exit
+            # code would be taken for that of a job which waits again.
+            self.say("Slurm ends this job")
+            time.sleep(3600)
         self.write("requeue", reason=reason, excluded=excluded)
         self.say(f"{reason}: back to the queue" + (", without " + ",".join(excluded) if excluded else ""))
         failure = scontrol("requeue", self.job)
-        if failure and "pending" not in failure.lower():  # after a node failure Slurm has requeued the job already
+        if failure:
             return self.stop(code if code != DONE else FAILED, f"Slurm does not requeue this job ({failure})")
         if excluded:
             # Only a pending job takes this; it is pending from now on, and this process lives for Slurm's KillWait.
