@@ -11,6 +11,7 @@ import typer
 from launchers import (
     config_command,
     convert_command,
+    doctor_command,
     eval_command,
     generate_command,
     launch_command,
@@ -42,6 +43,7 @@ app.add_typer(convert_command.app, name="convert")
 app.command("generate")(generate_command.generate)
 app.add_typer(eval_command.app, name="eval")
 app.command("plan")(plan_command.plan)
+app.command("doctor")(doctor_command.doctor)
 
 
 @app.command("quickstart")

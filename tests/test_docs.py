@@ -25,7 +25,7 @@ ROWS = (
     ("launchers",),
     ("tools", "data_prep", "slurm"),
     ("interface.py",),
-    ("training", "evaluation"),
+    ("training", "evaluation", "preflight"),
     ("inference", "interop", "data", "scaling"),
     ("models", "objectives"),
     ("layers",),
