@@ -1,7 +1,9 @@
 """Training jobs on a real Slurm: what ends them, and that nothing is lost by it."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,11 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cola_megatron.config import RunConfig, dump_config
+from cola_megatron.config import RunConfig, dump_config, load_config
 from cola_megatron.training.checkpoint import newest_checkpoint
 from cola_megatron.training.loop import train
 from cola_megatron.training.metrics import read_metrics
-from tests.slurm_cluster import Cluster, cluster, records
+from tests.ranks import run_ranks
+from tests.slurm_cluster import TERMINAL, Cluster, cluster, records
+from tests.support import TINY
 
 STEPS = 60
 # A step of this takes some 40 ms, so the run lasts long enough to be hit in the middle.
@@ -26,6 +30,8 @@ LONG = [
     "training.checkpoint.keep_last=3",
     "parallel.peer_timeout_seconds=10",
 ]
+# Each start of a job takes some ten seconds here, so one way of starting must do for the tests of every day.
+AGENT_SLOWLY, TASKS_SLOWLY = (pytest.param(launcher, marks=pytest.mark.slow) for launcher in ("agent", "tasks"))
 SITE = """
 partition: main
 gpus_per_node: 0
@@ -38,7 +44,7 @@ pause_seconds: 0.5
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[Cluster]:
-    with cluster(nodes=2) as running:
+    with cluster(nodes=3) as running:
         yield running
 
 
@@ -100,10 +106,6 @@ def submit(slurm: Cluster, tiny, tmp_path: Path) -> Callable[..., Job]:
 @pytest.fixture(scope="module")
 def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of the same run on two processes that nothing happened to."""
-    from cola_megatron.config import load_config
-    from tests.ranks import run_ranks
-    from tests.support import TINY
-
     folder = tmp_path_factory.mktemp("undisturbed")
     config = load_config("tiny", [*TINY, *LONG, "stage=1", f"data.path={corpus}", f"runs_folder={folder}"])
     run_ranks(train, 2, config, False)
@@ -119,7 +121,7 @@ def assert_nothing_lost(job: Job, undisturbed: list[float], tries: int | tuple[i
     assert len(job.events("try")) in expected, job.events("try")
 
 
-@pytest.mark.parametrize("launcher", ["agent", "tasks"])
+@pytest.mark.parametrize("launcher", ["agent", TASKS_SLOWLY])
 def test_a_job_on_two_nodes_trains_to_its_end(submit, undisturbed, launcher: str) -> None:
     job = submit(site=f"launcher: {launcher}\n")
     assert_nothing_lost(job, undisturbed, tries=1)
@@ -127,6 +129,7 @@ def test_a_job_on_two_nodes_trains_to_its_end(submit, undisturbed, launcher: str
         assert (job.folder / name).is_file()
 
 
+@pytest.mark.slow
 def test_a_requeue_in_the_middle(submit, undisturbed, slurm: Cluster) -> None:
     job = submit()
     job.wait_for_checkpoint(20)
@@ -134,7 +137,7 @@ def test_a_requeue_in_the_middle(submit, undisturbed, slurm: Cluster) -> None:
     assert_nothing_lost(job, undisturbed, tries=2)
 
 
-@pytest.mark.parametrize("launcher", ["agent", "tasks"])
+@pytest.mark.parametrize("launcher", [AGENT_SLOWLY, "tasks"])
 def test_the_signal_before_the_time_limit_saves_and_requeues(submit, undisturbed, slurm: Cluster, launcher) -> None:
     job = submit("training.checkpoint.every=1000", site=f"launcher: {launcher}\n")
     job.wait_for_step(5)
@@ -145,6 +148,7 @@ def test_the_signal_before_the_time_limit_saves_and_requeues(submit, undisturbed
     assert job.events("try")[1]["checkpoint"] >= 5
 
 
+@pytest.mark.slow
 def test_pre_emption_saves_and_the_job_comes_back(submit, undisturbed, slurm: Cluster) -> None:
     job = submit("training.checkpoint.every=1000")
     job.wait_for_step(5)
@@ -156,7 +160,7 @@ def test_pre_emption_saves_and_the_job_comes_back(submit, undisturbed, slurm: Cl
     assert job.events("try")[1]["checkpoint"] >= 5
 
 
-@pytest.mark.parametrize("launcher", ["agent", "tasks"])
+@pytest.mark.parametrize("launcher", ["agent", TASKS_SLOWLY])
 def test_a_killed_rank(submit, undisturbed, slurm: Cluster, launcher: str) -> None:
     job = submit(site=f"launcher: {launcher}\n")
     job.wait_for_checkpoint(20)
@@ -166,6 +170,7 @@ def test_a_killed_rank(submit, undisturbed, slurm: Cluster, launcher: str) -> No
     assert end["code"] == 128 + signal.SIGKILL and len(end["failures"]) == 1
 
 
+@pytest.mark.slow
 def test_a_killed_step_daemon(submit, undisturbed, slurm: Cluster) -> None:
     job = submit(options=("--set", "pause_seconds=0.5"))
     job.wait_for_checkpoint(20)
@@ -175,6 +180,7 @@ def test_a_killed_step_daemon(submit, undisturbed, slurm: Cluster) -> None:
     assert_nothing_lost(job, undisturbed, tries=(1, 2))
 
 
+@pytest.mark.slow
 def test_a_node_that_goes_down(submit, undisturbed, slurm: Cluster) -> None:
     job = submit()
     job.wait_for_checkpoint(20)
@@ -185,6 +191,7 @@ def test_a_node_that_goes_down(submit, undisturbed, slurm: Cluster) -> None:
     assert_nothing_lost(job, undisturbed, tries=(2, 3))
 
 
+@pytest.mark.slow
 def test_a_truncated_newest_checkpoint(submit, undisturbed, slurm: Cluster) -> None:
     job = submit()
     job.wait_for_checkpoint(30)
@@ -197,6 +204,7 @@ def test_a_truncated_newest_checkpoint(submit, undisturbed, slurm: Cluster) -> N
     assert newest.name in job.log() and (newest.parent / f"damaged_{newest.name}").is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_that_would_fail_again_is_not_tried_again(submit, slurm: Cluster, tmp_path: Path) -> None:
     job = submit("data.path=/nowhere")
     assert slurm.run_to_the_end(job.id) == "FAILED"
@@ -205,6 +213,7 @@ def test_a_run_that_would_fail_again_is_not_tried_again(submit, slurm: Cluster, 
     assert "/nowhere" in job.log() and "Traceback" not in job.log()
 
 
+@pytest.mark.slow
 def test_tries_without_progress_are_bounded(submit, slurm: Cluster) -> None:
     job = submit("training.checkpoint.every=1000", options=("--set", "tries=2"))
     for _ in range(2):
@@ -218,6 +227,23 @@ def test_tries_without_progress_are_bounded(submit, slurm: Cluster) -> None:
     assert "2 tries in a row brought no new checkpoint" in job.log()
 
 
+def test_a_node_that_the_preflight_names_is_left_out(submit, undisturbed, slurm: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    driver = tmp_path / "bin" / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho the GPU fell off the bus\nexit 15\n")
+    prolog = tmp_path / "prolog"
+    prolog.write_text(f'#!/bin/sh\n[ $SLURMD_NODENAME = n2 ] && echo "export PATH={driver.parent}:$PATH"\nexit 0\n')
+    for script in (driver, prolog):
+        script.chmod(0o755)
+    job = submit(options=("--set", "preflight=true"), site=f"srun_arguments: [--task-prolog={prolog}]\n")
+    assert_nothing_lost(job, undisturbed, tries=2)
+    first, second = job.events("try")
+    assert (first["nodes"], second["nodes"]) == (["n1", "n2"], ["n1", "n3"])
+    assert "the GPU fell off the bus" in job.events("end")[0]["failures"]["n2"]
+    assert "bad node n2" in job.log()
+
+
+@pytest.mark.slow
 def test_a_cancelled_job_stays_cancelled(submit, slurm: Cluster) -> None:
     job = submit("training.steps=100000", "training.checkpoint.every=100000")
     job.wait_for_step(3)
@@ -231,3 +257,37 @@ def test_a_cancelled_job_stays_cancelled(submit, slurm: Cluster) -> None:
     slurm.wait_for(lambda: slurm.job(job.id)["JobState"] == "CANCELLED", "the end of the job", 60)
     slurm.wait_for(lambda: not slurm.ranks(), "the end of its ranks")
     assert newest_checkpoint(job.config.run_folder) is not None, "it saved before it ended"
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_lose_nothing(submit, slurm: Cluster, tmp_path: Path) -> None:
+    """Ranks, agents, tasks' daemons and the whole job are hit while it starts, trains, saves and ends."""
+    chooser, steps = random.Random(6), 3000
+    overrides = [f"training.steps={steps}", "training.checkpoint.every=100", "training.log.every=50"]
+    job = submit(*overrides, options=("--set", "tries=30", "--set", "pause_seconds=0.2", "--set", "wait_seconds=15"))
+    kills = 0
+    while kills < 20 and slurm.job(job.id)["JobState"] not in TERMINAL:
+        slurm.start_again(job.id)
+        time.sleep(chooser.uniform(3, 14))
+        kind = chooser.choice(["rank", "rank", "agent", "requeue", "signal"])
+        if kind == "requeue":
+            slurm.commands("scontrol", "requeue", job.id, check=False)
+        elif kind == "signal":
+            slurm.commands("scancel", "--batch", "--signal=USR1", job.id, check=False)
+        else:
+            ranks = slurm.ranks()
+            if not ranks:
+                continue
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim = chooser.choice(list(ranks.values()))
+                (victim if kind == "rank" else victim.parent()).kill()
+        kills += 1
+    assert slurm.run_to_the_end(job.id, 600) == "COMPLETED", job.log()[-4000:]
+    assert kills == 20, "the run was over before"
+    straight = load_config(
+        "tiny",
+        [*TINY, *LONG, *overrides, "stage=1", f"data.path={job.config.data.path}", f"runs_folder={tmp_path / 's'}"],
+    )
+    run_ranks(train, 2, straight, False, timeout=600)
+    of_straight = [r["loss"] for r in read_metrics(straight.run_folder / "metrics.jsonl") if r["kind"] == "train"]
+    assert job.losses() == of_straight
