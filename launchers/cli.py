@@ -17,6 +17,7 @@ from launchers import (
     launch_command,
     plan_command,
     prep_command,
+    report_command,
     status_command,
     submit_command,
     train_command,
@@ -42,6 +43,7 @@ app.command("cancel")(status_command.cancel)
 app.add_typer(convert_command.app, name="convert")
 app.command("generate")(generate_command.generate)
 app.add_typer(eval_command.app, name="eval")
+app.command("report")(report_command.report)
 app.command("plan")(plan_command.plan)
 app.command("doctor")(doctor_command.doctor)
 

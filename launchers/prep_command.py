@@ -1,11 +1,15 @@
 """`cola prep`: raw text to token shards, and their verification."""
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from launchers.output import fail, print_json
+
+if TYPE_CHECKING:
+    from launchers.slurm.site import Site
 
 app = typer.Typer(help="Turn raw corpora into sharded token data sets, and check them.", no_args_is_help=True)
 
@@ -19,7 +23,7 @@ def run(
     ),
     output: Path = typer.Option(None, help="Folder to write."),
     recipe: Path = typer.Option(
-        None, help="YAML file with sources, cleaning, packing; INPUTS are then overrides a.b=c."
+        None, help="YAML file with sources, cleaning, packing, or `embedded`; INPUTS are then overrides a.b=c."
     ),
     sequence_length: int = typer.Option(512, help="Tokens per sequence."),
     tokenizer: Path = typer.Option(None, help="A tokenizer.json; without it a byte-level BPE is trained."),
@@ -83,6 +87,7 @@ def submit(
         [], help="A line for #SBATCH, such as --directive=--partition=cpu; repeatable."
     ),
     setup: list[str] = typer.Option([], help="A line of shell before the command; repeatable."),
+    site: str = typer.Option(None, help="Site file or example, as for `cola submit`; by default $COLA_SITE, or none."),
     force: bool = typer.Option(False, help="Replace a data set made with other settings, and forget unfinished work."),
     dry_run: bool = typer.Option(False, help="Print the batch scripts; submit nothing."),
 ) -> None:
@@ -96,7 +101,7 @@ def submit(
     from launchers.prep_recipes import from_file
 
     plan = make_plan(from_file(recipe, overrides or [], output))
-    settings = prep_slurm.ArraySettings(elements, concurrency, tuple(directive), tuple(setup))
+    settings = prep_slurm.ArraySettings(_site(site, directive, setup), elements, concurrency)
     if dry_run:
         print("\n".join(prep_slurm.scripts(plan, work_folder_of(plan.recipe.output), settings).values()), end="")
         return
@@ -107,6 +112,16 @@ def submit(
     for step, job in prep_slurm.submit(work, prep_slurm.scripts(plan, work, settings)).items():
         print(f"{step}: job {job}")
     print(f"logs in {work.path / 'logs'}; the data set appears as {plan.recipe.output.expanduser().absolute()}")
+
+
+def _site(name: str | None, directives: list[str], setup: list[str]) -> "Site":
+    from launchers.slurm.site import bare_site, load_site, site_without_gpus
+
+    if name is None and "COLA_SITE" not in os.environ:
+        return bare_site(directives, setup)
+    site = site_without_gpus(load_site(name))
+    more = {"directives": (*site.directives, *directives), "setup": (*site.setup, *setup)}
+    return site.model_copy(update=more)
 
 
 @app.command("task")

@@ -1,16 +1,23 @@
 """Recipes of data sets from files and from options, and what they would do."""
 
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from cola_megatron.config import load_tree, resolve_tree
+from cola_megatron.config import ConfigError, load_tree, resolve_tree
 from data_prep.plan import make_plan, work_folder_of
 from data_prep.recipe import Recipe
 from data_prep.steps import steps_of
 
 
 def from_file(path: Path, overrides: list[str], output: Path | None) -> Recipe:
-    """A YAML file with overrides such as `packing.sequence_length=1024`; raises ConfigError."""
+    """A YAML file, or the name of a recipe that ships with the package, with overrides; raises ConfigError."""
+    if not path.is_file() and path.suffix == "" and len(path.parts) == 1:
+        shipped = resources.files("data_prep.recipes")
+        names = sorted(entry.name.removesuffix(".yaml") for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
+        if path.name not in names:
+            raise ConfigError(f"{path}: neither a recipe file nor one of the recipes {', '.join(names)}")
+        path = Path(str(shipped / f"{path.name}.yaml"))
     return load_tree(Recipe, path, [*overrides, *([f"output={output}"] if output is not None else [])])
 
 

@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING
 
 from cola_megatron.config import RunConfig, load_config
 from launchers.output import print_table
+from launchers.run_report import ALL, Continuation, continue_held_out, summary_table, write_page
 
 if TYPE_CHECKING:
-    import torch
-
     from cola_megatron import ColaDLM
     from cola_megatron.training.loop import Summary
 
 NAME = "quickstart"
 STAGE_ONE_STEPS, STAGE_TWO_STEPS = 200, 250
 PROMPT_TOKENS, NEW_TOKENS, SAMPLES = 48, 48, 4
-ALL = 1_000_000  # held-out sequences to measure on: more than there are
 GUIDANCE_SCALE = 3.0
 
 
@@ -81,7 +79,7 @@ def run_quickstart(runs_folder: str | Path) -> dict[str, float]:
         "seconds": first.seconds + second.seconds,
     }
     _announce(6, "write the report")
-    table = _table(summary)
+    table = summary_table(summary)
     files = [
         ("model, published layout", str(layout.export)),
         ("checkpoints and metrics", f"{layout.stage_one}, {layout.stage_two}"),
@@ -89,7 +87,8 @@ def run_quickstart(runs_folder: str | Path) -> dict[str, float]:
         ("samples", str(layout.samples)),
         ("summary", str(layout.summary)),
     ]
-    report = _report(layout, samples, table, files)
+    stages = (layout.stage_one, layout.stage_two)
+    report = write_page(layout.folder, "cola_megatron quickstart", stages, samples, table, files)
     layout.summary.write_text(json.dumps(summary, indent=1) + "\n")
     print_table(table, title="Quickstart")
     print_table([("report", str(report)), *files], title="Where everything lies")
@@ -147,74 +146,16 @@ def _export(layout: Layout) -> "ColaDLM":
     return ColaDLM.from_published(layout.export)
 
 
-@dataclass(frozen=True)
-class _Continuation:
-    prompt: str
-    text: str
-    truth: str
-    latents: "torch.Tensor"
-
-
-def _generate(model: "ColaDLM", layout: Layout) -> list[_Continuation]:
-    """Continues the beginnings of held-out sequences; both lengths are whole blocks, so nothing is padded."""
-    from cola_megatron.data import TokenShards
-
-    shards = TokenShards(layout.data, "held_out", verify="size")
-    picked = [shards[index].tolist() for index in range(0, len(shards), max(1, len(shards) // SAMPLES))][:SAMPLES]
-    prompts = [tokens[:PROMPT_TOKENS] for tokens in picked]
-    outputs = model.generate(
-        prompts, guidance_scale=GUIDANCE_SCALE, max_new_tokens=NEW_TOKENS, repetition_penalty=1.0, steps=16
+def _generate(model: "ColaDLM", layout: Layout) -> list[Continuation]:
+    found = continue_held_out(
+        model, layout.data, layout.samples, SAMPLES, PROMPT_TOKENS, NEW_TOKENS, guidance_scale=GUIDANCE_SCALE
     )
-    continuations = []
-    for tokens, output in zip(picked, outputs, strict=True):
-        truth = tokens[PROMPT_TOKENS : PROMPT_TOKENS + NEW_TOKENS]
-        decode = model.tokenizer.decode
-        continuations.append(
-            _Continuation(
-                decode(tokens[:PROMPT_TOKENS], skip_special_tokens=False),
-                output.text,
-                decode(truth, skip_special_tokens=False),
-                output.latents,
-            )
-        )
-    layout.samples.parent.mkdir(parents=True, exist_ok=True)
-    records = [{"prompt": item.prompt, "continuation": item.text, "truth": item.truth} for item in continuations]
-    layout.samples.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
-    for item in continuations:
+    for item in found:
         print(f"  ...{item.prompt[-60:]!r} -> {item.text[:80]!r}")
-    return continuations
+    return found
 
 
 def _measure(layout: Layout) -> dict[str, float]:
     from cola_megatron.training.measure import measure_checkpoint
 
     return measure_checkpoint(layout.stage_two, layout.data, samples=ALL)
-
-
-def _table(summary: dict[str, float]) -> list[tuple[str, str]]:
-    return [
-        ("held-out reconstruction accuracy", f"{summary['reconstruction_accuracy']:.4f}"),
-        ("flow-matching loss", f"{summary['flow_matching_loss']:.4f}"),
-        ("loss of the best constant predictor", f"{summary['constant_predictor_loss']:.4f}"),
-        ("tokens seen", f"{summary['tokens']:,}"),
-        ("model FLOPs", f"{summary['model_flops']:.3e}"),
-        ("training time", f"{summary['seconds']:,.0f} s"),
-    ]
-
-
-def _report(
-    layout: Layout, samples: list[_Continuation], table: list[tuple[str, str]], files: list[tuple[str, str]]
-) -> Path:
-    from tools.report import Report, Sample, write_report
-
-    return write_report(
-        layout.folder,
-        Report(
-            title="cola_megatron quickstart",
-            table=table,
-            stage_one=layout.stage_one,
-            stage_two=layout.stage_two,
-            samples=[Sample(item.prompt, item.text, item.truth, item.latents) for item in samples],
-            files=files,
-        ),
-    )

@@ -144,6 +144,59 @@ def array(
     print_table([("job", job), ("folder", str(submission.folder)), ("state", f"cola status {submission.parent}")])
 
 
+@app.command("pipeline")
+def pipeline(
+    source: str = typer.Argument(..., metavar="CONFIG", help="A preset or a YAML file, for both stages."),
+    overrides: list[str] = typer.Argument(None, help="section.key=value for both stages."),
+    name: str = typer.Option(..., help="Everything lies in RUNS_FOLDER/NAME."),
+    recipe: Path = typer.Option(None, help="Recipe of the data set, or `embedded`; without it, give data.path."),
+    stage_one: list[str] = typer.Option([], help="section.key=value of stage 1; repeatable."),
+    stage_two: list[str] = typer.Option([], help="section.key=value of stage 2; repeatable."),
+    benchmarks: Path = typer.Option(None, help="Folder of the tasks' items; without it nothing is evaluated."),
+    tasks: str = typer.Option("all", help="Task names, separated by commas."),
+    limit: int = typer.Option(None, min=1, help="Only the first items of every task."),
+    nodes: int = NODES,
+    processes: int = PROCESSES,
+    site: str = SITE,
+    settings: list[str] = SETTINGS,
+    partition: str = PARTITION,
+    account: str = ACCOUNT,
+    time: str = TIME,
+    dry_run: bool = DRY_RUN,
+    as_json: bool = JSON,
+) -> None:
+    """Prepare, stage 1, stage 2, export, evaluate, report: one chain of jobs. Given again, it goes on.
+
+    Example: `cola submit pipeline base --name first --recipe web.yaml --benchmarks /data/benchmarks --nodes 8`
+    """
+    from launchers.prep_recipes import from_file
+    from launchers.slurm.pipeline import plan_pipeline
+    from launchers.slurm.submission import shape_of
+
+    chosen = chosen_site(site, settings, partition, account, time)
+    planned = plan_pipeline(
+        source,
+        overrides or [],
+        name,
+        (stage_one, stage_two),
+        None if recipe is None else from_file(recipe, [], None),
+        chosen,
+        shape_of(chosen, nodes, processes),
+        None if benchmarks is None else benchmarks.absolute(),
+        tasks,
+        limit,
+    )
+    if dry_run:
+        print(planned.dry_run(), end="")
+        return
+    parts = planned.submit()
+    if as_json:
+        print_json({part.name: {"job": part.job, "log": part.log} for part in parts})
+        return
+    print_table([(part.name, f"job {part.job}, {part.log}" if part.job else "finished before") for part in parts])
+    print_table([("state", f"cola status {planned.folder}"), ("end it", f"cola cancel {planned.folder}")])
+
+
 def chosen_site(site: str | None, settings: list[str], partition: str | None, account: str | None, time: str | None):
     """The site with what the command line has over it; raises ConfigError."""
     from launchers.slurm.site import load_site

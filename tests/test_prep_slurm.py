@@ -42,6 +42,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         echo $((100 + $(wc -l < {log})))
         """
     )
+    (commands / "scontrol").write_text("#!/bin/bash\n")
     (commands / "scancel").write_text(f'#!/bin/bash\necho scancel "$@" >> {log}\n')
     log.touch()
     for command in commands.iterdir():

@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from cola_megatron.config import ConfigError, Section, load_tree
+from cola_megatron.config import ConfigError, Section, load_tree, resolve_tree
 
-__all__ = ["Container", "Site", "load_site", "site_names"]
+__all__ = ["Container", "Site", "bare_site", "load_site", "site_names", "site_without_gpus"]
 
 DEFAULT = "plain"
+BARE = {"gpus_per_node": 0, "exclusive": False, "preflight": False}
 
 
 class Container(Section):
@@ -32,6 +33,8 @@ class Site(Section):
     """How jobs are asked for and what surrounds them here."""
 
     partition: str | None = None
+    cpu_partition: str | None = None
+    """For jobs without GPUs (preparation of data); null: `partition`."""
     account: str | None = None
     qos: str | None = None
     time: str | None = None
@@ -97,6 +100,16 @@ class Site(Section):
             if not name.isidentifier():
                 raise ValueError(f"environment: {name!r} is no name of a variable")
         return self
+
+
+def site_without_gpus(site: Site) -> Site:
+    """The same site for a job on cores, which takes no whole node."""
+    return site.model_copy(update={**BARE, "partition": site.cpu_partition or site.partition})
+
+
+def bare_site(directives: list[str], setup: list[str]) -> Site:
+    """A site of which nothing is known but options of sbatch and lines of shell; raises ConfigError."""
+    return resolve_tree(Site, {**BARE, "directives": directives, "setup": setup})
 
 
 def site_names() -> list[str]:
