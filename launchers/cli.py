@@ -20,6 +20,7 @@ from launchers import (
     report_command,
     status_command,
     submit_command,
+    sync_command,
     train_command,
 )
 from launchers.output import fail
@@ -40,6 +41,7 @@ app.command("launch", context_settings={"allow_interspersed_args": False})(launc
 app.add_typer(submit_command.app, name="submit")
 app.command("status")(status_command.status)
 app.command("cancel")(status_command.cancel)
+app.command("sync")(sync_command.sync)
 app.add_typer(convert_command.app, name="convert")
 app.command("generate")(generate_command.generate)
 app.add_typer(eval_command.app, name="eval")

@@ -81,12 +81,10 @@ def configs_of(name: str, source: str, overrides: list[str], lines: list[str]) -
         try:
             given = [*overrides, *(word for word in words if "=" in word)]
             config = load_config(named[0] if named else source, given)
-            configs.append(
-                load_config(
-                    named[0] if named else source,
-                    [*given, f"runs_folder={config.runs_folder / name}", f"name={run}"],
-                )
-            )
+            given += [f"runs_folder={config.runs_folder / name}", f"name={run}"]
+            if config.training.log.wandb_group is None:
+                given.append(f"training.log.wandb_group={name}")
+            configs.append(load_config(named[0] if named else source, given))
         except ConfigError as error:
             raise ConfigError(f"run {run}: {error}") from None
     names = [config.name for config in configs]
