@@ -56,5 +56,5 @@ def _accuracies(folder: Path) -> list[tuple[str, str]]:
     from cola_megatron.evaluation.results import read_results
 
     return [
-        (f"accuracy, {name}", f"{100 * result.accuracy.value:.2f}%") for name, result in read_results(folder).items()
+        (f"accuracy, {name}", f"{100 * result.interval.value:.2f}%") for name, result in read_results(folder).items()
     ]

@@ -270,6 +270,8 @@ def test_twenty_kills_at_random_moments_lose_nothing(submit, slurm: Cluster, tmp
         slurm.start_again(job.id)
         time.sleep(chooser.uniform(3, 14))
         kind = chooser.choice(["rank", "rank", "agent", "requeue", "signal"])
+        if slurm.job(job.id)["JobState"] != "RUNNING":
+            continue
         if kind == "requeue":
             slurm.commands("scontrol", "requeue", job.id, check=False)
         elif kind == "signal":
