@@ -50,7 +50,7 @@ def train_steps(config: RunConfig, steps: int) -> dict[str, Any]:
     """Trains on random tokens; the metrics of every step, and this rank's pieces of the first moments after step 1."""
     from cola_megatron.parallel import initialize_parameters
     from cola_megatron.training.engine import Engine
-    from cola_megatron.training.engine_state import pieces_to_save
+    from cola_megatron.training.engine_state import trained_pieces
     from cola_megatron.training.layout import build_model, initialize_run
 
     groups = initialize_run(config)
@@ -72,7 +72,7 @@ def train_steps(config: RunConfig, steps: int) -> dict[str, Any]:
         if step == 0:
             moments = [
                 piece._replace(values=piece.values.clone().numpy())
-                for piece in pieces_to_save(engine, 1)
+                for piece in trained_pieces(engine, 1)
                 if piece.name.startswith("exp_avg/")
             ]
     return {"metrics": metrics, "moments": moments}
