@@ -81,6 +81,24 @@ class CheckpointConfig(Section):
     this rank writes. false: it waits until the checkpoint is complete."""
 
 
+class DivergenceConfig(Section):
+    """What follows a step that went wrong; its batch is recorded in bad_steps/ in any case."""
+
+    not_finite: Literal["skip", "roll_back", "stop"] = "stop"
+    """A loss or gradient that is not a number: leave the update out; return to the newest checkpoint and leave out the
+    batches from there on; or end the run."""
+    spike: Literal["ignore", "skip", "roll_back", "stop"] = "ignore"
+    """A loss or gradient norm far above those before it."""
+    spike_deviations: PositiveFloat = 8.0
+    """How many standard deviations above the mean of the window are a spike: noise of training is below 5."""
+    spike_window: Annotated[int, Field(ge=2)] = 100
+    """Accepted steps that a step is compared with; before there are as many, nothing is a spike."""
+    max_skips: PositiveInt = 5
+    """The run stops where so many of the last spike_window updates were skipped already."""
+    max_roll_backs: PositiveInt = 3
+    """The run stops instead of returning once more."""
+
+
 class LogConfig(Section):
     """Metrics go to metrics.jsonl always, and to wandb in the given mode."""
 
@@ -123,6 +141,7 @@ class TrainingConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")

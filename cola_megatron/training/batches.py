@@ -1,6 +1,6 @@
 """Micro-batches with their random draws, as a function of their place in the run."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -34,12 +34,24 @@ class MicroBatch(NamedTuple):
 class MicroBatches(Dataset):
     """Item k is this rank's k-th micro-batch of the run, counted from step 0.
 
-    Step s covers the global positions s * global_batch_size ...; micro-batch m of replica r takes the m * R + r-th
-    slice of them. Tokens and draws depend on the position and the step alone, so neither the number of replicas nor
-    the micro-batch size changes what a step sees.
+    Step s covers the global positions batch_of(s) * global_batch_size ...; micro-batch m of replica r takes the
+    m * R + r-th slice of them. Tokens and draws depend on the position and the step alone, so neither the number of
+    replicas nor the micro-batch size changes what a step sees.
     """
 
-    def __init__(self, config: RunConfig, samples: Samples, replica: int, replicas: int):
+    def __init__(
+        self,
+        config: RunConfig,
+        samples: Samples,
+        replica: int,
+        replicas: int,
+        batch_of: Callable[[int], int] = lambda step: step,
+    ):
+        """
+        Args:
+            batch_of: number of the global batch that a step reads.
+        """
+        self.batch_of = batch_of
         self.config, self.samples = config, samples
         self.replica, self.replicas = replica, replicas
         self.per_step = micro_batches_per_step(config, replicas)
@@ -50,9 +62,8 @@ class MicroBatches(Dataset):
     def __getitem__(self, index: int) -> MicroBatch:
         step, micro_batch = divmod(index, self.per_step)
         training = self.config.training
-        start = (
-            step * training.global_batch_size + (micro_batch * self.replicas + self.replica) * training.micro_batch_size
-        )
+        place = (micro_batch * self.replicas + self.replica) * training.micro_batch_size
+        start = self.batch_of(step) * training.global_batch_size + place
         samples = list(self.samples.read(start, training.micro_batch_size))
         fields = [
             training_sample(

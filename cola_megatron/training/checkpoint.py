@@ -52,6 +52,7 @@ FREE_KEYS = (
     "training.prefetch_steps",
     "training.evaluation",
     "training.checkpoint",
+    "training.divergence",
     "training.log",
 )
 
@@ -101,10 +102,16 @@ def load_optimizer(engine: Engine, checkpoint: Path) -> None:
     """
 
     def load() -> None:
-        steps = read_state(checkpoint)["step"]
+        engine.skipped_updates = divergence_of(checkpoint).get("skipped_updates", 0)
+        steps = read_state(checkpoint)["step"] - engine.skipped_updates
         open_tensors(checkpoint).fill(pieces_to_load(engine, steps))
 
     together(engine.groups, load)
+
+
+def divergence_of(checkpoint: Path) -> dict[str, Any]:
+    """What `training.divergence.Divergence` gave to a checkpoint; raises CheckpointError."""
+    return read_state(checkpoint).get("divergence", {})
 
 
 def read_weights(checkpoint: Path) -> tuple[RunConfig, dict[str, torch.Tensor]]:

@@ -63,6 +63,7 @@ class CheckpointWriter:
 
     Args:
         on_saved: called in the main thread of every rank when a checkpoint is complete.
+        more_state: asked at a save for what else belongs into state.json.
     """
 
     def __init__(
@@ -72,9 +73,11 @@ class CheckpointWriter:
         groups: ProcessGroups,
         asynchronous: bool,
         on_saved: Callable[[Saved], None] = lambda saved: None,
+        more_state: Callable[[], dict[str, Any]] = dict,
     ):
         self.engine, self.data_fingerprint, self.groups = engine, data_fingerprint, groups
         self.asynchronous, self.on_saved = asynchronous, on_saved
+        self.more_state = more_state
         self._copies = HostCopies(pinned=groups.device.type == "cuda")
         self._save: _Save | None = None
 
@@ -143,7 +146,9 @@ class CheckpointWriter:
 
     def _copy(self, save: "_Save") -> int:
         """Returns the bytes that this rank will write."""
-        trained: list[Piece] | Iterator[Piece] = trained_pieces(self.engine, save.step)
+        save.more_state = self.more_state()
+        updates = save.step - self.engine.skipped_updates
+        trained: list[Piece] | Iterator[Piece] = trained_pieces(self.engine, updates)
         if self.asynchronous:
             trained = self._copies.take(trained)
         save.pieces = [*frozen_pieces(self.engine), *trained]
@@ -161,7 +166,8 @@ class CheckpointWriter:
     def _finish(self, save: "_Save", written: list[Written]) -> None:
         config = self.engine.config
         write_index(save.unfinished / TENSORS, written)
-        write_state(save.unfinished, _state(config, save.step, self.data_fingerprint, self.groups))
+        state = _state(config, save.step, self.data_fingerprint, self.groups)
+        write_state(save.unfinished, {**state, **save.more_state})
         complete_folder(save.final)
         prune(config.run_folder, config.training.checkpoint)
         save.ended = time.perf_counter()
@@ -215,6 +221,7 @@ class _Save:
     step: int
     final: Path
     pieces: list[Piece] = field(default_factory=list)
+    more_state: dict[str, Any] = field(default_factory=dict)
     bytes: int = 0
     work: Future | None = None
     """Of the phase in hand: writing or finishing."""

@@ -1,8 +1,10 @@
 """One optimiser step on DeepSpeed: ZeRO 0 to 3, accumulation, clipping, mixed precision."""
 
 import logging
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +34,9 @@ class Engine:
         sum_partial_gradients(model, groups)
         self.frozen = frozen_weights(model, groups)
         self._neighbours_of: dict[Stage, Neighbours] = {}
+        self._accepts: Callable[[float], bool] | None = None
+        self.skipped_updates = 0
+        """Steps so far whose update was refused: AdamW has counted so many fewer."""
         self.deepspeed, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, config, groups),
@@ -39,14 +44,24 @@ class Engine:
             mpu=DeepSpeedGrid,
             dist_init_required=False,
         )
+        self._ask_before_updates()
 
     @property
     def model(self) -> nn.Module:
         """The model, with its parameters in compute precision."""
         return self.deepspeed.module
 
-    def step(self, batches: Iterator[dict[str, torch.Tensor]], step: int) -> dict[str, float]:
+    def step(
+        self,
+        batches: Iterator[dict[str, torch.Tensor]],
+        step: int,
+        accepts: Callable[[dict[str, float]], bool] | None = None,
+    ) -> dict[str, float]:
         """Accumulates over the micro-batches of optimiser step `step` (from 0) and updates the parameters.
+
+        Args:
+            accepts: asked before the update, with what is returned; alike on every rank. Where it says no, or in bf16 a
+                gradient is not a number, weights, moments and the count of AdamW stay as they are.
 
         Returns:
             the loss and its terms, averaged over the global batch, `gradient_norm` (before clipping) and
@@ -82,13 +97,84 @@ class Engine:
 
         one_forward_one_backward(self._neighbours(stage), self.accumulation, forward, backward)
         self._complete_gradients(**mode)
-        gradient_norm = self._clip_without_zero()
-        self.deepspeed.step()
         means = self.groups.sum_over_stages_and_replicas(sums) / (self.accumulation * self.groups.data_parallel_size)
         metrics = dict(zip(names, means.tolist(), strict=True))
-        metrics["gradient_norm"] = float(self.deepspeed.get_global_grad_norm() or gradient_norm)
+
+        def accepts_norm(norm: float) -> bool:
+            metrics["gradient_norm"] = norm
+            return accepts({**metrics, "learning_rate": rate})
+
+        self._accepts = accepts_norm if accepts is not None else None
+        if self.config.parallel.zero_stage == 0:
+            metrics["gradient_norm"] = self._update_without_zero()
+        else:
+            self.deepspeed.step()
+            if self.deepspeed.optimizer.overflow:
+                self.skipped_updates += 1
+                metrics.setdefault("gradient_norm", math.inf)
+            else:
+                metrics["gradient_norm"] = float(self.deepspeed.get_global_grad_norm())
         metrics["learning_rate"] = rate
         return metrics
+
+    def _ask_before_updates(self) -> None:
+        """Has ZeRO leave out an update that is refused, as it does by itself where the norm is not a number."""
+        zero = self.deepspeed.optimizer
+
+        def refused(norm: torch.Tensor | float) -> bool:
+            # DeepSpeed writes a norm that is not a number as -1.
+            value = float(norm) if float(norm) >= 0 else math.inf
+            return self._accepts is not None and not self._accepts(value)
+
+        if self.config.parallel.zero_stage == 0:
+            return
+        if hasattr(zero, "scaled_global_norm"):  # ZeRO 1 in float32, ZeRO 2
+            whole_norm = zero.scaled_global_norm
+
+            def scaled_global_norm(*arguments: Any, **options: Any) -> torch.Tensor:
+                norm = whole_norm(*arguments, **options)
+                return torch.full_like(norm, -1.0) if refused(norm) else norm
+
+            zero.scaled_global_norm = scaled_global_norm
+        elif hasattr(zero, "_get_norm_groups"):  # ZeRO 3
+            from deepspeed.runtime.utils import combine_grad_norm_groups
+
+            norms_of_groups = zero._get_norm_groups
+
+            def get_norm_groups() -> list[torch.Tensor]:
+                norms = norms_of_groups()
+                invalid = refused(combine_grad_norm_groups(norms))
+                return [torch.full_like(norm, -1.0) for norm in norms] if invalid else norms
+
+            zero._get_norm_groups = get_norm_groups
+        else:  # ZeRO 1 in bfloat16, whose norm is a function of what this returns
+            from deepspeed.runtime.utils import get_global_norm_of_tensors
+
+            gradients_for_norm = zero.get_grads_for_norm
+
+            def get_grads_for_norm(for_clipping: bool = False) -> Any:
+                if for_clipping or self._accepts is None:
+                    return gradients_for_norm(for_clipping=for_clipping)
+                gradients, of_experts = gradients_for_norm()
+                norm = get_global_norm_of_tensors(gradients, mpu=zero.mpu, norm_type=zero.norm_type)
+                invalid = refused(norm)
+                return ([torch.full((1,), math.nan, device=self.groups.device)] if invalid else gradients), of_experts
+
+            zero.get_grads_for_norm = get_grads_for_norm
+
+    def _update_without_zero(self) -> float:
+        """Clips and updates where there is no ZeRO; returns the norm before."""
+        norm, optimizer = self._clip_without_zero(), self.deepspeed.optimizer
+        if self._accepts is None or self._accepts(norm):
+            self.deepspeed.step()
+            return norm
+        self.skipped_updates += 1
+        optimizer.step = lambda *arguments, **options: None  # DeepSpeed still counts the step and clears the gradients
+        try:
+            self.deepspeed.step()
+        finally:
+            del optimizer.step
+        return norm
 
     def _neighbours(self, stage: Stage) -> Neighbours:
         """One for each form of a pass: what crosses keeps its shapes from step to step."""
@@ -105,9 +191,7 @@ class Engine:
         return SeedGradients.apply(loss, gradients, *outputs)
 
     def _clip_without_zero(self) -> float:
-        """Clips where there is no ZeRO and returns the norm before; DeepSpeed's own counts one stage only."""
-        if self.config.parallel.zero_stage > 0:
-            return 0.0
+        """Clips and returns the norm before; DeepSpeed's own counts one stage only."""
         gradients = [(parameter, parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
         squares = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         for parameter, gradient in gradients:

@@ -1,18 +1,30 @@
 """The training loop: resume, step, save, measure, until the end or a signal."""
 
 import contextlib
-import math
+import functools
+import gc
+import logging
 import time
+from dataclasses import replace
 
 from cola_megatron.config import RunConfig
 from cola_megatron.data import TokenShards, training_samples
 from cola_megatron.errors import ExitCode, UserError
 from cola_megatron.parallel import HangWatch, PeerWatch, ProcessGroups, initialize_parameters
 from cola_megatron.scaling.flops import training_flops
-from cola_megatron.training.agreement import Agreement
+from cola_megatron.training.agreement import Agreement, from_main
+from cola_megatron.training.bad_steps import (
+    BAD_STEPS,
+    add_roll_back,
+    batch_of,
+    read_roll_backs,
+    record_bad_step,
+)
 from cola_megatron.training.batches import MicroBatches, micro_batches_per_step
-from cola_megatron.training.checkpoint import load_optimizer, load_weights
+from cola_megatron.training.checkpoint import divergence_of, load_optimizer, load_weights
 from cola_megatron.training.checkpoint_writer import CheckpointWriter, Saved
+from cola_megatron.training.checkpoints_folder import step_folders, step_of
+from cola_megatron.training.divergence import BadStep, Divergence
 from cola_megatron.training.engine import Engine
 from cola_megatron.training.evaluation import evaluate
 from cola_megatron.training.layout import build_model, initialize_run
@@ -29,6 +41,8 @@ from cola_megatron.training.run_folder import (
 from cola_megatron.training.run_reports import RunReports, open_reports
 from cola_megatron.training.starting_weights import load_starting_weights
 from cola_megatron.training.stop_signals import StopSignals
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingDiverged(UserError, ArithmeticError):
@@ -51,10 +65,15 @@ def train(config: RunConfig, progress: bool = True) -> Summary:
     hang = HangWatch(config.run_folder, config.training.hang_seconds, groups.rank, groups.world_size)
     with hang, PeerWatch(groups, config.parallel.peer_timeout_seconds, hang.write_stacks) as watch:
         hang.peers = watch
-        return _train(config, groups, watch, hang, progress)
+        while (summary := _train(config, groups, watch, hang, progress)) is None:
+            gc.collect()  # the engine of the state that was given up
+        return summary
 
 
-def _train(config: RunConfig, groups: ProcessGroups, watch: PeerWatch, hang: HangWatch, progress: bool) -> Summary:
+def _train(
+    config: RunConfig, groups: ProcessGroups, watch: PeerWatch, hang: HangWatch, progress: bool
+) -> Summary | None:
+    """None: the run went back to a checkpoint, and is to be resumed from there."""
     train_shards, held_out_shards = open_shards(config, config.data.path, ["train", "held_out"], groups)
     micro_batches_per_step(config, groups.data_parallel_size)  # refuse here what the engine would refuse late
     with lock_run_folder(config.run_folder) if groups.is_main else contextlib.nullcontext():
@@ -74,7 +93,8 @@ def _train(config: RunConfig, groups: ProcessGroups, watch: PeerWatch, hang: Han
         # From here on the folder is written to: all that could refuse this start has had its say.
         hang.progress()
         with open_reports(config, start, groups, progress) as reports:
-            run = _Run(config, groups, engine, train_shards, held_out_shards, start, reports, watch, hang)
+            judged = Divergence(config.training.divergence, None if checkpoint is None else divergence_of(checkpoint))
+            run = _Run(config, groups, engine, train_shards, held_out_shards, start, reports, watch, hang, judged)
             summary = run.to_the_end()
         groups.barrier()  # a launcher ends what is left when the first rank has ended: not before the last is through
         return summary
@@ -94,7 +114,10 @@ class _Run:
         reports: RunReports,
         watch: PeerWatch,
         hang: HangWatch,
+        divergence: Divergence,
     ):
+        self.divergence, self.bad_step = divergence, None
+        self.roll_backs = read_roll_backs(config.run_folder)
         self.config, self.groups, self.engine = config, groups, engine
         self.train_shards, self.held_out_shards = train_shards, held_out_shards
         self.step, self.saved_at = start, start
@@ -104,18 +127,30 @@ class _Run:
         self.seconds_before, self.measured_at, self.measured = history.seconds, history.measured_at, history.measured
         self.began = time.perf_counter()
         self.writer = CheckpointWriter(
-            engine, train_shards.fingerprint, groups, config.training.checkpoint.asynchronous, self._record_save
+            engine,
+            train_shards.fingerprint,
+            groups,
+            config.training.checkpoint.asynchronous,
+            self._record_save,
+            more_state=lambda: {"divergence": divergence.state()},
         )
 
-    def to_the_end(self) -> Summary:
+    def to_the_end(self) -> Summary | None:
+        """None where a bad step sent the run back to its newest checkpoint."""
         training = self.config.training
         last = min(training.steps, training.stop_after or training.steps)
         groups, data = self.groups, self.config.data
-        samples = training_samples(
+        samples = self.samples = training_samples(
             self.train_shards, data.seed, data.shuffle_block_shards, skip_bad=data.bad_shards == "skip"
         )
         batches = BatchLoader(
-            MicroBatches(self.config, samples, groups.data_parallel_rank, groups.data_parallel_size),
+            MicroBatches(
+                self.config,
+                samples,
+                groups.data_parallel_rank,
+                groups.data_parallel_size,
+                functools.partial(batch_of, roll_backs=self.roll_backs),
+            ),
             self.step,
             groups,
             known_bad=self.train_shards.bad,
@@ -130,6 +165,8 @@ class _Run:
             self._measure_if_due()  # a job that died between a save and its measurement left it to us
             while self.step < last:
                 self._one_step(batches)
+                if self.bad_step is not None:
+                    break
                 if self.step % training.checkpoint.every == 0 or self.step >= training.steps:
                     self._save()
                 agreement.reach()
@@ -137,30 +174,62 @@ class _Run:
                     self.stopped = self.step < last
                     break  # whoever asked will not wait for a measurement; the resumed job makes it up
                 self._measure_if_due()
-            if self.saved_at != self.step:
+            if self.saved_at != self.step and self.bad_step is None:
                 self._save()
+        if self.bad_step is not None:
+            from_main(groups, self._note_roll_back)
+            return None
         return self._finish()
 
     def _one_step(self, batches: BatchLoader) -> None:
         began, self.watch.step = time.perf_counter(), self.step + 1
-        metrics = self.engine.step(batches, self.step)
+        accepts = self._accepts if self.divergence.refuses_updates else None
+        metrics = self.engine.step(batches, self.step, accepts)
         seconds = time.perf_counter() - began
-        self._stop_if_diverged(metrics)
-        self.step += 1
         self.hang.progress()
+        bad = self.divergence.judge(self.step + 1, metrics)
+        if bad is not None:
+            self._answer(bad, metrics)
+            return
+        self.divergence.accept(metrics)
+        self.step += 1
         self.reports.stepped(self.step, metrics["loss"], self._tokens(1))
         if self.step % self.config.training.log.every == 0 or self.step in (1, self.config.training.steps):
-            measured = {"tokens_per_second": self._tokens(1) / seconds, **batches.measured()}
+            skipped = {"skipped_updates": self.divergence.skipped_updates} if self.divergence.skipped_updates else {}
+            measured = {**skipped, "tokens_per_second": self._tokens(1) / seconds, **batches.measured()}
             self.reports.train(self.step, {**metrics, **measured}, self._seconds())
 
-    def _stop_if_diverged(self, metrics: dict[str, float]) -> None:
-        bad = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
-        if bad:
+    def _accepts(self, metrics: dict[str, float]) -> bool:
+        return self.divergence.judge(self.step + 1, metrics) is None
+
+    def _answer(self, bad: BadStep, metrics: dict[str, float]) -> None:
+        """Does what the policy says about a bad step, having recorded it."""
+        policy, action = self.config.training.divergence, bad.action
+        if action == "roll_back" and len(self.roll_backs) >= policy.max_roll_backs:
+            bad = replace(bad, action="stop", reason=f"{bad.reason}, after {len(self.roll_backs)} roll backs")
+        folder = self.config.run_folder / BAD_STEPS
+        if self.groups.is_main:
+            batch = batch_of(self.step, self.roll_backs)
+            folder = record_bad_step(self.config, bad, metrics, self.samples, batch)
+            logger.warning("step %d: %s; %s; its batch is in %s", bad.step, bad.reason, bad.action, folder)
+        self.reports.record("divergence", bad.step, {"action": bad.action, "seconds": self._seconds()})
+        if bad.action == "skip":
+            self.divergence.skip(bad)
+            self.step += 1
+        elif bad.action == "roll_back":
+            self.bad_step = bad.step
+        else:
             self.writer.wait()  # what was good and is being written is not given up
             raise TrainingDiverged(
-                f"step {self.step + 1}: {', '.join(bad)}; nothing of it was saved. Start again under another name= "
-                "with a lower training.optimizer.learning_rate, or look at the data of that step"
+                f"step {bad.step}: {bad.reason}; nothing of it was saved. Look at its batch in {folder}, set "
+                "training.divergence, or start again under another name= with a lower training.optimizer.learning_rate"
             )
+
+    def _note_roll_back(self) -> None:
+        folders = step_folders(self.config.run_folder)
+        to = step_of(folders[-1]) if folders else 0
+        add_roll_back(self.config.run_folder, self.bad_step, to)
+        logger.warning("back to step %d; the %d batches from there are left out", to, self.bad_step - to)
 
     def _measure_if_due(self) -> None:
         training = self.config.training

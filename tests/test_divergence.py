@@ -1,0 +1,216 @@
+"""Steps that go wrong: what is skipped, rolled back or stopped, and what is kept of them."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cola_megatron.config import RunConfig
+from cola_megatron.config.training import DivergenceConfig
+from cola_megatron.data import TokenShards, training_samples
+from cola_megatron.models.cola import Cola
+from cola_megatron.training.bad_steps import RollBack, batch_of, read_roll_backs
+from cola_megatron.training.checkpoint import newest_checkpoint, read_state, read_weights
+from cola_megatron.training.divergence import Divergence
+from cola_megatron.training.engine import Engine
+from cola_megatron.training.loop import TrainingDiverged, train
+from cola_megatron.training.metrics import read_metrics
+from tests.ranks import run_ranks
+
+# ---- the judge ------------------------------------------------------------------------------------------------------
+
+
+def metrics(loss: float = 1.0, norm: float = 1.0) -> dict[str, float]:
+    return {"loss": loss, "gradient_norm": norm}
+
+
+def judge(**policy) -> Divergence:
+    """One that has seen ten steps with losses around 1."""
+    watching = Divergence(DivergenceConfig(spike_window=10, **policy))
+    for step in range(10):
+        assert watching.judge(step + 1, metrics(1 + 0.01 * (step % 2))) is None
+        watching.accept(metrics(1 + 0.01 * (step % 2)))
+    return watching
+
+
+def test_what_is_no_number_is_bad_under_every_policy() -> None:
+    for action in ("skip", "roll_back", "stop"):
+        bad = judge(not_finite=action).judge(11, metrics(math.nan))
+        assert (bad.step, bad.action, bad.reason) == (11, action, "loss is nan")
+    assert judge().judge(11, metrics(norm=math.inf)).reason == "gradient_norm is inf"
+
+
+def test_a_spike_is_far_above_a_full_window() -> None:
+    watching = judge(spike="skip")
+    assert watching.judge(11, metrics(1.02)) is None
+    assert watching.judge(11, metrics(1.2)).reason.startswith("loss is 1.2, above 1.0")
+    assert watching.judge(11, metrics(norm=1.1)).reason.startswith("gradient_norm is 1.1")
+    assert judge(spike="ignore").judge(11, metrics(50.0)) is None
+    young = Divergence(DivergenceConfig(spike="skip", spike_window=10))
+    young.accept(metrics())
+    assert young.judge(2, metrics(50.0)) is None
+
+
+def test_too_many_skips_stop_the_run_also_after_a_resume() -> None:
+    watching = judge(not_finite="skip", max_skips=2)
+    for step in (11, 12):
+        watching.skip(watching.judge(step, metrics(math.nan)))
+    resumed = Divergence(watching.policy, json.loads(json.dumps(watching.state())))
+    for each in (watching, resumed):
+        assert each.skipped_updates == 2
+        bad = each.judge(13, metrics(math.nan))
+        assert bad.action == "stop" and "2 of the last 10 updates were skipped already" in bad.reason
+        assert each.judge(22, metrics(math.nan)).action == "skip", "those are long ago"
+
+
+def test_which_batch_a_step_reads() -> None:
+    backs = [RollBack(at=7, to=4, left_out=3), RollBack(at=12, to=8, left_out=4)]
+    assert [batch_of(step, backs) for step in (0, 3, 4, 7, 8, 20)] == [0, 3, 7, 10, 15, 27]
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+class Poisoned:
+    """The loss of these global batches is no number, or far too high: told by the noise that they were drawn with."""
+
+    def __init__(self, config: RunConfig, batches: list[int], factor: float):
+        self.factor = factor
+        shards = TokenShards(config.data.path, "train", verify="size")
+        samples, size = training_samples(shards, config.data.seed), config.training.global_batch_size
+        self.rows = {sample.tokens.tobytes() for batch in batches for sample in samples.read(batch * size, size)}
+
+    def __enter__(self) -> None:
+        self.forward = forward = Cola.forward
+
+        def poisoned(model: Cola, batch: dict, *arguments, **options) -> dict:
+            outputs = forward(model, batch, *arguments, **options)
+            if model.training and any(row.numpy().tobytes() in self.rows for row in batch["tokens"]):
+                outputs = {name: value * self.factor for name, value in outputs.items()}
+            return outputs
+
+        Cola.forward = poisoned
+
+    def __exit__(self, *error: object) -> None:
+        Cola.forward = self.forward
+
+
+def poisoned_train(config: RunConfig, batches: list[int], factor: float) -> None:
+    with Poisoned(config, batches, factor):
+        train(config, progress=False)
+
+
+def losses(config: RunConfig) -> dict[int, float]:
+    records = read_metrics(config.run_folder / "metrics.jsonl")
+    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
+
+
+SKIP = ["training.divergence.not_finite=skip", "training.checkpoint.every=2"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (1, ["parallel.zero_stage=0"]),
+        (1, ["parallel.zero_stage=1"]),
+        (1, ["parallel.zero_stage=2"]),
+        (1, ["parallel.zero_stage=3"]),
+        (1, ["parallel.zero_stage=2", "parallel.offload_optimizer=true"]),
+        (1, ["parallel.zero_stage=1", "training.precision=bf16"]),
+        (1, ["parallel.zero_stage=2", "training.precision=bf16"]),
+        (1, ["parallel.zero_stage=3", "training.precision=bf16"]),
+        (2, ["parallel.zero_stage=1"]),
+        (2, ["parallel.zero_stage=2", "training.precision=bf16"]),
+        (2, ["parallel.zero_stage=1", "parallel.tensor_parallel_size=2"]),
+        (2, ["parallel.zero_stage=1", "parallel.pipeline_parallel_size=2"]),
+    ],
+)
+@pytest.mark.parametrize("factor", [math.nan, 1e4])
+def test_a_skipped_update_changes_nothing(tiny, ranks: int, overrides: list[str], factor: float) -> None:
+    spike = ["training.divergence.spike=skip", "training.divergence.spike_window=2"] if factor == 1e4 else []
+    config = tiny(2, *SKIP, *spike, "training.steps=4", "training.checkpoint.keep_last=9", *overrides)
+    if ranks == 1:
+        poisoned_train(config, [3], factor)
+    else:
+        run_ranks(poisoned_train, ranks, config, [3], factor)
+    folder = config.run_folder / "checkpoints"
+    # Steps 3 (good) and 4 (bad): as after step 3 of a run that ends there.
+    straight = tiny(2, *SKIP, *spike, "training.steps=3", "name=straight", *overrides)
+    if ranks == 1:
+        train(straight, progress=False)
+    else:
+        run_ranks(train, ranks, straight, False)
+    _, after = read_weights(folder / "step_00000004")
+    _, before = read_weights(newest_checkpoint(straight.run_folder))
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    state = read_state(folder / "step_00000004")
+    assert state["divergence"]["skipped_updates"] == 1
+    assert sorted(losses(config)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("policy", ["skip", "roll_back"])
+def test_a_resumed_run_goes_on_as_if_undisturbed(tiny, policy: str) -> None:
+    overrides = [f"training.divergence.not_finite={policy}", "training.checkpoint.every=2", "training.steps=8"]
+    straight, resumed = (tiny(1, *overrides, f"name={name}") for name in ("straight", "resumed"))
+    poisoned_train(straight, [4], math.nan)
+    for last in (5, 7, 8):
+        poisoned_train(tiny(1, *overrides, "name=resumed", f"training.stop_after={last}"), [4], math.nan)
+    assert losses(resumed) == losses(straight)
+    assert len(losses(straight)) == (7 if policy == "skip" else 8)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_roll_back_leaves_out_the_batches_from_the_checkpoint_on(tiny, ranks: int) -> None:
+    overrides = ["training.divergence.not_finite=roll_back", "training.checkpoint.every=2", "training.steps=6"]
+    config = tiny(1, *overrides)
+    if ranks == 1:
+        poisoned_train(config, [3], math.nan)
+    else:
+        run_ranks(poisoned_train, 2, config, [3], math.nan)
+    assert read_roll_backs(config.run_folder) == [RollBack(at=4, to=2, left_out=2)]
+    # The same by hand: up to step 2, and on with the batches from 4 on.
+    other = tiny(1, *overrides, "name=other", "training.stop_after=2")
+    train(other, progress=False)
+    (other.run_folder / "roll_backs.json").write_text('[{"at": 4, "to": 2, "left_out": 2}]')
+    train(tiny(1, *overrides, "name=other"), progress=False)
+    expected = losses(other)
+    assert losses(config) == (expected if ranks == 1 else pytest.approx(expected, rel=1e-4))
+    assert sorted(expected) == [1, 2, 3, 4, 5, 6]
+
+
+def test_roll_backs_are_bounded_and_begin_anew_without_a_checkpoint(tiny) -> None:
+    policy = ["training.divergence.not_finite=roll_back", "training.divergence.max_roll_backs=2"]
+    config = tiny(1, *policy)
+    with pytest.raises(TrainingDiverged, match="after 2 roll backs"):
+        poisoned_train(config, list(range(20)), math.nan)
+    assert [back.to for back in read_roll_backs(config.run_folder)] == [0, 0]
+
+
+def test_the_bad_batch_is_kept(tiny) -> None:
+    config = tiny(1, "training.steps=4")
+    with pytest.raises(TrainingDiverged, match=r"step 3: .*loss is nan.*bad_steps/step_00000003"):
+        poisoned_train(config, [2], math.nan)
+    folder = config.run_folder / "bad_steps" / "step_00000003"
+    described = json.loads((folder / "step.json").read_text())
+    assert (described["action"], described["first_sample"], described["samples"]) == ("stop", 16, 8)
+    assert described["metrics"]["loss"] == "nan"
+    shards = TokenShards(config.data.path, "train", verify="size")
+    expected = np.stack([sample.tokens for sample in training_samples(shards, config.data.seed).read(16, 8)])
+    np.testing.assert_array_equal(load_file(folder / "tokens.safetensors")["tokens"].numpy(), expected)
+
+
+def test_the_plain_policy_asks_nobody(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Callable | None] = []
+    step = Engine.step
+    monkeypatch.setattr(
+        Engine, "step", lambda engine, batches, at, accepts=None: (asked.append(accepts), step(engine, batches, at))[1]
+    )
+    config = tiny(1, "training.steps=2")
+    train(config, progress=False)
+    assert asked == [None, None]
+    assert not any("skipped_updates" in record for record in read_metrics(Path(config.run_folder) / "metrics.jsonl"))
