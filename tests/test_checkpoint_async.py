@@ -267,7 +267,7 @@ def test_no_save_is_reported_before_it_is_complete(tiny, monkeypatch):
     config = tiny(1, "training.checkpoint.every=1")
 
     class Noting(checkpoint_writer.CheckpointWriter):
-        def __init__(self, *arguments):
+        def __init__(self, *arguments, **named):
             *others, on_saved = arguments
 
             def note(saved: Saved) -> None:
@@ -275,7 +275,7 @@ def test_no_save_is_reported_before_it_is_complete(tiny, monkeypatch):
                 reported.append(saved)
                 on_saved(saved)
 
-            super().__init__(*others, note)
+            super().__init__(*others, note, **named)
 
     monkeypatch.setattr("cola_megatron.training.loop.CheckpointWriter", Noting)
     run(config)
