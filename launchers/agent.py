@@ -28,11 +28,11 @@ from slurm.supervise import decisive
 __all__ = ["Node", "run_processes"]
 
 if TYPE_CHECKING:
-    from torch.distributed import TCPStore
+    from torch.distributed import Store
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-FAILED, ENDED = "cola/failed", "cola/ended"
+PRESENT, FAILED, ENDED = "present/", "failed", "ended"
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 15.0
 """After a failure on another node, before the processes here are ended: the ranks know better what happened."""
@@ -62,11 +62,9 @@ def run_processes(command: Sequence[str], processes: int, node: Node) -> int:
     Raises:
         RendezvousFailed: the address is taken, cannot be reached, or nodes are missing.
     """
-    # Of a store that is lost torch writes a trace for every thread that notices; ours is one line.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -78,7 +76,11 @@ def run_processes(command: Sequence[str], processes: int, node: Node) -> int:
         run_id=node.job,
         rdzv_backend="c10d",
         rdzv_endpoint=node.rendezvous,
-        rdzv_configs={"is_host": node.rank == 0, "timeout": node.rendezvous_seconds},
+        rdzv_configs={
+            "is_host": node.rank == 0,
+            "join_timeout": node.rendezvous_seconds,  # until all nodes are there
+            "read_timeout": node.rendezvous_seconds,  # until the first one is
+        },
         local_addr=host if node.rank == 0 else None,
         max_restarts=0,  # whoever started this node knows of the others, and tries again
         monitor_interval=0.5,
@@ -95,10 +97,12 @@ def run_processes(command: Sequence[str], processes: int, node: Node) -> int:
         except (RendezvousError, OSError, RuntimeError) as error:
             if others.failed is not None:
                 return ExitCode.RANK_LOST
-            raise RendezvousFailed(
-                f"{node.rendezvous}: {node.nodes} nodes did not meet there ({' '.join(str(error).split())[:300]}); is "
-                "the port taken by another process, is the address reachable from every node, did every node start?"
-            ) from error
+            if others.met_the_first and node.rank > 0:
+                print(f"cola: node {node.rank}: the first node is gone", file=sys.stderr, flush=True)
+                return ExitCode.RANK_LOST
+            # Where the first node did not come as far as to wait, the address may be that of a stranger.
+            silent = [0] if node.rank > 0 else others.silent() if isinstance(error, RendezvousTimeoutError) else []
+            raise _why_they_did_not_meet(node, silent, error) from error
     return ExitCode.DONE
 
 
@@ -107,6 +111,7 @@ class _OtherNodes:
 
     def __init__(self, node: Node):
         self.node, self.failed = node, None
+        self.met_the_first = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="other nodes", daemon=True)
 
@@ -116,6 +121,11 @@ class _OtherNodes:
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
+
+    def silent(self) -> list[int]:
+        """The nodes that the first one, which is this, has not heard of."""
+        store = self._connect()
+        return [rank for rank in range(1, self.node.nodes) if not store.check([f"{PRESENT}{rank}"])]
 
     def tell(self, code: int) -> int:
         """Announces how the processes here ended; the node of the store then waits for the others. Returns `code`."""
@@ -135,6 +145,8 @@ class _OtherNodes:
     def _watch(self) -> None:
         with contextlib.suppress(RuntimeError):  # the ranks notice as well that the store is gone
             store = self._connect()
+            store.set(f"{PRESENT}{self.node.rank}", "")
+            self.met_the_first = True
             while not self._over.wait(POLL_SECONDS):
                 if store.check([FAILED]):
                     self._end_processes(store.get(FAILED).decode())
@@ -148,11 +160,28 @@ class _OtherNodes:
         for child in psutil.Process().children():
             child.kill()
 
-    def _connect(self) -> "TCPStore":
-        from torch.distributed import TCPStore
+    def _connect(self) -> "Store":
+        from torch.distributed import PrefixStore, TCPStore
 
         host, _, port = self.node.rendezvous.rpartition(":")
-        return TCPStore(host, int(port), timeout=timedelta(seconds=self.node.rendezvous_seconds))
+        timeout = timedelta(seconds=self.node.rendezvous_seconds)
+        # A try that ended may have left its store behind.
+        return PrefixStore(f"cola/{self.node.job}", TCPStore(host, int(port), timeout=timeout))
+
+
+def _why_they_did_not_meet(node: Node, silent: list[int], error: BaseException) -> RendezvousFailed:
+    if silent:
+        # `slurm/supervise.py` reads the numbers, and leaves these nodes out of the next try.
+        return RendezvousFailed(
+            f"{node.rendezvous}: node {node.rank} of {node.nodes} had no answer from node "
+            f"{','.join(map(str, silent))} within {node.rendezvous_seconds} s; did it start, and can the two "
+            "reach each other on this address (NCCL_SOCKET_IFNAME, firewalls)?"
+        )
+    said = " ".join(str(error).split())[:300]
+    return RendezvousFailed(
+        f"{node.rendezvous}: {node.nodes} nodes did not meet there ({said}); is the port taken by another process, is "
+        "the address reachable from every node, did every node start?"
+    )
 
 
 def _decisive(failures: dict[int, "ProcessFailure"], failed_elsewhere: str | None) -> int:

@@ -2,6 +2,8 @@
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 
@@ -23,8 +25,11 @@ def launch(
 
     Example: `cola launch --nproc 2 train tiny stage=1 name=first data.path=data/corpus`
     """
+    with _quietly():
+        import torch  # noqa: F401
+
+        from launchers.agent import Node, run_processes
     from cola_megatron.config import ConfigError
-    from launchers.agent import Node, run_processes
 
     environment = os.environ
     if nodes == 1:
@@ -44,6 +49,21 @@ def launch(
         job = f"{environment.get('SLURM_JOB_ID', 'cola')}-{rendezvous}"
         node = Node(nodes, node_rank, rendezvous, job, rendezvous_seconds)
     raise typer.Exit(run_processes(command, nproc or _gpus() or 1, node))
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Of a store that is lost torch writes a trace of its C++ for every thread that notices; ours is one line.
+
+    It takes this from the environment when it is loaded, which happens here; the ranks keep its errors.
+    """
+    name = "TORCH_CPP_LOG_LEVEL"
+    before = os.environ.get(name)
+    os.environ[name] = before or "FATAL"
+    try:
+        yield
+    finally:
+        os.environ[name] = before or "ERROR"
 
 
 def _gpus() -> int:

@@ -11,7 +11,7 @@ what it did before the job was requeued.
     1, 2, 74                      the job ends with that code: the same again would fail again
     75 (saved after a signal)     requeue
     73 (preflight named nodes)    requeue without these nodes
-    anything else                 try again here; requeue if a node failed twice, took no tasks or is down
+    anything else                 try again here; requeue if a node failed twice, took no tasks, was silent or is down
 
 Tries that end without a new checkpoint are counted, and the job ends after `--tries` of them in a row.
 """
@@ -35,6 +35,8 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 LOST_NODE_STATES = re.compile("DOWN|DRAIN|FAIL|NOT_RESPONDING|POWER|REBOOT|UNKNOWN")
 TASK_END = re.compile(r"^srun: error: (?P<nodes>\S+): tasks? \S+ (?P<how>.+?)\s*$")
 LAUNCH_FAILURE = re.compile(r"^srun: error: .*failed on node (?P<node>\S+): (?P<how>.+?)\s*$")
+# Of `launchers/agent.py`: numbers of nodes in the job, from 0.
+NO_ANSWER = re.compile(r"^cola: .*: node (?P<node>[0-9]+) of [0-9]+ had no answer from node (?P<silent>[0-9,]+) ")
 NOT_STARTED = "not started: "
 # From here on tasks end because srun ends them.
 AFTERMATH = re.compile("^srun: (First task exited|Job step aborted|Force Terminated|launch/slurm: _step_signal)")
@@ -119,7 +121,10 @@ class Supervisor:
         return None if self.signalled is None else self.requeue(code, f"stopped by {self.signalled}", excluded)
 
     def nodes_to_avoid(self):
-        """Nodes that the preflight named, that took no tasks, or where tries failed twice; none where none are left."""
+        """Nodes that the preflight named, that took no tasks or gave no answer, or where tries failed twice.
+
+        None where none are left.
+        """
         ends = [event for event in self.events if event["event"] == "end"]
         failures = [(end["code"], node, how) for end in ends for node, how in end["failures"].items()]
         at_once = {node for code, node, how in failures if code == BAD_NODE or how.startswith(NOT_STARTED)}
@@ -163,11 +168,11 @@ class Supervisor:
 
     def srun(self, command, seconds=None):
         """Runs a step; returns its decisive exit code, and on which nodes tasks failed in what way."""
-        ends = []
+        ends, reports = [], {}
         self.step = subprocess.Popen(shlex.split(command), stderr=subprocess.PIPE)
         if self.signalled is not None:  # it came while srun was on its way
             self.step.send_signal(signal.SIGUSR1)
-        pump = threading.Thread(target=pass_on, args=(self.step.stderr, ends), daemon=True)
+        pump = threading.Thread(target=pass_on, args=(self.step.stderr, ends, reports), daemon=True)
         pump.start()
         try:
             code = self.step.wait(timeout=seconds)
@@ -176,9 +181,11 @@ class Supervisor:
             self.step.terminate()
             code = self.step.wait()
         pump.join(10)
-        failures = {}
+        nodes, silent = self.nodes(), silent_nodes(reports)
+        # Those who waited for a silent node are not to blame.
+        failures = {nodes[number]: NOT_STARTED + "no answer" for number in silent}
         for names, each, how in ends:
-            if each not in (DONE, RANK_LOST, STOPPED, *FINAL):
+            if not silent and each not in (DONE, RANK_LOST, STOPPED, *FINAL):
                 failures.update(dict.fromkeys(host_names(names), how))
         codes = [each for _, each, _ in ends if each != LAUNCH_FAILED]
         return decisive([*codes, code if code >= 0 else 128 - code]), failures
@@ -234,13 +241,32 @@ def decisive(codes):
     return next((code for code in (STOPPED, RANK_LOST) if code in codes), DONE)
 
 
-def pass_on(stream, ends):
-    """Copies what a step says to our stderr, and notes (nodes, exit code, how) of what failed by itself."""
+def silent_nodes(reports):
+    """Numbers of the nodes to blame, of {node: those it waited for in vain}.
+
+    All meet at the first node, which waits for all; the others know of nothing but it. It is to blame where it says
+    nothing itself, or where several others miss it: else the way between two nodes is broken at the other end.
+    """
+    if 0 not in reports or sum(0 in silent for silent in reports.values()) > 1:
+        return sorted(set().union(*reports.values()) & {0})
+    return sorted(reports[0])
+
+
+def pass_on(stream, ends, reports):
+    """Copies what a step says to our stderr, and notes what failed by itself.
+
+    Args:
+        ends: takes (nodes, exit code, how) of failed tasks.
+        reports: takes for a node those that it had no answer from.
+    """
     aftermath = False
     for line in iter(stream.readline, b""):
         sys.stderr.buffer.write(line)
         sys.stderr.buffer.flush()
         text = line.decode("utf-8", "replace")
+        missed = NO_ANSWER.match(text)
+        if missed:
+            reports[int(missed.group("node"))] = {int(number) for number in missed.group("silent").split(",")}
         aftermath = aftermath or AFTERMATH.match(text) is not None
         if aftermath:
             continue

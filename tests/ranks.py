@@ -25,7 +25,7 @@ def run_ranks(function: Callable, world_size: int, *arguments: Any, timeout: flo
     Raises:
         RuntimeError: a rank failed (with its traceback) or did not end in time.
     """
-    port, results = _free_port(), _context.Queue()
+    port, results = free_port(), _context.Queue()
     ranks = [
         _context.Process(target=_rank, args=(rank, world_size, port, results, function, arguments), daemon=False)
         for rank in range(world_size)
@@ -72,7 +72,7 @@ def ends_of_ranks(
     A `UserError` is printed as the command line prints it. Ranks that stop themselves are named by `stopped`; they are
     killed when the others have ended, and so is every rank that runs for longer than `timeout`.
     """
-    port, ended_at = _free_port(), {}
+    port, ended_at = free_port(), {}
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / f"rank_{rank}" for rank in range(world_size)]
         ranks = [
@@ -135,7 +135,7 @@ def _join_job(rank: int, world_size: int, port: int) -> None:
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -244,6 +244,19 @@ def test_a_node_that_the_preflight_names_is_left_out(submit, undisturbed, slurm:
 
 
 @pytest.mark.slow
+def test_a_node_that_never_answers_is_left_out(submit, undisturbed, slurm: Cluster, tmp_path: Path) -> None:
+    prolog = tmp_path / "prolog"
+    prolog.write_text("#!/bin/sh\n[ $SLURMD_NODENAME = n2 ] && sleep 1000\nexit 0\n")
+    prolog.chmod(0o755)
+    site = f"srun_arguments: [--task-prolog={prolog}]\nrendezvous_seconds: 12\n"
+    job = submit(options=("--set", "wait_seconds=3"), site=site)
+    assert_nothing_lost(job, undisturbed, tries=2)
+    first, second = job.events("try")
+    assert (first["nodes"], second["nodes"]) == (["n1", "n2"], ["n1", "n3"])
+    assert job.events("end")[0]["failures"] == {"n2": "not started: no answer"}
+
+
+@pytest.mark.slow
 def test_a_cancelled_job_stays_cancelled(submit, slurm: Cluster) -> None:
     job = submit("training.steps=100000", "training.checkpoint.every=100000")
     job.wait_for_step(3)

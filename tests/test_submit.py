@@ -1,5 +1,6 @@
 """`cola submit`: the scripts that it writes, what it keeps beside them, and what it refuses."""
 
+import io
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from launchers.slurm.array import configs_of
 from launchers.slurm.render import Shape, training_script
 from launchers.slurm.site import load_site, site_names
 from slurm import supervise
+from tests.ranks import free_port
 from tests.slurm_cluster import Cluster, cluster
 from tests.support import TINY, small_disk
 
@@ -251,6 +254,29 @@ def test_a_rendezvous_on_a_port_in_use_is_one_line() -> None:
     assert one_line(done).startswith(f"cola: {address}: 2 nodes did not meet there")
 
 
+def test_a_node_that_does_not_answer_is_named() -> None:
+    command = [sys.executable, "-m", "launchers.cli", "launch", "--nproc", "1", "--nodes", "3"]
+    command += ["--rendezvous", f"127.0.0.1:{free_port()}"]
+    began = time.monotonic()
+    nodes = [
+        subprocess.Popen(
+            [*command, "--node-rank", str(rank), "--rendezvous-seconds", str(seconds), "train", "tiny"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, seconds in ((0, 10), (1, 60))
+    ]
+    first, second = (node.communicate()[1] for node in nodes)
+    assert time.monotonic() - began < 50, "the first node gave up after the seconds that it was given"
+    assert [node.returncode for node in nodes] == [ExitCode.CRASHED, ExitCode.RANK_LOST]
+    assert second.splitlines() == ["cola: node 1: the first node is gone"]
+    (line,) = first.splitlines()
+    assert "node 0 of 3 had no answer from node 2 within 10 s" in line
+    reports = {}
+    supervise.pass_on(io.BytesIO(first.encode()), [], reports)
+    assert supervise.silent_nodes(reports) == [2]
+
+
 # ---- the supervisor -------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +302,20 @@ def test_its_exit_codes_are_ours() -> None:
 )
 def test_the_decisive_exit_code(codes: list[int], code: int) -> None:
     assert supervise.decisive(codes) == code
+
+
+@pytest.mark.parametrize(
+    ("reports", "silent"),
+    [
+        ({}, []),
+        ({0: {1, 3}}, [1, 3]),
+        ({1: {0}}, [0]),
+        ({1: {0}, 2: {0}, 3: {0}, 0: {1, 2, 3}}, [0]),
+        ({0: {3}, 3: {0}}, [3]),
+    ],
+)
+def test_which_nodes_are_silent(reports: dict[int, set[int]], silent: list[int]) -> None:
+    assert supervise.silent_nodes(reports) == silent
 
 
 def history(*tries: tuple[int, int | None, str | None]) -> list[dict]:

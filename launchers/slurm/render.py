@@ -45,9 +45,14 @@ def training_script(site: Site, shape: Shape, name: str, folder: Path, working: 
         working: where relative paths of the config begin.
         array: elements as Slurm writes them, such as 0-3%2; `folder` then holds a link for each in `elements/`.
     """
+    # Of its time the preflight of agents gives half to the wait for all nodes and a third to the checks, so that each
+    # ends in time to name who did not answer; without agents the checks begin with the wait.
+    thirds = 1 if site.launcher == "agent" else 2
     return render(
         "train.sbatch.j2",
         site=site,
+        preflight_rendezvous_seconds=max(10, min(site.preflight_seconds // 2, site.rendezvous_seconds)),
+        doctor_seconds=site.preflight_seconds * thirds // 3,
         name=name,
         nodes=shape.nodes,
         processes=shape.processes,
