@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
+import gc
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,13 @@ def no_process_left() -> Iterator[None]:
     """A child process that outlives its test may keep pytest from ending, long after its last line."""
     yield
     assert not multiprocessing.active_children()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_to_collect_from_before() -> None:
+    """DeepSpeed collects garbage ten times while it starts, which takes seconds in a process that has run many tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -168,12 +168,12 @@ def test_bf16_differs_by_rounding_alone(layout):
     """A sum in another order moves a bfloat16 value by one spacing at most, 2^-8 of itself.
 
     The loss of a step is a mean over hundreds of such values, so 2^-8 bounds its first value. From then on every
-    update rounds anew; the differences of 20 steps add up to 20 spacings at the very worst.
+    update rounds anew; the differences of N steps add up to N spacings at the very worst.
     """
     common = ("training.precision=bf16", "parallel.zero_stage=1")
     ranks, overrides = LAYOUTS[layout]
-    metrics, _ = run_layout(ranks, [*common, *overrides])
-    for step, (mine, one) in enumerate(zip(metrics, one_process(*common)[0], strict=True)):
+    metrics, _ = run_layout(ranks, [*common, *overrides], 6)
+    for step, (mine, one) in enumerate(zip(metrics, one_process(*common)[0], strict=False)):
         assert all(torch.isfinite(torch.tensor(list(mine.values()))))
         assert relative(mine["loss"], one["loss"]) <= BF16 * (step + 1), step
 
