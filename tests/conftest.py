@@ -26,7 +26,7 @@ def no_process_left() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_to_collect_from_before() -> None:
-    """DeepSpeed collects garbage ten times while it starts, which takes seconds in a process that has run many tests."""
+    """DeepSpeed collects garbage ten times while it starts: seconds each, in a process that has run many tests."""
     gc.collect()
     gc.freeze()
 
