@@ -178,6 +178,21 @@ def test_bf16_differs_by_rounding_alone(layout):
         assert relative(mine["loss"], one["loss"]) <= BF16 * (step + 1), step
 
 
+@pytest.mark.parametrize("overrides", [(f"parallel.zero_stage={stage}",) for stage in (1, 2, 3)])
+def test_gradients_that_are_reduced_in_float32_are_those_of_one_process(overrides):
+    """Each sample's gradient is computed in bfloat16 alike wherever it is computed; what remains is a sum in float32.
+
+    The reduction in bfloat16 rounds it to 2^-9, which is seen here too.
+    """
+    common = ("training.precision=bf16", *overrides)
+    _, expected = one_process(*common)
+    errors = {}
+    for kind in ("fp32", "bf16"):
+        _, found = run_layout(2, [*common, f"parallel.gradient_reduction={kind}"], 1)
+        errors[kind] = max((found[name] - whole).norm() / whole.norm() for name, whole in expected.items())
+    assert errors["fp32"] <= FP32_GRADIENT < errors["bf16"]
+
+
 @pytest.mark.parametrize("layout", ["PP 2", "TP 2 x PP 2", "DP 2, ZeRO 3"])
 def test_a_run_is_trained_and_measured_alike(tiny, layout):
     """The whole road: shards, loop, held-out measurement, summary; 23 sequences fill no batch evenly."""

@@ -187,11 +187,15 @@ def check_peaks(world_size: int, cases: list[list[str]]) -> None:
 
 def test_memory_of_replicas():
     bf16, recompute = "training.precision=bf16", "training.activation_checkpointing=true"
+    exact = "parallel.gradient_reduction=fp32"
     cases = [
         ["parallel.zero_stage=0"],
         ["parallel.zero_stage=1", recompute],
         ["parallel.zero_stage=1", bf16],
         ["parallel.zero_stage=2", bf16],
+        ["parallel.zero_stage=1", bf16, exact],
+        ["parallel.zero_stage=2", bf16, exact],
+        ["parallel.zero_stage=3", bf16, exact],
         ["parallel.zero_stage=3", bf16, recompute],
         ["parallel.zero_stage=1", bf16, "parallel.offload_optimizer=true"],
     ]

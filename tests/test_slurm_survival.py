@@ -227,6 +227,7 @@ def test_tries_without_progress_are_bounded(submit, slurm: Cluster) -> None:
     assert "2 tries in a row brought no new checkpoint" in job.log()
 
 
+@pytest.mark.slow
 def test_a_node_that_the_preflight_names_is_left_out(submit, undisturbed, slurm: Cluster, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     driver = tmp_path / "bin" / "nvidia-smi"

@@ -51,6 +51,9 @@ class ParallelConfig(Section):
     """Steps with parameters in each stage, in order (`cola plan` shows them); null: balanced by cost."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """DeepSpeed ZeRO: 1 shards optimiser state, 2 also gradients, 3 also parameters."""
+    gradient_reduction: Literal["bf16", "fp32"] = "bf16"
+    """In which type replicas add up their gradients when `training.precision` is bf16. Micro-batches of one replica are
+    added in float32 in any case. fp32 sends twice the bytes, and loses nothing however many replicas there are."""
     reduce_bucket_size: PositiveInt = 50_000_000
     """Elements per gradient reduction; DeepSpeed sets aside that many whatever the size of the model."""
     allgather_bucket_size: PositiveInt = 500_000_000

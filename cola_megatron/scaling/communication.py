@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cola_megatron.config import RunConfig
-from cola_megatron.scaling.activations import part_activations
+from cola_megatron.scaling.activations import FLOAT32, part_activations
 from cola_megatron.scaling.hardware import GPU, Efficiency
 from cola_megatron.scaling.parts import Part, distinct_times, two_copy_positions
 
@@ -106,7 +106,7 @@ def pipeline_traffic(config: RunConfig, parts: Sequence[Part], first: int, end: 
 
 
 def data_traffic(config: RunConfig, parts: Sequence[Part], replicas: int, micro_batches: int) -> Traffic:
-    """Of one optimiser step: gradients in the compute type (as DeepSpeed reduces them), and weights.
+    """Of one optimiser step: gradients in the type in which they are reduced, and weights in the compute type.
 
     ZeRO 0 and 1 reduce once a step; ZeRO 2 all-reduces its buckets in every micro-batch; ZeRO 3 gathers the weights
     forward and backward and scatters the gradients in every micro-batch.
@@ -115,13 +115,14 @@ def data_traffic(config: RunConfig, parts: Sequence[Part], replicas: int, micro_
         return Traffic()
     parallel, e = config.parallel, 2 if config.training.precision == "bf16" else 4
     ranks = parallel.tensor_parallel_size
-    trained = e * sum(part.parameters_on_rank(ranks) for part in parts if part.backward)
+    elements = sum(part.parameters_on_rank(ranks) for part in parts if part.backward)
+    reduced = e if parallel.gradient_reduction == "bf16" else FLOAT32
+    trained, gradients, transfers = e * elements, reduced * elements, elements / parallel.reduce_bucket_size
     still = e * sum(part.parameters_on_rank(ranks) for part in parts if part.forward and not part.backward)
-    bucket = e * parallel.reduce_bucket_size
     ring = (replicas - 1) / replicas
     if parallel.zero_stage == 3:
-        each = 3 * trained + still
-        return Traffic(micro_batches * each * ring, micro_batches * (3 * len(parts) + trained / bucket))
+        each = 2 * trained + gradients + still
+        return Traffic(micro_batches * each * ring, micro_batches * (3 * len(parts) + transfers))
     reductions = micro_batches if parallel.zero_stage == 2 else 1
     gathered = trained if parallel.zero_stage else 0.0
-    return Traffic((reductions * 2 * trained + gathered) * ring, (reductions + 1) * (1 + trained / bucket))
+    return Traffic((reductions * 2 * gradients + gathered) * ring, (reductions + 1) * (1 + transfers))

@@ -125,7 +125,7 @@ def model_states(config: RunConfig, parts: Sequence[Part], replicas: int) -> Mod
       the running micro-batch beside it; master weights and moments / D. Before it reduces the sums it joins and rounds
       them in copies (`_reduction_copies`).
     * ZeRO 1, float32, or with the optimiser in host memory: gradients at full size in float32, reduced in buckets.
-    * ZeRO 2: float32 gradients / D, buckets in the compute type.
+    * ZeRO 2: float32 gradients / D, buckets in the compute type, and a copy of one where they are reduced in another.
     * ZeRO 3: as ZeRO 2 with weights / D, and a working set of gathered weights.
     """
     bf16, parallel = config.training.precision == "bf16", config.parallel
@@ -152,6 +152,8 @@ def model_states(config: RunConfig, parts: Sequence[Part], replicas: int) -> Mod
     else:
         gradients = FLOAT32 * partition
         buffers = e * (bucket + (largest if stage == 2 else 0.0))
+        if bf16 and parallel.gradient_reduction == "fp32" and replicas > 1:
+            buffers += FLOAT32 * min(parallel.reduce_bucket_size, trained)
         at_the_step = 0.0 if bf16 or offload else FLOAT32 * partition
     if stage == 3:
         weights = e * everything / replicas
@@ -168,7 +170,7 @@ def model_states(config: RunConfig, parts: Sequence[Part], replicas: int) -> Mod
 
 
 def _reduction_copies(config: RunConfig, parts: Sequence[Part]) -> float:
-    """Bytes of the largest joined and rounded copy of the float32 sums.
+    """Bytes of the largest joined copy of the float32 sums, and of its rounding to the type of the reduction.
 
     The sums are four tensors: the VAE's vectors and matrices, the DiT's matrices and vectors. They are joined in this
     order until they exceed `JOINED_REDUCTION`; one that does so alone is not joined, only rounded.
@@ -177,11 +179,12 @@ def _reduction_copies(config: RunConfig, parts: Sequence[Part]) -> float:
         sum(_trained(part, config) for part in parts if part.label.startswith(network)) for network in ("vae", "dit")
     )
     vectors = 1.0  # next to the matrices they have no size, but they are there
+    rounded = 2 if config.parallel.gradient_reduction == "bf16" else 0
     tensors = [*([vectors, vae] if vae else []), *([dit, vectors] if dit else [])]
     largest, joined = 0.0, []
     for size in [*tensors, float("inf")]:
         if sum(joined) > JOINED_REDUCTION or size == float("inf"):
-            largest = max(largest, sum(joined) * (2 + (FLOAT32 if len(joined) > 1 else 0)))
+            largest = max(largest, sum(joined) * (rounded + (FLOAT32 if len(joined) > 1 else 0)))
             joined = []
         joined.append(size)
     return largest

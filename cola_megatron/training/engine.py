@@ -235,6 +235,8 @@ class Engine:
 def deepspeed_config(config: RunConfig, groups: ProcessGroups, accumulation: int) -> dict:
     """DeepSpeed's own config, written from ours; nothing in it is left to DeepSpeed's defaults that matters."""
     training, parallel = config.training, config.parallel
+    # DeepSpeed would round the sums of a single replica too.
+    rounds = training.precision == "bf16" and groups.data_parallel_size > 1
     on_cuda, offload = groups.device.type == "cuda", {}
     if parallel.offload_optimizer:
         offload = {"offload_optimizer": {"device": "cpu", "pin_memory": on_cuda}}
@@ -246,6 +248,7 @@ def deepspeed_config(config: RunConfig, groups: ProcessGroups, accumulation: int
         # A gradient that is not a number skips the update and shows as an infinite norm, which ends the run.
         "bf16": {"enabled": training.precision == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},  # bfloat16 sums would lose the small micro-batches
+        "communication_data_type": parallel.gradient_reduction if rounds else "fp32",
         "zero_optimization": {
             "stage": parallel.zero_stage,
             "reduce_bucket_size": parallel.reduce_bucket_size,
