@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from cola_megatron.config import ModelConfig
 from cola_megatron.errors import UserError
 from cola_megatron.inference import likelihood, robustness, text_generation
-from cola_megatron.inference.frozen import prepare
+from cola_megatron.inference.fast_forward import prepare
 from cola_megatron.inference.generate import FlowGenerator
 from cola_megatron.inference.graphs import record_on_cuda
 from cola_megatron.inference.likelihood_terms import Likelihood
@@ -90,7 +90,7 @@ class ColaDLM:
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
-        from cola_megatron.training.model_source import CheckpointModel
+        from cola_megatron.interop.stored_model import CheckpointModel
 
         model = CheckpointModel(Path(run_folder))
         return cls(model.config, {name: model.read(name) for name in model.shapes}, model.tokenizer, **options)

@@ -19,9 +19,9 @@ from cola_megatron.data.manifest import (
     StreamRecord,
 )
 from data_prep.errors import DataPrepError
+from data_prep.outcomes import report_of
 from data_prep.pack import HELD_OUT, TRAIN
 from data_prep.plan import Plan
-from data_prep.report import report_of
 from data_prep.step_tokenize import file_record, open_tokenizer
 from data_prep.work import WorkFolder, write_report
 from data_prep.write import INDEX_NAME, merge_indexes

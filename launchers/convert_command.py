@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from launchers.convert_report import as_plain, summary
+from launchers.convert_verdict import as_plain, summary
 from launchers.output import fail, print_json, print_table
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -43,7 +43,7 @@ def export(
     """
     import torch
 
-    from cola_megatron.training.exported import export_checkpoint
+    from cola_megatron.interop.export_checkpoint import export_checkpoint
 
     dtypes = {Precision.auto: None, Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
     model = export_checkpoint(run, output, dtypes[precision], _bytes(max_shard_size))
@@ -63,7 +63,7 @@ def import_(
 
     Example: `cola convert import exports/second runs/imported --config small`
     """
-    from cola_megatron.training.imported import import_published
+    from cola_megatron.interop.import_published import import_published
 
     model = import_published(published, output, source, overrides or [])
     if not model.has_prior:
@@ -89,8 +89,8 @@ def verify(
 
     Example: `cola convert verify exports/second exports/second-bf16 --tolerance 0.02`
     """
+    from cola_megatron.compare_models import compare_models
     from cola_megatron.errors import UserError
-    from tools.compare_models import compare_models
 
     try:
         found = compare_models(first, second, forward)
@@ -117,7 +117,7 @@ def reshard_(
 
     Example: `cola convert reshard runs/second runs/moved/checkpoints/step_00250000 --ranks 8`
     """
-    from cola_megatron.training.reshard import reshard
+    from cola_megatron.checkpoint.reshard import reshard
 
     print(reshard(checkpoint, output, ranks))
 

@@ -45,7 +45,7 @@ def held_out(
 
     Example: `cola eval held-out runs/quickstart/stage2`
     """
-    from cola_megatron.training.measure import measure_checkpoint
+    from cola_megatron.held_out.measure_checkpoint import measure_checkpoint
 
     metrics = measure_checkpoint(run, data, samples)
     if as_json:

@@ -116,8 +116,8 @@ def robustness(
     if not groups.is_main:
         return
     if figure is not None:
-        from tools.figure_style import DOTS_PER_INCH
-        from tools.figures import robustness_curve
+        from cola_megatron.reporting.figure_style import DOTS_PER_INCH
+        from cola_megatron.reporting.figures import robustness_curve
 
         robustness_curve(curve.times, curve.accuracy, curve.cross_entropy).savefig(figure, dpi=DOTS_PER_INCH)
     if as_json:

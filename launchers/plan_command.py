@@ -33,7 +33,7 @@ def plan(
     from cola_megatron.scaling.hardware import GIB, GPUS, efficiency_with
     from cola_megatron.scaling.plan import CHOICES, Cluster
     from cola_megatron.scaling.plan import plan as rank
-    from launchers.plan_report import as_tree, print_plan
+    from launchers.plan_table import as_tree, print_plan
 
     config = load_config(source, overrides or [])
     if gpu not in GPUS:

@@ -196,7 +196,7 @@ def stats(
     else:
         print_statistics(statistics)
     if figures is not None:
-        from tools.data_figures import write_figures
+        from data_prep.figures import write_figures
 
         for path in write_figures(statistics, figures):
             print(path)

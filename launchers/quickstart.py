@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cola_megatron.config import RunConfig, load_config
+from cola_megatron.reporting.run_page import ALL, Continuation, continue_held_out, summary_table, write_page
 from launchers.output import print_table
-from launchers.run_report import ALL, Continuation, continue_held_out, summary_table, write_page
 
 if TYPE_CHECKING:
     from cola_megatron import ColaDLM
@@ -156,6 +156,6 @@ def _generate(model: "ColaDLM", layout: Layout) -> list[Continuation]:
 
 
 def _measure(layout: Layout) -> dict[str, float]:
-    from cola_megatron.training.measure import measure_checkpoint
+    from cola_megatron.held_out.measure_checkpoint import measure_checkpoint
 
     return measure_checkpoint(layout.stage_two, layout.data, samples=ALL)

@@ -24,9 +24,9 @@ def report(
     """
     from cola_megatron import ColaDLM
     from cola_megatron.config import ConfigError, load_config
-    from cola_megatron.training.measure import measure_checkpoint
-    from cola_megatron.training.run_folder import CONFIG, SUMMARY
-    from launchers.run_report import ALL, continue_held_out, summary_table, write_page
+    from cola_megatron.held_out.measure_checkpoint import measure_checkpoint
+    from cola_megatron.records.run_folder import CONFIG, SUMMARY
+    from cola_megatron.reporting.run_page import ALL, continue_held_out, summary_table, write_page
 
     if not (run / CONFIG).is_file() or not (run / SUMMARY).is_file():
         raise ConfigError(f"{run}: no run that has ended; give the run folder of a stage 2")

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from cola_megatron.checkpoint.checkpoint import newest_checkpoint, read_weights, require_checkpoint
+from cola_megatron.checkpoint.sharded_tensors import CheckpointError, DamagedCheckpoint, write_pieces
+from cola_megatron.checkpoint.writer import Saved
 from cola_megatron.config import RunConfig, load_config
+from cola_megatron.records.metrics import read_metrics
 from cola_megatron.training import checkpoint_writer, checkpoints_folder
-from cola_megatron.training.checkpoint import newest_checkpoint, read_weights, require_checkpoint
-from cola_megatron.training.checkpoint_writer import Saved
 from cola_megatron.training.loop import TrainingDiverged, train
-from cola_megatron.training.metrics import read_metrics
-from cola_megatron.training.sharded_tensors import CheckpointError, DamagedCheckpoint, write_pieces
 from tests.ranks import ends_of_ranks, run_ranks
 from tests.support import TINY, small_disk
 from tests.test_checkpoint_layouts import assert_same_tensors

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cola_megatron.config import RunConfig, load_config
-from cola_megatron.errors import UserError
-from cola_megatron.training.checkpoint import (
+from cola_megatron.checkpoint.checkpoint import (
     CheckpointError,
     load_optimizer,
     load_weights,
@@ -20,12 +18,14 @@ from cola_megatron.training.checkpoint import (
     read_state,
     read_weights,
 )
-from cola_megatron.training.checkpoint_writer import save_checkpoint
+from cola_megatron.checkpoint.reshard import reshard
+from cola_megatron.checkpoint.sharded_tensors import StoredTensors
+from cola_megatron.checkpoint.writer import save_checkpoint
+from cola_megatron.config import RunConfig, load_config
+from cola_megatron.errors import UserError
+from cola_megatron.training.build_model import build_model, initialize_run
 from cola_megatron.training.engine import Engine
-from cola_megatron.training.layout import build_model, initialize_run
 from cola_megatron.training.loop import train
-from cola_megatron.training.reshard import reshard
-from cola_megatron.training.sharded_tensors import StoredTensors
 from tests.ranks import run_ranks
 from tests.support import TINY, make_text, prepared
 from tests.test_training import curve

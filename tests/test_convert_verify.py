@@ -11,9 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cola_megatron.training.checkpoint import newest_checkpoint
-from cola_megatron.training.exported import export_checkpoint
-from cola_megatron.training.imported import import_published
+from cola_megatron.checkpoint.checkpoint import newest_checkpoint
+from cola_megatron.interop.export_checkpoint import export_checkpoint
+from cola_megatron.interop.import_published import import_published
 from cola_megatron.training.loop import train
 from launchers.cli import app
 from tests.test_interop import GOLDEN, PARTS, change_tensors

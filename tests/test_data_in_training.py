@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from cola_megatron.checkpoint.checkpoint import CheckpointError
 from cola_megatron.config import RunConfig, load_config
 from cola_megatron.data import ShardError, TokenShards
 from cola_megatron.errors import UserError
+from cola_megatron.records.metrics import read_metrics
 from cola_megatron.training.batches import MicroBatch, MicroBatches
-from cola_megatron.training.checkpoint import CheckpointError
 from cola_megatron.training.loop import train
-from cola_megatron.training.metrics import read_metrics
 from tests.ranks import ends_of_ranks, run_ranks
 from tests.shard_folders import shard_files, write_folder
 from tests.support import TINY

@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cola_megatron.checkpoint.checkpoint import newest_checkpoint, read_state, read_weights
 from cola_megatron.config import RunConfig
 from cola_megatron.config.training import DivergenceConfig
 from cola_megatron.data import TokenShards, training_samples
 from cola_megatron.models.cola import Cola
+from cola_megatron.records.metrics import read_metrics
 from cola_megatron.training.bad_steps import RollBack, batch_of, read_roll_backs
-from cola_megatron.training.checkpoint import newest_checkpoint, read_state, read_weights
 from cola_megatron.training.divergence import Divergence
 from cola_megatron.training.engine import Engine
 from cola_megatron.training.loop import TrainingDiverged, train
-from cola_megatron.training.metrics import read_metrics
 from tests.ranks import run_ranks
 
 # ---- the judge ------------------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
-"""The documentation says what is there: settings, links, paths, functions, rows of imports."""
+"""The documentation says what is there: settings, links, paths, functions, layers of imports."""
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from cola_megatron.training.checkpoint import FREE_KEYS
+from cola_megatron.checkpoint.checkpoint import FREE_KEYS
 from tools import config_reference
 from tools.config_reference import Origin
 
@@ -20,14 +21,15 @@ PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("README.md")])
 SOURCE_FOLDERS = ("cola_megatron", "data_prep", "docs", "launchers", "slurm", "tests", "tools")
 SUFFIXES = (".py", ".md", ".svg", ".png", ".sbatch.j2", ".html.j2")
 
-# From the top: a row may import from itself and from the rows below it.
-ROWS = (
+# From the top: a layer may import from itself and from those below it.
+LAYERS = (
     ("launchers",),
     ("tools", "data_prep", "slurm"),
-    ("interface.py",),
-    ("training", "evaluation", "preflight"),
-    ("inference", "interop", "data", "scaling"),
-    ("models", "objectives"),
+    ("reporting", "compare_models.py"),
+    ("interface.py", "evaluation", "training", "preflight"),
+    ("held_out", "interop", "inference"),
+    ("checkpoint", "scaling"),
+    ("models", "objectives", "records", "data"),
     ("layers",),
     ("parallel",),
     ("config", "errors.py"),
@@ -160,16 +162,16 @@ def test_the_free_keys_of_a_checkpoint_are_listed():
     assert set(re.findall(r"`([\w.]+)`", section)) == set(FREE_KEYS)
 
 
-# ---- the house ------------------------------------------------------------------------------------------------------
+# ---- layers of imports ----
 
 
-def row_of(path: Path) -> int | None:
-    """Row of a source file, counted from the top; None for the package's own __init__."""
+def layer_of(path: Path) -> int | None:
+    """Layer of a source file, counted from the top; None for the package's own __init__."""
     top, *rest = path.relative_to(ROOT).parts
     name = rest[0] if top == "cola_megatron" else top
-    found = [index for index, row in enumerate(ROWS) if name in row]
+    found = [index for index, layer in enumerate(LAYERS) if name in layer]
     if not found and name != "__init__.py":
-        raise AssertionError(f"{path.relative_to(ROOT)} stands in no row")
+        raise AssertionError(f"{path.relative_to(ROOT)} stands in no layer")
     return found[0] if found else None
 
 
@@ -191,28 +193,37 @@ def imported(path: Path) -> set[Path]:
     return found
 
 
+def sources() -> list[Path]:
+    """All source files but the tests."""
+    folders = ("cola_megatron", "data_prep", "launchers", "tools")
+    return [path for name in folders for path in (ROOT / name).rglob("*.py")]
+
+
 def test_imports_point_downwards():
-    sources = [
-        path for name in ("cola_megatron", "data_prep", "launchers", "tools") for path in (ROOT / name).rglob("*.py")
-    ]
-    assert len(sources) > 60
-    for path in sources:
-        own = row_of(path)
+    assert len(sources()) > 60
+    for path in sources():
+        own = layer_of(path)
         for other in imported(path):
-            theirs = row_of(other)
+            theirs = layer_of(other)
             if own is not None and theirs is not None:
                 assert theirs >= own, f"{path.relative_to(ROOT)} imports {other.relative_to(ROOT)}, which is above it"
 
 
-def test_the_picture_shows_the_rows():
+def test_no_file_imports_itself_through_others():
+    modules = [path for path in sources() if path.name != "__init__.py"]
+    graph = graphlib.TopologicalSorter({path: imported(path) - {path} for path in modules})
+    graph.prepare()  # raises CycleError with the names of a circle
+
+
+def test_the_picture_shows_the_layers():
     picture = ElementTree.parse(ROOT / "docs" / "architecture.svg")
     spans = [span.text for span in picture.iter("{http://www.w3.org/2000/svg}tspan") if span.get("class") == "name"]
-    there = [name for row in ROWS for name in row if any(row_exists(name))]
+    there = [name for layer in LAYERS for name in layer if any(layer_exists(name))]
     assert spans == there
 
 
-def row_exists(name: str) -> list[bool]:
-    """Whether a name of `ROWS` is a file, or a package with code, here."""
+def layer_exists(name: str) -> list[bool]:
+    """Whether a name of `LAYERS` is a file, or a package with code, here."""
     places = (ROOT / name, PACKAGE / name)
     return [place.is_file() or any(place.glob("*.py")) for place in places]
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
-from tools import gpu_check, gpu_measurements, gpu_parity, gpu_training
-from tools.gpu_measurements import Record, Setting
+from cola_megatron.scaling.hardware import gpu_of_device
+from tools import gpu_check, gpu_checks, gpu_parity, gpu_training
+from tools.gpu_setting import Record, Setting
 
 ROOT = Path(__file__).resolve().parents[1]
 ABOUT = {"date": "2026-01-02", "machine": "a GPU", "versions": {"torch": "2.13.0", "numpy": "2"}, "command": "python"}
@@ -43,7 +44,7 @@ def test_every_check_runs_on_the_cpu():
     assert document["machine"] == "CPU" and document["versions"]["torch"] == torch.__version__
     records = {record["name"]: record for record in document["records"]}
     assert all(record["ok"] for record in records.values())
-    for name in gpu_measurements.all_checks(quick=True):
+    for name in gpu_checks.all_checks(quick=True):
         assert any(found.startswith(name) for found in records), name
     for name in ("train.stage2.zero3.speed", "generate.batch16"):
         assert math.isfinite(records[name]["value"]) and records[name]["value"] > 0
@@ -68,7 +69,7 @@ def two_checks(monkeypatch: pytest.MonkeyPatch) -> None:
         print("a library talks")
         return [Record("working", True, 2.0, "apples", "fine")]
 
-    monkeypatch.setattr(gpu_measurements, "all_checks", lambda quick=False: {"broken": broken, "working": working})
+    monkeypatch.setattr(gpu_checks, "all_checks", lambda quick=False: {"broken": broken, "working": working})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -108,7 +109,9 @@ def test_a_row_has_the_columns_of_the_page():
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
         ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
         ("NVIDIA B200", 2250e12),
         ("NVIDIA GB200", None),
         ("NVIDIA GeForce RTX 4090", None),
@@ -116,7 +119,8 @@ def test_a_row_has_the_columns_of_the_page():
     ],
 )
 def test_the_peak_of_a_device_by_its_name(name, peak):
-    assert gpu_measurements.bf16_peak(name) == peak
+    gpu = gpu_of_device(name)
+    assert (gpu and gpu.bf16_flops) == peak
 
 
 @pytest.mark.parametrize(("check", "error"), [("check_golden_fp32", 1e-4), ("check_golden_bf16", 0.1)])

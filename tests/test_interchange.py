@@ -10,20 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cola_megatron.checkpoint.checkpoint import read_state, read_weights
+from cola_megatron.checkpoint.reshard import reshard
+from cola_megatron.compare_models import compare_models
 from cola_megatron.config import ConfigError
 from cola_megatron.interface import ColaDLM
 from cola_megatron.interop import HeldWeights, PublishedModel, write_published
-from cola_megatron.training.checkpoint import read_state, read_weights
-from cola_megatron.training.exported import export_checkpoint
-from cola_megatron.training.imported import import_published
-from cola_megatron.training.reshard import reshard
+from cola_megatron.interop.export_checkpoint import export_checkpoint
+from cola_megatron.interop.import_published import import_published
 from tests.ranks import run_ranks
 from tests.test_cli import cola
 from tests.test_golden import GOLDEN as GOLDEN_TENSORS
 from tests.test_golden import RELATIVE, noisy_copy
 from tests.test_interchange_files import FREQUENCIES, assert_same_files
 from tests.test_interop import GOLDEN, PARTS, VARIANTS, change_tensors, random_weights, variant_config
-from tools.compare_models import compare_models
 
 # What a preset must be told so that a variant can be trained with it.
 OVERRIDES = {

@@ -14,10 +14,10 @@ import torch
 from cola_megatron.config import DiTConfig, ModelConfig, VAEConfig
 from cola_megatron.interop import write_published
 from cola_megatron.interop.published_names import dit_rules, vae_rules
-from cola_megatron.training import sharded_tensors
-from cola_megatron.training.exported import export_checkpoint
-from cola_megatron.training.imported import import_published
-from tools.compare_models import compare_models
+from cola_megatron.checkpoint import sharded_tensors
+from cola_megatron.interop.export_checkpoint import export_checkpoint
+from cola_megatron.interop.import_published import import_published
+from cola_megatron.compare_models import compare_models
 
 MEGABYTE = 10**6
 # Files of a checkpoint are larger than this whole model would be; in proportion, they are like these.

@@ -10,15 +10,15 @@ import yaml
 
 from cola_megatron.config import ConfigError, RunConfig, load_config
 from cola_megatron.data import training_samples
+from cola_megatron.data.run_shards import open_shards
 from cola_megatron.interop import HeldWeights, read_published, write_published
+from cola_megatron.interop.export_checkpoint import export_checkpoint
+from cola_megatron.interop.import_published import import_published
 from cola_megatron.models.cola import Cola
 from cola_megatron.parallel import initialize_parallel, initialize_parameters, load_full_state_dict
 from cola_megatron.training.batches import MicroBatches
-from cola_megatron.training.exported import export_checkpoint
-from cola_megatron.training.imported import import_published
 from cola_megatron.training.loop import train
-from cola_megatron.training.open_shards import open_shards
-from cola_megatron.training.starting_weights import load_starting_weights
+from cola_megatron.training.warm_start import load_starting_weights
 from tests.ranks import run_ranks
 from tests.support import TINY
 from tests.test_checkpoint_layouts import ALONE, DATA_ZERO_3, STAGES, STAGES_TENSOR, TENSOR, run_layout

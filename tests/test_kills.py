@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from cola_megatron.checkpoint.checkpoint import CheckpointError, newest_checkpoint, read_weights
 from cola_megatron.config import RunConfig, dump_config
 from cola_megatron.errors import ExitCode
-from cola_megatron.training.checkpoint import CheckpointError, newest_checkpoint, read_weights
+from cola_megatron.records.metrics import read_metrics
 from cola_megatron.training.loop import train
-from cola_megatron.training.metrics import read_metrics
 from tests.support import small_disk
 
 

@@ -48,10 +48,10 @@ def tiny_config(overrides: list[str]) -> RunConfig:
 
 def train_steps(config: RunConfig, steps: int) -> dict[str, Any]:
     """Trains on random tokens; the metrics of every step, and this rank's pieces of the first moments after step 1."""
+    from cola_megatron.checkpoint.pieces import trained_pieces
     from cola_megatron.parallel import initialize_parameters
+    from cola_megatron.training.build_model import build_model, initialize_run
     from cola_megatron.training.engine import Engine
-    from cola_megatron.training.engine_state import trained_pieces
-    from cola_megatron.training.layout import build_model, initialize_run
 
     groups = initialize_run(config)
     model = build_model(config, groups)

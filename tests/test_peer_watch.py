@@ -16,11 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from cola_megatron.checkpoint.checkpoint import newest_checkpoint, read_weights
 from cola_megatron.config import RunConfig, dump_config
 from cola_megatron.errors import ExitCode
 from cola_megatron.parallel import PeerWatch, initialize_parallel
 from cola_megatron.parallel.heartbeats import Silence
-from cola_megatron.training.checkpoint import newest_checkpoint, read_weights
 from cola_megatron.training.engine import Engine
 from cola_megatron.training.loop import train
 from tests.ranks import RankEnd, ends_of_ranks, run_ranks

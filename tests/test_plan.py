@@ -126,7 +126,7 @@ def test_the_command_s_json_is_the_same_plan():
     [
         (["--gpus", "1", "--gpu-memory", "4"], 1, "none of"),
         (["--gpus", "7", "parallel.tensor_parallel_size=2"], 2, "keeps parallel.tensor_parallel_size"),
-        (["--gpus", "1", "--gpu", "tpu"], 2, "a100, h100, h200, b200"),
+        (["--gpus", "1", "--gpu", "tpu"], 2, "a100, h100, h100-pcie, h100-nvl, h200, h200-nvl, b200"),
         (["--gpus", "1", "--tokens", "1e9", "--eflops", "1"], 2, "give one of them"),
         (["--gpus", "1", "--mfu", "2"], 2, "mfu=2.0"),
         (["--gpus", "1", "--assume", "speed=2"], 2, "no such assumption"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cola_megatron.errors import UserError
-from tools.report import Report, Sample, write_report
+from cola_megatron.reporting.page import Report, Sample, write_report
 
 pytest.importorskip("matplotlib")
 
@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 @pytest.fixture(autouse=True)
 def coarse_pictures(monkeypatch: pytest.MonkeyPatch):
     """Fewer dots: the time goes into them."""
-    monkeypatch.setattr("tools.figure_style.DOTS_PER_INCH", 50)
+    monkeypatch.setattr("cola_megatron.reporting.figure_style.DOTS_PER_INCH", 50)
 
 
 FIGURES = (
@@ -258,8 +258,8 @@ def test_unusual_latents_are_drawn(tmp_path: Path, latents: torch.Tensor):
 
 
 def test_figures_show_what_was_measured(tmp_path: Path):
-    from tools import figures
-    from tools.figure_style import NothingToPlot
+    from cola_megatron.reporting import figures
+    from cola_megatron.reporting.figure_style import NothingToPlot
 
     one, two = records_of(1), records_of(2)
     axes = figures.flow_matching_by_time(two).axes[0]

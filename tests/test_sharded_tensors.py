@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from cola_megatron.training import sharded_tensors
-from cola_megatron.training.sharded_tensors import (
+from cola_megatron.checkpoint import sharded_tensors
+from cola_megatron.checkpoint.sharded_tensors import (
     CheckpointError,
     Piece,
     StoredTensors,

@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cola_megatron.checkpoint.checkpoint import newest_checkpoint
 from cola_megatron.config import RunConfig, dump_config, load_config
-from cola_megatron.training.checkpoint import newest_checkpoint
+from cola_megatron.records.metrics import read_metrics
 from cola_megatron.training.loop import train
-from cola_megatron.training.metrics import read_metrics
 from tests.ranks import run_ranks
 from tests.slurm_cluster import TERMINAL, Cluster, cluster, records
 from tests.support import TINY

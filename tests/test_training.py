@@ -7,13 +7,13 @@ import shutil
 import pytest
 import torch
 
+from cola_megatron.checkpoint.checkpoint import CheckpointError, newest_checkpoint, read_weights
 from cola_megatron.config import ConfigError, load_config
 from cola_megatron.errors import UserError
-from cola_megatron.training.checkpoint import CheckpointError, newest_checkpoint, read_weights
+from cola_megatron.records.metrics import read_metrics
+from cola_megatron.records.run_folder import lock_run_folder
 from cola_megatron.training.loop import TrainingDiverged, train
-from cola_megatron.training.metrics import read_metrics
 from cola_megatron.training.optimizer import learning_rate
-from cola_megatron.training.run_folder import lock_run_folder
 from tests.ranks import run_ranks
 
 

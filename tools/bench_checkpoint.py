@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
+from cola_megatron.checkpoint.writer import CheckpointWriter, Saved
 from cola_megatron.config import RunConfig, load_config
 from cola_megatron.parallel import ProcessGroups, initialize_parameters
-from cola_megatron.training.agreement import Agreement, from_main
+from cola_megatron.parallel.consensus import StepConsensus, from_main
 from cola_megatron.training.batches import MicroBatches
-from cola_megatron.training.checkpoint_writer import CheckpointWriter, Saved
+from cola_megatron.training.build_model import build_model, initialize_run
 from cola_megatron.training.engine import Engine
-from cola_megatron.training.layout import build_model, initialize_run
 from cola_megatron.training.stop_signals import StopSignals
 from tools.bench_ranks import RandomSamples
 
@@ -86,18 +86,18 @@ class Measurement:
             name: CheckpointWriter(self.engine, "random", self.groups, name == "asynchronous", self.saved.append)
             for name in ("synchronous", "asynchronous")
         }
-        agreement = Agreement(self.groups, StopSignals(), forms["asynchronous"])
+        consensus = StepConsensus(self.groups, StopSignals(), forms["asynchronous"])
         alone, beside = [], []
-        self._one_step(agreement)  # warms up
+        self._one_step(consensus)  # warms up
         for _ in range(saves):
             for name, writer in forms.items():
-                alone += [self._one_step(agreement) for _ in range(steps)]
+                alone += [self._one_step(consensus) for _ in range(steps)]
                 done = len(self.saved)
                 writer.save(self.step)
                 if name == "synchronous":
                     continue
                 while len(self.saved) == done:
-                    beside.append(self._one_step(agreement))
+                    beside.append(self._one_step(consensus))
         synchronous, asynchronous = self.saved[0::2], self.saved[1::2]
         first, *later = asynchronous
         waits = {
@@ -120,7 +120,7 @@ class Measurement:
             "steps_beside_a_write": len(beside),
         }
 
-    def _one_step(self, agreement: Agreement) -> float:
+    def _one_step(self, consensus: StepConsensus) -> float:
         """Its seconds, without what the step boundary takes."""
         began = time.perf_counter()
         self.engine.step(self._next_batches(), self.step)
@@ -128,7 +128,7 @@ class Measurement:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         self.step += 1
-        agreement.reach()
+        consensus.reach()
         return seconds
 
     def _next_batches(self) -> Iterator[dict[str, torch.Tensor]]:

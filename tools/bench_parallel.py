@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from cola_megatron.config import ConfigError, load_config
-from cola_megatron.training.versions import versions
+from cola_megatron.records.provenance import versions
 from tools.bench_layouts import Layout, run_bubble, run_layouts
 from tools.communication_counter import DATA, PIPELINE, TENSOR
 

@@ -26,7 +26,7 @@ from cola_megatron.config import RunConfig
 from cola_megatron.data.samples import Sample
 from cola_megatron.parallel import initialize_parameters
 from cola_megatron.training.batches import MicroBatches
-from cola_megatron.training.layout import build_model, initialize_run
+from cola_megatron.training.build_model import build_model, initialize_run
 
 _SAMPLES = 4096
 """Random sequences that the batches are drawn from."""

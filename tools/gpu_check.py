@@ -24,14 +24,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
-    from tools.gpu_measurements import Check, Record, Setting
+    from tools.gpu_setting import Check, Record, Setting
 
 
 def run_checks(
     checks: Mapping[str, Check], setting: Setting, say: Callable[[Record], None] = lambda record: None
 ) -> list[Record]:
     """All records, each handed to `say` as soon as it is there; a check that raises gives one failed record."""
-    from tools.gpu_measurements import Record, release_memory
+    from tools.gpu_setting import Record, release_memory
 
     records = []
     for name, check in checks.items():
@@ -98,18 +98,18 @@ def main(arguments: list[str] | None = None) -> int:
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from cola_megatron.parallel import initialize_parallel
-        from tools import gpu_measurements as measurements
+        from tools import gpu_checks, gpu_setting
 
-        available = measurements.all_checks(options.quick)
+        available = gpu_checks.all_checks(options.quick)
         checks, unknown = _selected(available, options.only)
         if unknown:
             return _fail(f"--only {unknown}: no such check; there are {', '.join(available)}", 2)
-        setting = measurements.Setting(initialize_parallel(), options.quick)
+        setting = gpu_setting.Setting(initialize_parallel(), options.quick)
         records = run_checks(checks, setting, lambda record: print(line(record), file=progress, flush=True))
         about = {
             "date": datetime.date.today().isoformat(),
-            "machine": measurements.machine(setting),
-            "versions": measurements.software(),
+            "machine": gpu_setting.machine(setting),
+            "versions": gpu_setting.software(),
             "command": shlex.join(["python", "-m", "tools.gpu_check", *arguments]),
         }
     failed = [record.name for record in records if not record.ok]

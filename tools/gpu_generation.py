@@ -14,7 +14,7 @@ from cola_megatron.inference.protocol import Request, TokenBlock
 from cola_megatron.inference.settings import FlowSettings
 from cola_megatron.models.cola import Cola
 from cola_megatron.parallel import initialize_parameters
-from tools.gpu_measurements import Record, Setting, synchronize
+from tools.gpu_setting import Record, Setting, synchronize
 
 
 def check_generation(setting: Setting, batch: int) -> list[Record]:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from cola_megatron.interface import ColaDLM
-from tools.gpu_measurements import Record, Setting
+from tools.gpu_setting import Record, Setting
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "data" / "reference_tiny"
 

@@ -15,6 +15,13 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cola_megatron.checkpoint.checkpoint import (
+    check_checkpoint,
+    load_optimizer,
+    load_weights,
+    read_weights,
+)
+from cola_megatron.checkpoint.writer import save_checkpoint
 from cola_megatron.config import RunConfig
 from cola_megatron.models.cola import Cola
 from cola_megatron.objectives.samples import training_sample
@@ -25,15 +32,9 @@ from cola_megatron.parallel import (
     load_full_state_dict,
 )
 from cola_megatron.scaling.flops import training_flops_per_sample
-from cola_megatron.training.checkpoint import (
-    check_checkpoint,
-    load_optimizer,
-    load_weights,
-    read_weights,
-)
-from cola_megatron.training.checkpoint_writer import save_checkpoint
+from cola_megatron.scaling.hardware import gpu_of_device
 from cola_megatron.training.engine import Engine
-from tools.gpu_measurements import Record, Setting, bf16_peak, machine, release_memory, synchronize
+from tools.gpu_setting import Record, Setting, machine, release_memory, synchronize
 
 
 def check_training(setting: Setting, stage: int, zero_stage: int) -> list[Record]:
@@ -60,7 +61,8 @@ def check_training(setting: Setting, stage: int, zero_stage: int) -> list[Record
         f"device; loss {losses[0]:.4f} -> {losses[1]:.4f}"
     )
     rate = training_flops_per_sample(config) * samples / seconds
-    peak = bf16_peak(machine(setting))
+    gpu = gpu_of_device(machine(setting))
+    peak = gpu.bf16_flops if gpu is not None else None
     if peak is None:
         of_peak = f"no bfloat16 peak in the table for {machine(setting)}; {rate / 1e12:.4g} TFLOP/s of model FLOPs"
     else:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from cola_megatron.checkpoint.checkpoint import CheckpointError, read_state, require_checkpoint
 from cola_megatron.config import ConfigError, resolve_config
 from cola_megatron.data import TokenShards
 from cola_megatron.evaluation.errors import EvaluationError
@@ -21,7 +22,6 @@ from cola_megatron.inference.likelihood import Progress
 from cola_megatron.inference.likelihood_terms import Likelihood
 from cola_megatron.inference.robustness import RobustnessCurve
 from cola_megatron.parallel import ProcessGroups
-from cola_megatron.training.checkpoint import CheckpointError, read_state, require_checkpoint
 
 Result = TypeVar("Result")
 

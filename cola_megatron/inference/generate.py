@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from cola_megatron.inference.decoder import BlockDecoder, encode_prompts
+from cola_megatron.inference.fast_forward import prepare
 from cola_megatron.inference.first_block import FirstBlock, PromptLayout, lay_out
-from cola_megatron.inference.frozen import prepare
 from cola_megatron.inference.graphs import Recorder
 from cola_megatron.inference.prior import BlockPrior, TimeGrid
 from cola_megatron.inference.protocol import Request, TokenBlock, TokenPreview

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 
 from cola_megatron.inference.cached_attention import MaskedBlocks, NewBlocks, PackedPrompts, blocks_for, packs
+from cola_megatron.inference.fast_forward import phases
 from cola_megatron.inference.first_block import FirstBlock
-from cola_megatron.inference.frozen import phases
 from cola_megatron.inference.graphs import RecordedVelocity, Recorder, common_width
 from cola_megatron.inference.kv_cache import KeyValueCache
 from cola_megatron.inference.settings import FlowSettings

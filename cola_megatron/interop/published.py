@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from tqdm import tqdm
 
+from cola_megatron.checkpoint.tensor_files import PlannedTensor
 from cola_megatron.config import ConfigError, DiTConfig, ModelConfig
 from cola_megatron.interop.errors import PublishedError
 from cola_megatron.interop.published_configs import (
@@ -25,7 +26,6 @@ from cola_megatron.interop.published_form import (
     understood_frequencies,
 )
 from cola_megatron.interop.published_names import Rule, Shape, dit_rules, vae_rules
-from cola_megatron.interop.tensor_files import PlannedTensor
 from cola_megatron.interop.weight_files import MAX_SHARD_BYTES, WeightFiles, write_weights
 
 FOLDERS = {"vae": "cola_vae", "dit": "cola_dit"}

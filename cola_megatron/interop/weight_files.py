@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from cola_megatron.checkpoint.tensor_files import TYPES, PlannedTensor, stream_tensors
 from cola_megatron.interop.errors import PublishedError
-from cola_megatron.interop.tensor_files import TYPES, PlannedTensor, stream_tensors
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9

@@ -3,6 +3,7 @@
 Every assumption of `cola plan` about speed stands in `Efficiency`; none has been measured by this project yet.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
@@ -16,6 +17,8 @@ class GPU:
     """One accelerator in a node of several. All rates are peaks, per GPU; link rates count one direction."""
 
     name: str
+    device: str
+    """Regular expression that the driver's name of the device fits."""
     bf16_flops: float
     """Dense bfloat16 FLOP/s of the tensor cores (the data sheets print twice that, for 2:4 sparsity)."""
     fp32_flops: float
@@ -37,6 +40,7 @@ GPUS = {
     for gpu in (
         GPU(
             name="a100",
+            device=r"\bA100\b",
             bf16_flops=312e12,
             fp32_flops=19.5e12,
             memory_bytes=80 * GIB,
@@ -48,6 +52,7 @@ GPUS = {
         ),
         GPU(
             name="h100",
+            device=r"\bH100\b(?! (PCIe|NVL))",
             bf16_flops=989e12,
             fp32_flops=67e12,
             memory_bytes=80 * GIB,
@@ -58,7 +63,32 @@ GPUS = {
             source="NVIDIA H100 Tensor Core GPU data sheet, H100 SXM",
         ),
         GPU(
+            name="h100-pcie",
+            device=r"\bH100 PCIe\b",
+            bf16_flops=756e12,
+            fp32_flops=51e12,
+            memory_bytes=80 * GIB,
+            memory_bandwidth=2e12,
+            node_bandwidth=300e9,  # the NVLink bridge of a pair
+            host_bandwidth=64e9,
+            network_bandwidth=25e9,  # 200 Gb/s
+            source="NVIDIA H100 Tensor Core GPU data sheet, H100 PCIe",
+        ),
+        GPU(
+            name="h100-nvl",
+            device=r"\bH100 NVL\b",
+            bf16_flops=835e12,
+            fp32_flops=60e12,
+            memory_bytes=94 * GIB,
+            memory_bandwidth=3.9e12,
+            node_bandwidth=300e9,  # the NVLink bridge of a pair
+            host_bandwidth=64e9,
+            network_bandwidth=25e9,  # 200 Gb/s
+            source="NVIDIA H100 Tensor Core GPU data sheet, H100 NVL",
+        ),
+        GPU(
             name="h200",
+            device=r"\bH200\b(?! NVL)",
             bf16_flops=989e12,
             fp32_flops=67e12,
             memory_bytes=141 * GIB,
@@ -69,7 +99,20 @@ GPUS = {
             source="NVIDIA H200 Tensor Core GPU data sheet, H200 SXM",
         ),
         GPU(
+            name="h200-nvl",
+            device=r"\bH200 NVL\b",
+            bf16_flops=835e12,
+            fp32_flops=60e12,
+            memory_bytes=141 * GIB,
+            memory_bandwidth=4.8e12,
+            node_bandwidth=450e9,  # the NVLink bridge of two or four
+            host_bandwidth=64e9,
+            network_bandwidth=25e9,  # 200 Gb/s
+            source="NVIDIA H200 Tensor Core GPU data sheet, H200 NVL",
+        ),
+        GPU(
             name="b200",
+            device=r"\bB200\b",
             bf16_flops=2250e12,
             fp32_flops=75e12,
             memory_bytes=180 * GIB,
@@ -82,6 +125,11 @@ GPUS = {
     )
 }
 """Names as `cola plan --gpu` takes them."""
+
+
+def gpu_of_device(device_name: str) -> GPU | None:
+    """The entry of a device by the name that its driver gives it, None for one that is not in the table."""
+    return next((gpu for gpu in GPUS.values() if re.search(gpu.device, device_name)), None)
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,18 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
+from cola_megatron.checkpoint.pieces import frozen_weights
 from cola_megatron.config import RunConfig
 from cola_megatron.models.steps import Stage
 from cola_megatron.parallel import ProcessGroups, sum_partial_gradients
 from cola_megatron.parallel.deepspeed_grid import DeepSpeedGrid
 from cola_megatron.parallel.pipeline import Neighbours, SeedGradients, Tensors, one_forward_one_backward
+from cola_megatron.parallel.zero_optimizer import ZeroOptimizer
 from cola_megatron.training.batches import micro_batches_per_step
-from cola_megatron.training.engine_state import frozen_weights
 from cola_megatron.training.optimizer import build_optimizer, learning_rate, set_learning_rates
 
 
@@ -34,7 +34,6 @@ class Engine:
         sum_partial_gradients(model, groups)
         self.frozen = frozen_weights(model, groups)
         self._neighbours_of: dict[Stage, Neighbours] = {}
-        self._accepts: Callable[[float], bool] | None = None
         self.skipped_updates = 0
         """Steps so far whose update was refused: AdamW has counted so many fewer."""
         self.deepspeed, *_ = deepspeed.initialize(
@@ -44,7 +43,9 @@ class Engine:
             mpu=DeepSpeedGrid,
             dist_init_required=False,
         )
-        self._ask_before_updates()
+        self.optimizer = ZeroOptimizer(
+            self.deepspeed, config.parallel.zero_stage, config.parallel.offload_optimizer, groups
+        )
 
     @property
     def model(self) -> nn.Module:
@@ -96,7 +97,9 @@ class Engine:
             }
 
         one_forward_one_backward(self._neighbours(stage), self.accumulation, forward, backward)
-        self._complete_gradients(**mode)
+        if not mode["train_vae"]:
+            # A VAE that is left out has gradient 0, in the norm and in the moments, in every layout.
+            self.optimizer.clear_gradients(self.model.vae.parameters(), network="vae")
         means = self.groups.sum_over_stages_and_replicas(sums) / (self.accumulation * self.groups.data_parallel_size)
         metrics = dict(zip(names, means.tolist(), strict=True))
 
@@ -104,12 +107,12 @@ class Engine:
             metrics["gradient_norm"] = norm
             return accepts({**metrics, "learning_rate": rate})
 
-        self._accepts = accepts_norm if accepts is not None else None
+        self.optimizer.ask_before_update(accepts_norm if accepts is not None else None)
         if self.config.parallel.zero_stage == 0:
             metrics["gradient_norm"] = self._update_without_zero()
         else:
             self.deepspeed.step()
-            if self.deepspeed.optimizer.overflow:
+            if self.optimizer.overflowed:
                 self.skipped_updates += 1
                 metrics.setdefault("gradient_norm", math.inf)
             else:
@@ -117,63 +120,18 @@ class Engine:
         metrics["learning_rate"] = rate
         return metrics
 
-    def _ask_before_updates(self) -> None:
-        """Has ZeRO leave out an update that is refused, as it does by itself where the norm is not a number."""
-        zero = self.deepspeed.optimizer
-
-        def refused(norm: torch.Tensor | float) -> bool:
-            # DeepSpeed writes a norm that is not a number as -1.
-            value = float(norm) if float(norm) >= 0 else math.inf
-            return self._accepts is not None and not self._accepts(value)
-
-        if self.config.parallel.zero_stage == 0:
-            return
-        if hasattr(zero, "scaled_global_norm"):  # ZeRO 1 in float32, ZeRO 2
-            whole_norm = zero.scaled_global_norm
-
-            def scaled_global_norm(*arguments: Any, **options: Any) -> torch.Tensor:
-                norm = whole_norm(*arguments, **options)
-                return torch.full_like(norm, -1.0) if refused(norm) else norm
-
-            zero.scaled_global_norm = scaled_global_norm
-        elif hasattr(zero, "_get_norm_groups"):  # ZeRO 3
-            from deepspeed.runtime.utils import combine_grad_norm_groups
-
-            norms_of_groups = zero._get_norm_groups
-
-            def get_norm_groups() -> list[torch.Tensor]:
-                norms = norms_of_groups()
-                invalid = refused(combine_grad_norm_groups(norms))
-                return [torch.full_like(norm, -1.0) for norm in norms] if invalid else norms
-
-            zero._get_norm_groups = get_norm_groups
-        else:  # ZeRO 1 in bfloat16, whose norm is a function of what this returns
-            from deepspeed.runtime.utils import get_global_norm_of_tensors
-
-            gradients_for_norm = zero.get_grads_for_norm
-
-            def get_grads_for_norm(for_clipping: bool = False) -> Any:
-                if for_clipping or self._accepts is None:
-                    return gradients_for_norm(for_clipping=for_clipping)
-                gradients, of_experts = gradients_for_norm()
-                norm = get_global_norm_of_tensors(gradients, mpu=zero.mpu, norm_type=zero.norm_type)
-                invalid = refused(norm)
-                return ([torch.full((1,), math.nan, device=self.groups.device)] if invalid else gradients), of_experts
-
-            zero.get_grads_for_norm = get_grads_for_norm
-
     def _update_without_zero(self) -> float:
         """Clips and updates where there is no ZeRO; returns the norm before."""
-        norm, optimizer = self._clip_without_zero(), self.deepspeed.optimizer
-        if self._accepts is None or self._accepts(norm):
+        norm, adam = self._clip_without_zero(), self.optimizer.adam
+        if not self.optimizer.refuses(norm):
             self.deepspeed.step()
             return norm
         self.skipped_updates += 1
-        optimizer.step = lambda *arguments, **options: None  # DeepSpeed still counts the step and clears the gradients
+        adam.step = lambda *arguments, **options: None  # DeepSpeed still counts the step and clears the gradients
         try:
             self.deepspeed.step()
         finally:
-            del optimizer.step
+            del adam.step
         return norm
 
     def _neighbours(self, stage: Stage) -> Neighbours:
@@ -204,32 +162,6 @@ class Engine:
             for _, gradient in gradients:
                 gradient.mul_(scale)
         return norm
-
-    def _complete_gradients(self, train_vae: bool) -> None:
-        """A VAE that is left out of this step has gradient 0, in the norm and in the moments, in every layout.
-
-        Without ZeRO AdamW would skip it; ZeRO 3, and ZeRO 1 and 2 on the host, would keep its last gradient.
-        """
-        parallel = self.config.parallel
-        if train_vae:
-            return
-        if parallel.offload_optimizer and parallel.zero_stage < 3:
-            zero = self.deepspeed.optimizer
-            zero._wait_for_offload_copies()
-            for group, flat in zip(zero.param_groups, zero.single_partition_of_fp32_groups, strict=True):
-                if group["network"] == "vae":
-                    flat.grad.zero_()
-        if parallel.zero_stage not in (0, 3):
-            return
-        from deepspeed.utils import safe_set_local_grad
-
-        for parameter in self.model.vae.parameters():
-            if not parameter.requires_grad:
-                continue
-            if parallel.zero_stage == 0:
-                parameter.grad = torch.zeros_like(parameter)
-            else:
-                safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor, dtype=torch.float32))
 
 
 def deepspeed_config(config: RunConfig, groups: ProcessGroups, accumulation: int) -> dict:

@@ -7,12 +7,26 @@ import logging
 import time
 from dataclasses import replace
 
+from cola_megatron.checkpoint.checkpoint import divergence_of, load_optimizer, load_weights
+from cola_megatron.checkpoint.folder import step_folders, step_of
+from cola_megatron.checkpoint.resume import resume_from
+from cola_megatron.checkpoint.writer import CheckpointWriter, Saved
 from cola_megatron.config import RunConfig
 from cola_megatron.data import TokenShards, training_samples
+from cola_megatron.data.run_shards import open_shards
 from cola_megatron.errors import ExitCode, UserError
+from cola_megatron.held_out.measure import evaluate
 from cola_megatron.parallel import HangWatch, PeerWatch, ProcessGroups, initialize_parameters
+from cola_megatron.parallel.consensus import StepConsensus, from_main
+from cola_megatron.records.recorder import RunReports, open_reports
+from cola_megatron.records.run_folder import (
+    Summary,
+    finished_summary,
+    lock_run_folder,
+    read_history,
+    write_summary,
+)
 from cola_megatron.scaling.flops import training_flops
-from cola_megatron.training.agreement import Agreement, from_main
 from cola_megatron.training.bad_steps import (
     BAD_STEPS,
     add_roll_back,
@@ -21,26 +35,12 @@ from cola_megatron.training.bad_steps import (
     record_bad_step,
 )
 from cola_megatron.training.batches import MicroBatches, micro_batches_per_step
-from cola_megatron.training.checkpoint import divergence_of, load_optimizer, load_weights
-from cola_megatron.training.checkpoint_writer import CheckpointWriter, Saved
-from cola_megatron.training.checkpoints_folder import step_folders, step_of
+from cola_megatron.training.build_model import build_model, initialize_run
 from cola_megatron.training.divergence import BadStep, Divergence
 from cola_megatron.training.engine import Engine
-from cola_megatron.training.evaluation import evaluate
-from cola_megatron.training.layout import build_model, initialize_run
 from cola_megatron.training.loader import BatchLoader
-from cola_megatron.training.open_shards import open_shards
-from cola_megatron.training.resume import resume_from
-from cola_megatron.training.run_folder import (
-    Summary,
-    finished_summary,
-    lock_run_folder,
-    read_history,
-    write_summary,
-)
-from cola_megatron.training.run_reports import RunReports, open_reports
-from cola_megatron.training.starting_weights import load_starting_weights
 from cola_megatron.training.stop_signals import StopSignals
+from cola_megatron.training.warm_start import load_starting_weights
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class _Run:
             self.watch.naming_lost_ranks(),
             self.writer,
         ):
-            agreement = Agreement(groups, stop, self.writer)
+            consensus = StepConsensus(groups, stop, self.writer)
             self._measure_if_due()  # a job that died between a save and its measurement left it to us
             while self.step < last:
                 self._one_step(batches)
@@ -169,7 +169,7 @@ class _Run:
                     break
                 if self.step % training.checkpoint.every == 0 or self.step >= training.steps:
                     self._save()
-                agreement.reach()
+                consensus.reach()
                 if stop.requested():
                     self.stopped = self.step < last
                     break  # whoever asked will not wait for a measurement; the resumed job makes it up

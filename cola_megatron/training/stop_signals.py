@@ -11,7 +11,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 class StopSignals:
     """SIGTERM and SIGUSR1 (pre-emption, time limit) and Ctrl-C end the run after the step in hand, having saved.
 
-    A second Ctrl-C interrupts at once. It is a `Speaker` of the ranks' `Agreement`: one that was signalled stops all of
+    A second Ctrl-C interrupts at once. It is a `Participant` of `StepConsensus`: one that was signalled stops all of
     them at the same step.
     """
 
@@ -33,13 +33,13 @@ class StopSignals:
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
 
-    def says(self) -> Sequence[bool]:
+    def flags(self) -> Sequence[bool]:
         """Whether this rank was signalled."""
         return (self.received,)
 
-    def hears(self, said: Sequence[bool]) -> None:
+    def on_consensus(self, raised: Sequence[bool]) -> None:
         """Whether any rank was."""
-        (self._requested,) = said
+        (self._requested,) = raised
 
     def requested(self) -> bool:
         """Whether the ranks have agreed to stop."""

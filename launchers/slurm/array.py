@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cola_megatron.config import ConfigError, RunConfig, load_config
-from cola_megatron.training.run_folder import SUMMARY
+from cola_megatron.records.run_folder import SUMMARY
 from launchers.slurm import commands
 from launchers.slurm.render import Shape, training_script
 from launchers.slurm.runs import jobs_of, queue

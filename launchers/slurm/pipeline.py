@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cola_megatron.config import ConfigError, RunConfig, load_config
-from cola_megatron.training.run_folder import SUMMARY
+from cola_megatron.records.run_folder import SUMMARY
 from data_prep.plan import Plan, make_plan, work_folder_of
 from data_prep.prepare import begin
 from data_prep.recipe import Recipe

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cola_megatron.training.run_folder import CONFIG, MANIFEST, SUMMARY
+from cola_megatron.records.run_folder import CONFIG, MANIFEST, SUMMARY
 from launchers.slurm import commands
 from launchers.slurm.submission import JOB, SUBMISSIONS
 from slurm.supervise import read_events

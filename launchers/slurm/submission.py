@@ -8,7 +8,7 @@ from importlib import metadata, resources
 from pathlib import Path
 
 from cola_megatron.config import ConfigError, RunConfig, dump_config
-from cola_megatron.training.versions import git
+from cola_megatron.records.provenance import git
 from launchers.slurm import commands
 from launchers.slurm.render import Shape, training_script
 from launchers.slurm.site import Site

@@ -1,0 +1,1 @@
+"""Checkpoints: found, written beside the training, verified, read by any layout, and written anew."""

@@ -1,0 +1,68 @@
+"""Published weights as a checkpoint of ours."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cola_megatron.checkpoint.checkpoint import TENSORS, write_state
+from cola_megatron.checkpoint.pieces import WEIGHTS
+from cola_megatron.checkpoint.sharded_tensors import Piece, write_index, write_pieces
+from cola_megatron.config import RunConfig, dump_config, load_config, resolve_config
+from cola_megatron.errors import UserError
+from cola_megatron.interop.published import TOKENIZER, PublishedModel
+from cola_megatron.interop.stored_model import FORMS
+from cola_megatron.records.provenance import versions
+from cola_megatron.records.run_folder import CONFIG
+
+
+def import_published(
+    published: Path, output: Path, source: str, overrides: list[str], progress: bool = True
+) -> PublishedModel:
+    """Writes a checkpoint folder without optimiser state, with the tokenizer and a config.yaml to train on with.
+
+    Stage 2 starts from it (`training.stage_one`) under any layout; a run does not resume from it. The model section
+    comes from the published folder, the others from `source`; without a prior, it is the checkpoint of a stage 1. Needs
+    memory for one file of the checkpoint and one tensor.
+
+    Returns:
+        what was read.
+
+    Raises:
+        PublishedError, ConfigError: either side is not what it should be. UserError: `output` exists.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists; give a new folder")
+    model = PublishedModel(published)
+    config = _config(model, load_config(source, overrides).model_dump(mode="json"), output)
+    unfinished = output.with_name(f".importing_{output.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / TENSORS).mkdir(parents=True)
+
+    def pieces() -> Iterator[Piece]:
+        for name, shape in tqdm(model.shapes.items(), disable=not progress, unit="tensor", desc="import"):
+            yield Piece(f"{WEIGHTS}{name}", shape, (0,) * len(shape), model.read(name))
+
+    write_index(unfinished / TENSORS, write_pieces(unfinished / TENSORS, "imported", pieces()))
+    if model.tokenizer is not None:
+        shutil.copyfile(model.tokenizer, unfinished / TOKENIZER)
+    (unfinished / CONFIG).write_text(dump_config(config))
+    forms = {part: asdict(form) for part, form in model.forms.items()}
+    state = {"step": 0, "imported_from": str(published), FORMS: forms, "versions": versions()}
+    write_state(unfinished, {**state, "config": config.model_dump(mode="json")})
+    unfinished.rename(output)
+    return model
+
+
+def _config(model: PublishedModel, tree: dict[str, Any], output: Path) -> RunConfig:
+    networks = model.config.model_dump(mode="json")
+    if not model.has_prior:
+        networks["dit"] = tree["model"]["dit"] | {"latent_dim": model.config.vae.latent_dim}
+        tree["stage"] = 1
+    tree["model"] = networks
+    if model.tokenizer is not None:
+        tree["data"]["path"] = str(output.absolute())
+    return resolve_config(tree)

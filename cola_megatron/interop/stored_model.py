@@ -1,0 +1,61 @@
+"""A model on disk, whichever form it has: opened, checked, and read one tensor at a time."""
+
+from pathlib import Path
+
+import torch
+
+from cola_megatron.checkpoint.checkpoint import open_tensors, read_state, require_checkpoint
+from cola_megatron.checkpoint.pieces import WEIGHTS
+from cola_megatron.config import ModelConfig, resolve_config
+from cola_megatron.data import tokenizer_file
+from cola_megatron.interop.published import TOKENIZER, Forms, PublishedModel, is_published
+from cola_megatron.interop.published_form import PublishedForm
+
+FORMS = "published"
+"""Key of state.json: how the model was written where it was imported from. Trained checkpoints have none."""
+
+
+class CheckpointModel:
+    """The weights of a checkpoint, or of a run's newest one, without the reference encoder. It is a `WeightSource`.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = require_checkpoint(folder)
+        state = read_state(self.folder)
+        run = resolve_config(state["config"])
+        self.config: ModelConfig = run.model
+        forms = state.get(FORMS)
+        self.forms: Forms | None = forms and {part: PublishedForm(**form) for part, form in forms.items()}
+        self.shapes = {
+            name.removeprefix(WEIGHTS): shape
+            for name, shape in open_tensors(self.folder).shapes.items()
+            if name.startswith(WEIGHTS) and not name.startswith(f"{WEIGHTS}reference.")
+        }
+        own, data = self.folder / TOKENIZER, run.data
+        if own.is_file() or data.path is None:
+            self.tokenizer = own if own.is_file() else None
+        else:
+            self.tokenizer = tokenizer_file(data.path, data.cache_folder)
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether there is a DiT."""
+        return any(name.startswith("dit.") for name in self.shapes)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole tensor: float32, on the CPU; raises CheckpointError.
+
+        The files are mapped anew each time: what was read through a mapping counts as memory while it is kept.
+        """
+        return open_tensors(self.folder).read(f"{WEIGHTS}{name}")
+
+
+ModelSource = PublishedModel | CheckpointModel
+
+
+def open_model_source(folder: Path) -> ModelSource:
+    """A published folder, its `cola_vae`, a run folder or a checkpoint; raises PublishedError, CheckpointError."""
+    return PublishedModel(folder) if is_published(folder) else CheckpointModel(folder)

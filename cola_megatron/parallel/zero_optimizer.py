@@ -1,0 +1,189 @@
+"""What this project needs of DeepSpeed's optimisers beyond their public interface: no other file reaches into them.
+
+Written against DeepSpeed 0.19.8. The stages keep the float32 masters and the moments in different places, and none of
+them can be asked whether an update should be applied; `ZeroOptimizer` gives all of them one form. What it reaches for
+is listed in `PRIVATE_PARTS`; `tests/test_zero_optimizer.py` fails for a version that has moved one of them.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from cola_megatron.errors import UserError
+from cola_megatron.parallel.groups import ProcessGroups
+
+WRITTEN_AGAINST = "0.19.8"
+
+PRIVATE_PARTS = {
+    "deepspeed.runtime.zero.stage_1_and_2": (
+        "DeepSpeedZeroOptimizer",
+        ("scaled_global_norm", "_wait_for_offload_copies"),
+    ),
+    "deepspeed.runtime.zero.stage3": ("DeepSpeedZeroOptimizer_Stage3", ("_get_norm_groups", "get_param_id")),
+    "deepspeed.runtime.bf16_optimizer": ("BF16_Optimizer", ("get_grads_for_norm",)),
+}
+"""Module -> class and the methods of it that are called or replaced."""
+
+
+class Fragment(NamedTuple):
+    """A range of a flattened parameter, as a range of the tensor that AdamW updates in its place."""
+
+    start: int
+    """First element, in the flattened parameter."""
+    flat: torch.Tensor
+    flat_start: int
+    count: int
+
+
+class DeepSpeedChanged(UserError):
+    """Another version of DeepSpeed, in which something that this file uses is elsewhere."""
+
+
+class ZeroOptimizer:
+    """The optimiser of a DeepSpeed engine under ZeRO `stage`; 0 is a plain AdamW.
+
+    Raises:
+        DeepSpeedChanged: the installed version does not have what this file was written against.
+    """
+
+    def __init__(self, deepspeed_engine: Any, stage: int, offloaded: bool, groups: ProcessGroups):
+        self.stage, self.offloaded, self.groups = stage, offloaded, groups
+        self._optimizer = deepspeed_engine.optimizer
+        self._may_update: Callable[[float], bool] | None = None
+        if stage > 0:
+            self._ask_before_updates()
+
+    @property
+    def adam(self) -> torch.optim.AdamW:
+        """The AdamW inside, whose state is keyed by `flat_masters`."""
+        return self._optimizer if self.stage == 0 else self._optimizer.optimizer
+
+    @property
+    def flat_masters(self) -> list[torch.Tensor]:
+        """The float32 tensors that AdamW knows as its parameters."""
+        if self.stage == 3:  # which shows them to AdamW one by one, during a step
+            return self._optimizer.fp32_partitioned_groups_flat
+        return [flat for group in self.adam.param_groups for flat in group["params"]]
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether the last update was left out, because its gradient was not a number or it was refused."""
+        return self.stage > 0 and self._optimizer.overflow
+
+    def fragment(self, parameter: nn.Parameter, shared_out: bool) -> Fragment | None:
+        """What of a trained parameter this rank updates; None: nothing.
+
+        Args:
+            shared_out: leaves out what another data-parallel rank holds as well.
+        """
+        zero, groups = self._optimizer, self.groups
+        if self.stage == 0:
+            rank, ranks = (groups.data_parallel_rank, groups.data_parallel_size) if shared_out else (0, 1)
+            start, stop = (parameter.numel() * end // ranks for end in (rank, rank + 1))
+            return Fragment(start, parameter, start, stop - start)
+        if self.stage == 3:
+            group, flat_start, part = zero.grad_position[zero.get_param_id(parameter)]
+            start = groups.data_parallel_rank * part
+            count = max(0, min(part, parameter.ds_numel - start))  # the parts are padded to one size
+            return Fragment(start, zero.fp32_partitioned_groups_flat[group], flat_start, count)
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+        (flat,) = zero.param_groups[mapping.param_group_index]["params"]
+        return Fragment(here.start, flat, there.start, here.numel)
+
+    def ask_before_update(self, may_update: Callable[[float], bool] | None) -> None:
+        """`may_update` is asked with the gradient norm before each update until it is replaced; alike on every rank.
+
+        Where it says no, weights, moments and the count of AdamW stay as they are. Without ZeRO there is nobody to ask:
+        `plain_update` does.
+        """
+        self._may_update = may_update
+
+    def refuses(self, norm: float) -> bool:
+        """Whether an update with this gradient norm is not to be applied."""
+        return self._may_update is not None and not self._may_update(norm)
+
+    def clear_gradients(self, parameters: Iterable[nn.Parameter], network: str) -> None:
+        """Gradient 0 for parameters that took no part in a step: the trained ones of the group `network`.
+
+        Without ZeRO AdamW would skip them; ZeRO 3, and ZeRO 1 and 2 on the host, would keep their last gradient.
+        """
+        if self.offloaded and self.stage < 3:
+            self._optimizer._wait_for_offload_copies()
+            for group, flat in zip(
+                self._optimizer.param_groups, self._optimizer.single_partition_of_fp32_groups, strict=True
+            ):
+                if group["network"] == network:
+                    flat.grad.zero_()
+        if self.stage not in (0, 3):
+            return
+        from deepspeed.utils import safe_set_local_grad
+
+        for parameter in parameters:
+            if not parameter.requires_grad:
+                continue
+            if self.stage == 0:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor, dtype=torch.float32))
+
+    def _ask_before_updates(self) -> None:
+        """Has ZeRO leave out an update that is refused, as it does by itself where the norm is not a number.
+
+        DeepSpeed writes a norm that is not a number as -1, and skips the update where it finds one.
+        """
+        zero = self._optimizer
+        if hasattr(zero, "scaled_global_norm"):  # ZeRO 1 in float32, ZeRO 2
+            self._replace("scaled_global_norm", self._refusing_norm)
+        elif hasattr(zero, "_get_norm_groups"):  # ZeRO 3
+            self._replace("_get_norm_groups", self._refusing_norms_of_groups)
+        elif hasattr(zero, "get_grads_for_norm"):  # ZeRO 1 in bfloat16, whose norm is a function of what this returns
+            self._replace("get_grads_for_norm", self._refusing_gradients)
+        else:
+            raise changed(f"{type(zero).__name__} computes its gradient norm elsewhere")
+
+    def _replace(self, method: str, by: Callable[..., Any]) -> None:
+        original = getattr(self._optimizer, method)
+        setattr(self._optimizer, method, lambda *arguments, **options: by(original, *arguments, **options))
+
+    def _refuses_deepspeeds(self, norm: torch.Tensor | float) -> bool:
+        if self._may_update is None:
+            return False  # without reading the norm, which would wait for the device
+        return self.refuses(float(norm) if float(norm) >= 0 else math.inf)
+
+    def _refusing_norm(self, original: Callable[..., torch.Tensor], *arguments: Any, **options: Any) -> torch.Tensor:
+        norm = original(*arguments, **options)
+        return torch.full_like(norm, -1.0) if self._refuses_deepspeeds(norm) else norm
+
+    def _refusing_norms_of_groups(self, original: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        norms = original()
+        refused = self._refuses_deepspeeds(combine_grad_norm_groups(norms))
+        return [torch.full_like(norm, -1.0) for norm in norms] if refused else norms
+
+    def _refusing_gradients(self, original: Callable[..., Any], for_clipping: bool = False) -> Any:
+        from deepspeed.runtime.utils import get_global_norm_of_tensors
+
+        if for_clipping or self._may_update is None:
+            return original(for_clipping=for_clipping)
+        gradients, of_experts = original()
+        zero = self._optimizer
+        norm = get_global_norm_of_tensors(gradients, mpu=zero.mpu, norm_type=zero.norm_type)
+        refused = self._refuses_deepspeeds(norm)
+        return ([torch.full((1,), math.nan, device=self.groups.device)] if refused else gradients), of_experts
+
+
+def changed(what: str) -> DeepSpeedChanged:
+    """The refusal of a version in which `what` holds."""
+    from importlib.metadata import version
+
+    return DeepSpeedChanged(
+        f"deepspeed {version('deepspeed')}: {what}; cola_megatron is written against {WRITTEN_AGAINST}: "
+        f"pip install deepspeed=={WRITTEN_AGAINST}"
+    )

@@ -1,0 +1,85 @@
+"""What a run says of itself while it trains: the metrics, progress.json, and a bar, or lines where nobody watches."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+from cola_megatron.config import RunConfig
+from cola_megatron.parallel import ProcessGroups
+from cola_megatron.records.goodput import Accounts, begin_attempt
+from cola_megatron.records.metrics import MetricsLog
+from cola_megatron.records.progress import ProgressFile
+from cola_megatron.records.run_folder import record_start
+
+
+class RunReports:
+    """The reports of one start of a run; the main process makes them, on the others every method does nothing."""
+
+    def __init__(self, config: RunConfig, start: int, log: MetricsLog, accounts: Accounts, show: bool):
+        self._log, self._accounts, self._steps = log, accounts, config.training.steps
+        self._progress = ProgressFile(config.run_folder, start, config.training.steps)
+        watched = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=self._steps, initial=start, disable=not (show and watched), unit="step", desc=config.name
+        )
+        self._lines = show and not watched
+
+    def stepped(self, step: int, loss: float, tokens: int) -> None:
+        """A step is done."""
+        self._bar.update()
+        self._progress.stepped(step, loss, tokens)
+
+    def train(self, step: int, metrics: dict[str, float], seconds: float) -> None:
+        """Records a step; `seconds` is the time of the run until here."""
+        self._log.write("train", step, {**metrics, **self._accounts.metrics(seconds), "seconds": seconds})
+        said = f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+        self._bar.set_postfix_str(said)
+        if self._lines:
+            print(f"step {step:,} of {self._steps:,}: {said}", file=sys.stderr, flush=True)
+
+    def record(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Records anything else."""
+        self._log.write(kind, step, values)
+
+    def state(self, state: str) -> None:
+        """What the run does from now on, for progress.json."""
+        self._progress.write(state)
+
+    def goodput(self, seconds: float) -> dict[str, float]:
+        """Restarts, lost steps and goodput so far."""
+        return self._accounts.metrics(seconds)
+
+    def close(self) -> None:
+        """Ends the log and the bar."""
+        self._bar.close()
+        self._log.close()
+
+
+class _Silence(RunReports):
+    """On every process but the main one."""
+
+    def __init__(self) -> None:
+        pass
+
+    def _nothing(self, *arguments: object) -> None:
+        return None
+
+    stepped = train = record = state = close = _nothing
+
+    def goodput(self, seconds: float) -> dict[str, float]:
+        return {}
+
+
+@contextlib.contextmanager
+def open_reports(config: RunConfig, start: int, groups: ProcessGroups, show: bool) -> Iterator[RunReports]:
+    """Notes this start in the run folder and opens the reports; every rank waits until later records are gone."""
+    reports: RunReports = _Silence()
+    if groups.is_main:
+        record_start(config)
+        accounts = begin_attempt(config.run_folder, start, groups.world_size)
+        reports = RunReports(config, start, MetricsLog(config, start), accounts, show)
+    groups.barrier()
+    with contextlib.closing(reports):
+        yield reports

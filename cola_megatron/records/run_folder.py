@@ -1,0 +1,119 @@
+"""What a run folder says of its run: config, starts, how it ended.
+
+config.yaml     the resolved config of the last start
+manifest.json   command, versions and git revision of the first start, and under `resumed` of each later one
+summary.json    how the last job of the run ended
+"""
+
+import fcntl
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from cola_megatron.config import RunConfig, dump_config
+from cola_megatron.errors import ExitCode, UserError
+from cola_megatron.records.metrics import read_metrics
+from cola_megatron.records.provenance import provenance
+
+CONFIG, MANIFEST, SUMMARY, METRICS, LOCK = "config.yaml", "manifest.json", "summary.json", "metrics.jsonl", ".lock"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a job of a run ended."""
+
+    run_folder: str
+    step: int
+    finished: bool
+    """False: stopped by `stop_after` or a signal; the run resumes from its checkpoint."""
+    tokens: int
+    model_flops: float
+    seconds: float
+    """Time in training steps, measurements and saves, over all jobs of this run."""
+    metrics: dict[str, float]
+    """The last held-out measurement."""
+    stopped_by_signal: bool = False
+    """A signal asked for the end before it was due; the state is saved."""
+    restarts: int = 0
+    """Starts of the run before its last."""
+    lost_steps: int = 0
+    """Steps that were taken more than once."""
+    goodput: float | None = None
+    """See `records.progress`; None on all processes but the main one."""
+
+
+class RunFolderTaken(UserError):
+    """Another job trains in this run folder."""
+
+    exit_code = ExitCode.CRASHED  # it may be the last try of this job, not quite ended
+
+
+def lock_run_folder(folder: Path) -> IO:
+    """Claims a run folder for this job until the returned file is closed or the process ends.
+
+    Raises:
+        RunFolderTaken: another job holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / LOCK).open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RunFolderTaken(f"{folder}: another job is training here; wait for it, or use another name=") from None
+    return file
+
+
+def record_start(config: RunConfig) -> None:
+    """Writes config.yaml and notes this start in manifest.json; the main process calls it."""
+    folder = config.run_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(dump_config(config))
+    path = folder / MANIFEST
+    if path.is_file():
+        manifest = json.loads(path.read_text())
+        manifest.setdefault("resumed", []).append(provenance())
+    else:
+        manifest = provenance()
+    unfinished = path.with_suffix(".writing")
+    unfinished.write_text(json.dumps(manifest, indent=1) + "\n")
+    unfinished.replace(path)
+
+
+def write_summary(summary: Summary) -> None:
+    """Writes summary.json."""
+    (Path(summary.run_folder) / SUMMARY).write_text(json.dumps(asdict(summary), indent=1) + "\n")
+
+
+def finished_summary(config: RunConfig, step: int) -> Summary | None:
+    """The summary of a run that has nothing left to do at its checkpoint of `step`, else None."""
+    path = config.run_folder / SUMMARY
+    if step < config.training.steps or not path.is_file():
+        return None
+    summary = Summary(**json.loads(path.read_text()))
+    return summary if summary.finished and summary.step == step else None
+
+
+@dataclass(frozen=True)
+class History:
+    """What the jobs before a resumed step left in metrics.jsonl."""
+
+    seconds: float = 0.0
+    measured_at: int = 0
+    """Step of the last held-out measurement; 0: none."""
+    measured: dict[str, float] | None = None
+
+
+def read_history(run_folder: Path, step: int) -> History:
+    """The records of steps up to `step`."""
+    path = run_folder / METRICS
+    if not step or not path.exists():
+        return History()
+    records = [record for record in read_metrics(path) if record["step"] <= step]
+    seconds = max((record["seconds"] for record in records), default=0.0)
+    last = next((record for record in reversed(records) if record["kind"] == "evaluation"), None)
+    if last is None:
+        return History(seconds)
+    measured = {name: value for name, value in last.items() if name not in ("kind", "step", "seconds")}
+    return History(seconds, last["step"], measured)

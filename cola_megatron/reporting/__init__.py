@@ -1,0 +1,1 @@
+"""The page about a run: its pictures, samples and numbers."""
