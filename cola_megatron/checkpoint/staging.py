@@ -11,7 +11,7 @@ BLOCK = 2**26
 """Float32 elements of a block of host memory: 256 MiB, because torch rounds pinned memory up to a power of two."""
 
 
-class HostCopies:
+class StagingBuffers:
     """Copies the values of pieces; on a GPU through pinned memory, which is where a device copies at full speed.
 
     Costs host memory for all that is copied, from the first call on: memory that is new must be brought in page by

@@ -24,7 +24,7 @@ from cola_megatron.checkpoint.checkpoint import TENSORS, write_state
 from cola_megatron.checkpoint.folder import begin_folder, complete_folder, folder_of, prune, unfinished_folder
 from cola_megatron.checkpoint.pieces import TrainingState, frozen_pieces, trained_pieces
 from cola_megatron.checkpoint.sharded_tensors import CheckpointError, Piece, Written, write_index, write_pieces
-from cola_megatron.checkpoint.staging import HostCopies
+from cola_megatron.checkpoint.staging import StagingBuffers
 from cola_megatron.config import RunConfig
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.consensus import any_rank, together
@@ -77,7 +77,7 @@ class CheckpointWriter:
         self.engine, self.data_fingerprint, self.groups = engine, data_fingerprint, groups
         self.asynchronous, self.on_saved = asynchronous, on_saved
         self.more_state = more_state
-        self._copies = HostCopies(pinned=groups.device.type == "cuda")
+        self._copies = StagingBuffers(pinned=groups.device.type == "cuda")
         self._save: _Save | None = None
 
     def __enter__(self) -> "CheckpointWriter":

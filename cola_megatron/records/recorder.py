@@ -14,8 +14,8 @@ from cola_megatron.records.progress import ProgressFile
 from cola_megatron.records.run_folder import record_start
 
 
-class RunReports:
-    """The reports of one start of a run; the main process makes them, on the others every method does nothing."""
+class RunRecorder:
+    """Records one start of a run on the main process; on the others every method does nothing."""
 
     def __init__(self, config: RunConfig, start: int, log: MetricsLog, accounts: Accounts, show: bool):
         self._log, self._accounts, self._steps = log, accounts, config.training.steps
@@ -57,7 +57,7 @@ class RunReports:
         self._log.close()
 
 
-class _Silence(RunReports):
+class _NoRecorder(RunRecorder):
     """On every process but the main one."""
 
     def __init__(self) -> None:
@@ -73,13 +73,13 @@ class _Silence(RunReports):
 
 
 @contextlib.contextmanager
-def open_reports(config: RunConfig, start: int, groups: ProcessGroups, show: bool) -> Iterator[RunReports]:
-    """Notes this start in the run folder and opens the reports; every rank waits until later records are gone."""
-    reports: RunReports = _Silence()
+def open_recorder(config: RunConfig, start: int, groups: ProcessGroups, show: bool) -> Iterator[RunRecorder]:
+    """Notes this start in the run folder and opens its recorder; every rank waits until later records are gone."""
+    recorder: RunRecorder = _NoRecorder()
     if groups.is_main:
         record_start(config)
         accounts = begin_attempt(config.run_folder, start, groups.world_size)
-        reports = RunReports(config, start, MetricsLog(config, start), accounts, show)
+        recorder = RunRecorder(config, start, MetricsLog(config, start), accounts, show)
     groups.barrier()
-    with contextlib.closing(reports):
-        yield reports
+    with contextlib.closing(recorder):
+        yield recorder

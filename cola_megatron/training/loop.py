@@ -18,7 +18,7 @@ from cola_megatron.errors import ExitCode, UserError
 from cola_megatron.held_out.measure import evaluate
 from cola_megatron.parallel import HangWatch, PeerWatch, ProcessGroups, initialize_parameters
 from cola_megatron.parallel.consensus import StepConsensus, from_main
-from cola_megatron.records.recorder import RunReports, open_reports
+from cola_megatron.records.recorder import RunRecorder, open_recorder
 from cola_megatron.records.run_folder import (
     Summary,
     finished_summary,
@@ -92,9 +92,9 @@ def _train(
             load_optimizer(engine, checkpoint)
         # From here on the folder is written to: all that could refuse this start has had its say.
         hang.progress()
-        with open_reports(config, start, groups, progress) as reports:
+        with open_recorder(config, start, groups, progress) as recorder:
             judged = Divergence(config.training.divergence, None if checkpoint is None else divergence_of(checkpoint))
-            run = _Run(config, groups, engine, train_shards, held_out_shards, start, reports, watch, hang, judged)
+            run = _Run(config, groups, engine, train_shards, held_out_shards, start, recorder, watch, hang, judged)
             summary = run.to_the_end()
         groups.barrier()  # a launcher ends what is left when the first rank has ended: not before the last is through
         return summary
@@ -111,7 +111,7 @@ class _Run:
         train_shards: TokenShards,
         held_out_shards: TokenShards,
         start: int,
-        reports: RunReports,
+        recorder: RunRecorder,
         watch: PeerWatch,
         hang: HangWatch,
         divergence: Divergence,
@@ -121,7 +121,7 @@ class _Run:
         self.config, self.groups, self.engine = config, groups, engine
         self.train_shards, self.held_out_shards = train_shards, held_out_shards
         self.step, self.saved_at = start, start
-        self.reports, self.watch, self.hang = reports, watch, hang
+        self.recorder, self.watch, self.hang = recorder, watch, hang
         self.stopped = False
         history = read_history(config.run_folder, start)
         self.seconds_before, self.measured_at, self.measured = history.seconds, history.measured_at, history.measured
@@ -193,11 +193,11 @@ class _Run:
             return
         self.divergence.accept(metrics)
         self.step += 1
-        self.reports.stepped(self.step, metrics["loss"], self._tokens(1))
+        self.recorder.stepped(self.step, metrics["loss"], self._tokens(1))
         if self.step % self.config.training.log.every == 0 or self.step in (1, self.config.training.steps):
             skipped = {"skipped_updates": self.divergence.skipped_updates} if self.divergence.skipped_updates else {}
             measured = {**skipped, "tokens_per_second": self._tokens(1) / seconds, **batches.measured()}
-            self.reports.train(self.step, {**metrics, **measured}, self._seconds())
+            self.recorder.train(self.step, {**metrics, **measured}, self._seconds())
 
     def _accepts(self, metrics: dict[str, float]) -> bool:
         return self.divergence.judge(self.step + 1, metrics) is None
@@ -212,7 +212,7 @@ class _Run:
             batch = batch_of(self.step, self.roll_backs)
             folder = record_bad_step(self.config, bad, metrics, self.samples, batch)
             logger.warning("step %d: %s; %s; its batch is in %s", bad.step, bad.reason, bad.action, folder)
-        self.reports.record("divergence", bad.step, {"action": bad.action, "seconds": self._seconds()})
+        self.recorder.record("divergence", bad.step, {"action": bad.action, "seconds": self._seconds()})
         if bad.action == "skip":
             self.divergence.skip(bad)
             self.step += 1
@@ -236,22 +236,22 @@ class _Run:
         due = self.step and (self.step % training.evaluation.every == 0 or self.step >= training.steps)
         if not due or self.measured_at == self.step:
             return
-        self.reports.state("measuring")
+        self.recorder.state("measuring")
         self.measured = evaluate(
             self.engine.model, self.held_out_shards, self.config, self.groups, on_batch=self.hang.progress
         )
         self.measured_at = self.step
-        self.reports.record("evaluation", self.step, {**self.measured, "seconds": self._seconds()})
+        self.recorder.record("evaluation", self.step, {**self.measured, "seconds": self._seconds()})
 
     def _save(self) -> None:
-        self.reports.state("saving")
+        self.recorder.state("saving")
         self.writer.save(self.step)
         self.saved_at = self.step
         self.hang.progress()
 
     def _record_save(self, saved: Saved) -> None:
         took = {"blocked": saved.blocked, "writing": saved.seconds, "bytes": saved.bytes, "seconds": self._seconds()}
-        self.reports.record("checkpoint", saved.step, took)
+        self.recorder.record("checkpoint", saved.step, took)
         self.hang.progress()
 
     def _seconds(self) -> float:
@@ -270,9 +270,9 @@ class _Run:
             seconds=self._seconds(),
             metrics=self.measured or {},
             stopped_by_signal=self.stopped,
-            **self.reports.goodput(self._seconds()),
+            **self.recorder.goodput(self._seconds()),
         )
-        self.reports.state("stopped" if not summary.finished else "finished")
+        self.recorder.state("stopped" if not summary.finished else "finished")
         if self.groups.is_main:
             write_summary(summary)
         return summary
