@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PAGE = "report.html"
 FIGURES = "figures"
-TEMPLATE = "report.html.j2"
+TEMPLATE = "page.html.j2"
 
 # Control characters as their visible pictures (U+2400 ...), and lone surrogates, which UTF-8 cannot hold, as U+FFFD.
 # Newline and tab stay: the page keeps white space.
