@@ -160,14 +160,14 @@ class DiT(nn.Module):
         mask = two_copy_mask(length, self.config.block_size, clean_length, context_dropped_BN, device, documents_BL)
         return self.context_at(torch.cat((positions[:clean_length], positions)), mask)
 
-    def velocity(
+    def head(
         self,
         x_SBH: torch.Tensor,
         silu_time_T1H: torch.Tensor,
         index_SB: torch.Tensor,
         table_TH: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Head: (S, B, H) -> v (S, B, C), float32."""
+        """(S, B, H) -> v (S, B, C), float32."""
         table_TH = self.output_shift_scale(silu_time_T1H) if table_TH is None else table_TH
         shift, scale = self.output_shift_scale.look_up(table_TH, index_SB)
         x_SBH = modulate(self.output_norm(x_SBH), shift, scale)
@@ -197,7 +197,27 @@ class DiT(nn.Module):
         x_SBH = self.embed(z_SBC)
         for block, tables in zip(self.blocks, modulations.blocks, strict=True):
             x_SBH = block(x_SBH, modulations.silu_time_T1H, index_SB, context, tables)
-        return self.velocity(x_SBH, modulations.silu_time_T1H, index_SB, modulations.output)
+        return self.head(x_SBH, modulations.silu_time_T1H, index_SB, modulations.output)
+
+    def two_copy_velocity(
+        self,
+        clean_SBC: torch.Tensor,
+        noisy_SBC: torch.Tensor,
+        times_BN: torch.Tensor,
+        at_zero_BS: torch.Tensor | None = None,
+        context_dropped_BN: torch.Tensor | None = None,
+        documents_BS: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """v(z_t, t; z0^(<b)) of every block b in one pass over `[clean copy | noisy copy]`: that of the noisy copy.
+
+        Args:
+            clean_SBC: z0; its last block may be left out, for nobody sees it.
+            others: see `two_copy_times` and `two_copy_mask`.
+        """
+        clean_length, length = len(clean_SBC), len(noisy_SBC)
+        times = two_copy_times(times_BN, length, clean_length, at_zero_BS)
+        context = self.two_copy_context(length, clean_length, context_dropped_BN, noisy_SBC.device, documents_BS)
+        return self(torch.cat((clean_SBC, noisy_SBC)), times, context)[clean_length:]
 
 
 def two_copy_times(
