@@ -7,6 +7,7 @@ from cola_megatron.config import RunConfig
 from cola_megatron.models.cola import Cola
 from cola_megatron.models.cola_loss import frozen_vae_loss, stage_one_loss, stage_two_loss
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
+from tests.ranks import run_ranks
 from tests.support import perturbed, random_batch
 
 AFTER_STAGE_ONE = "training.vae_update.from_scratch=false"  # stage 2 with a reference encoder
@@ -61,13 +62,8 @@ def gradients(model: Cola, loss: torch.Tensor) -> dict[str, torch.Tensor | None]
     return dict(zip(trained, torch.autograd.grad(loss, trained.values(), allow_unused=True), strict=True))
 
 
-@pytest.mark.parametrize(("stage", "mode", "train_vae", "name"), MODES)
-def test_the_chain_computes_the_definition(tiny, stage, mode, train_vae, name):
-    overrides = [text.format(other="kl" if stage == 2 else "entropy") for text in (BOTH_STAGES | STAGE_TWO)[name]]
-    model = model_of(tiny(stage, AFTER_STAGE_ONE, f"training.vae_update.mode={mode}", *overrides))
-    batch = random_batch(model.config, range(3))
-    batch["documents"][0, 11:], batch["documents"][1, 20:] = 1, 1
-    batch["counted"][:2, 28:] = False
+def assert_equal(model: Cola, batch: dict[str, torch.Tensor], train_vae: bool) -> set[str]:
+    """The networks that the loss trains."""
     in_chain, defined = model(batch, train_vae=train_vae), definition(model, batch, train_vae)
     assert in_chain.keys() == defined.keys()
     assert all(torch.equal(in_chain[term], defined[term]) for term in in_chain)
@@ -75,5 +71,30 @@ def test_the_chain_computes_the_definition(tiny, stage, mode, train_vae, name):
     for parameter, gradient in expected.items():
         assert (gradient is None) == (found[parameter] is None), parameter
         assert gradient is None or torch.equal(found[parameter], gradient), parameter
-    reached = {parameter.split(".")[0] for parameter, gradient in expected.items() if gradient is not None}
-    assert reached == ({"vae"} if stage == 1 else {"vae", "dit"} if train_vae else {"dit"})
+    return {parameter.split(".")[0] for parameter, gradient in expected.items() if gradient is not None}
+
+
+@pytest.mark.parametrize(("stage", "mode", "train_vae", "name"), MODES)
+def test_the_chain_computes_the_definition(tiny, stage, mode, train_vae, name):
+    overrides = [text.format(other="kl" if stage == 2 else "entropy") for text in (BOTH_STAGES | STAGE_TWO)[name]]
+    model = model_of(tiny(stage, AFTER_STAGE_ONE, f"training.vae_update.mode={mode}", *overrides))
+    batch = random_batch(model.config, range(3))
+    batch["documents"][0, 11:], batch["documents"][1, 20:] = 1, 1
+    batch["counted"][:2, 28:] = False
+    trained = {"vae"} if stage == 1 else {"vae", "dit"} if train_vae else {"dit"}
+    assert assert_equal(model, batch, train_vae) == trained
+
+
+def test_the_definition_holds_on_tensor_parallel_ranks(tiny):
+    layout = ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"]
+    run_ranks(compare_on_a_rank, 2, tiny(2, AFTER_STAGE_ONE, "training.vae_update.mode=interval", *layout))
+
+
+def compare_on_a_rank(config: RunConfig) -> None:
+    from cola_megatron.training.layout import build_model, initialize_run
+
+    groups = initialize_run(config)
+    model = build_model(config, groups)
+    initialize_parameters(model, config.seed, groups)
+    for train_vae in (True, False):
+        assert_equal(perturbed(model), random_batch(config, range(3)), train_vae)
