@@ -8,6 +8,7 @@ import torch
 
 from cola_megatron.config import TimeConfig
 from cola_megatron.models.cola import Cola
+from cola_megatron.models.cola_loss import flow_matching_term
 from cola_megatron.models.steps import run_steps, steps_for
 from cola_megatron.objectives import flow_matching, vae
 from cola_megatron.objectives.randomness import draw_mask, draw_times, generator, sample_draws
@@ -51,16 +52,23 @@ def test_kl_and_entropy_against_torch_distributions():
         torch.testing.assert_close(ours, expected)
 
 
-def test_flow_matching_reaches_the_encoder_through_z_t_only():
-    """The clean context and the target are detached, z_t is not."""
-    z0 = torch.randn(8, 2, 3, requires_grad=True)
-    z1, t = torch.randn(8, 2, 3), torch.rand(8, 2)
-    nowhere = torch.zeros(8, 2, dtype=torch.bool)
-    zt = flow_matching.noisy_latents(z0, z1, t, nowhere)
-    (through_zt,) = torch.autograd.grad(zt.sum(), z0)
-    torch.testing.assert_close(through_zt, (1 - t)[..., None].expand_as(z0))
-    velocity = torch.randn(8, 2, 3, requires_grad=True)
-    loss = flow_matching.flow_matching_loss(velocity, z0, z1, nowhere, ~nowhere)
+def test_flow_matching_reaches_the_encoder_through_z_t_only(tiny):
+    """The clean context and the target are detached, z_t is not, but for clean prefixes."""
+    config = tiny(2, "objective.flow.clean_prefix_probability=0.5", "objective.flow.time.per=sample")
+    batch, z0 = random_batch(config, range(2)), torch.randn(32, 2, 4, requires_grad=True)
+    velocity, copies = torch.randn(32, 2, 4, requires_grad=True), []
+
+    class Prior:
+        def two_copy_velocity(self, clean: torch.Tensor, noisy: torch.Tensor, *others: object) -> torch.Tensor:
+            copies.extend((clean, noisy))
+            return velocity
+
+    loss = flow_matching_term(Prior(), z0, batch, config)
+    clean, noisy = copies
+    assert torch.equal(clean, z0[:24]) and not clean.requires_grad
+    (through_zt,) = torch.autograd.grad(noisy.sum(), z0)
+    expected = (1 - batch["time"].t()[..., None]) * ~batch["at_zero"].t()[..., None]
+    torch.testing.assert_close(through_zt, expected.expand_as(z0))
     through_target, through_velocity = torch.autograd.grad(loss, (z0, velocity), allow_unused=True)
     assert through_target is None and through_velocity.abs().sum() > 0
 

@@ -47,7 +47,7 @@ def evaluate(
     inputs = _micro_batches(held_out, config, groups, samples, batches)
     chain = measured_steps(model, config)
     results = [name for step in chain for name in step.writes if name.startswith("sum_")]
-    stage = model.own_stage_of(chain, BATCH_NAMES)
+    stage = model.own_stage_of(chain, BATCH_NAMES, results)
     sums: Tensors = {}
 
     def forward(taken: Tensors) -> Tensors:

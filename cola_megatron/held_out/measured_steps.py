@@ -74,9 +74,8 @@ def _two_passes(model: Cola, config: RunConfig) -> Iterator[Step]:
         return z0_SBC.repeat(1, 2, 1)
 
     def noise(z0_SBC: torch.Tensor, z1_SBC: torch.Tensor, times_BN: torch.Tensor) -> torch.Tensor:
-        t_SB = times_BN.repeat_interleave(length // blocks, dim=1).t()
-        zt_SBC = flow_matching.noisy_latents(z0_SBC, z1_SBC, t_SB, torch.zeros_like(t_SB, dtype=torch.bool))
-        return torch.cat((z0_SBC[:clean_length], zt_SBC))
+        t_SB = flow_matching.times_of_positions(times_BN, length)
+        return torch.cat((z0_SBC[:clean_length], flow_matching.noisy_latents(z0_SBC, z1_SBC, t_SB)))
 
     def context(tokens_BL: torch.Tensor, documents_BS: torch.Tensor | None) -> AttentionContext:
         documents_BS = None if documents_BS is None else documents_BS.repeat(2, 1)
@@ -98,7 +97,7 @@ def _of_the_velocity(model: Cola, config: RunConfig) -> Iterator[Step]:
     clean_length, bins = model.clean_length, config.training.evaluation.time_bins
 
     def error(velocity: torch.Tensor, z0_SBC: torch.Tensor, z1_SBC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return flow_matching.squared_error(velocity[clean_length:], z0_SBC, z1_SBC).double().chunk(2, dim=1)
+        return flow_matching.squared_error(velocity[clean_length:], z1_SBC - z0_SBC).double().chunk(2, dim=1)
 
     def target(
         z0_SBC: torch.Tensor, z1_SBC: torch.Tensor, counted_BS: torch.Tensor, weight_B: torch.Tensor

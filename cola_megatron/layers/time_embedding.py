@@ -84,8 +84,3 @@ class Modulation(nn.Module):
         """The rows of each position, as `parts` tensors (S, B, H); without an index the only row, as (1, H)."""
         rows = table_TH if time_index_SB is None else F.embedding(time_index_SB, table_TH)
         return rows.chunk(self.parts, dim=-1)
-
-
-def modulate(normed_SBH: torch.Tensor, shift_SBH: torch.Tensor, scale_SBH: torch.Tensor) -> torch.Tensor:
-    """x (1 + scale) + shift."""
-    return torch.addcmul(shift_SBH, normed_SBH, 1 + scale_SBH)

@@ -1,4 +1,4 @@
-"""Cola DLM in training: the Text VAE alone (stage 1), or VAE and DiT jointly (stage 2), as a chain of steps.
+"""Cola DLM in training: the losses of `models/cola_loss.py` as a chain of steps.
 
 Shapes: B batch, W views of each sample stacked along the batch (the text, then its masked view), L tokens, S latents,
 C latent channels, N blocks, H hidden.
@@ -10,11 +10,12 @@ import torch
 
 from cola_megatron.config import RunConfig
 from cola_megatron.layers.embedding import token_cross_entropy
+from cola_megatron.models.cola_loss import loss_weights, stop_gradient
 from cola_megatron.models.dit import DiT, two_copy_times
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.models.steps import Step
 from cola_megatron.models.text_vae import TextEncoder, TextStack, TextVAE
-from cola_megatron.objectives import flow_matching, masking, vae
+from cola_megatron.objectives import flow_matching, masking, samples, vae
 from cola_megatron.objectives.vae import Posterior
 from cola_megatron.parallel import ProcessGroups
 
@@ -47,8 +48,12 @@ class Cola(PipelinedModel):
     @property
     def batch_names(self) -> set[str]:
         """What every stage finds in its micro-batch."""
-        names = {"tokens", "counted", "documents", "masked", "posterior_noise"}
-        return names | {"flow_noise", "time", "at_zero", "context_dropped"} if self.dit is not None else names
+        names = {"tokens", "counted", "documents", "posterior_noise"}
+        if self.config.objective.vae.mask_weight > 0:
+            names |= {"masked"}
+        if self.dit is not None:
+            names |= {"flow_noise", "time", "at_zero", "context_dropped"}
+        return names
 
     def steps(self, train_vae: bool = True) -> list[Step]:
         """One training pass in order; a part that has no work in it is there as an idle step."""
@@ -64,27 +69,21 @@ class Cola(PipelinedModel):
             *self._decoding(train_vae),
         ]
 
-    def weights(self) -> dict[str, float]:
-        """Stage 1: L_VAE. Stage 2: vae_weight * L_VAE + flow.weight * L_FM + reference_weight * KL(q || q_ref)."""
-        objective = self.config.objective
-        vae_weight = objective.vae_weight if self.dit is not None else 1.0
-        return {
-            "reconstruction": vae_weight,
-            "posterior": vae_weight * objective.vae.beta,
-            "mask": vae_weight * objective.vae.mask_weight,
-            "flow_matching": objective.flow.weight,
-            "reference": objective.reference_weight,
-        }
+    def weights(self, train_vae: bool = True) -> dict[str, float]:
+        """Weight of each term of `steps(train_vae)`."""
+        return loss_weights(self.config, train_vae)
 
     # Networks: the steps that hold parameters, in the order of the chain whatever is computed with them.
 
     def position_steps(self) -> Iterator[Step]:
-        """Of the latents: whether they count (a token of theirs is no padding), and of which document they are."""
+        """Of the latents: whether they count, and of which document they are."""
         patch_size = self.config.model.vae.patch_size
-        yield Step("counted -> counted_latents", lambda counted_BL: counted_BL.unflatten(1, (-1, patch_size)).any(-1))
+        yield Step("counted -> counted_latents", lambda counted_BL: samples.latents_that_count(counted_BL, patch_size))
         if self.config.data.document_attention:
-            # A latent over the end of a document belongs to that one.
-            yield Step("documents -> latent_documents", lambda documents_BL: documents_BL[:, ::patch_size])
+            yield Step(
+                "documents -> latent_documents",
+                lambda documents_BL: samples.latents_to_documents(documents_BL, patch_size),
+            )
         else:
             yield Step("-> latent_documents", lambda: None)
 
@@ -123,7 +122,7 @@ class Cola(PipelinedModel):
         yield Step(
             "mean, logvar, reference_mean, reference_logvar, counted_latents -> loss_reference",
             lambda mean, logvar, reference_mean, reference_logvar, counted_BS: vae.kl_to_reference(
-                _of_the_text(mean, logvar, counted_BS),
+                Posterior(mean, logvar).of_first(len(counted_BS)),
                 Posterior(reference_mean, reference_logvar),
                 counted_BS.t(),
                 patch_size,
@@ -145,7 +144,7 @@ class Cola(PipelinedModel):
             )
         yield Step(
             "flow_hidden, time_hidden, time_index -> velocity",
-            dit.velocity,
+            dit.head,
             part="dit.head",
             modules=[dit.output_norm, dit.output_shift_scale, dit.output],
         )
@@ -207,7 +206,7 @@ class Cola(PipelinedModel):
             yield Step(
                 "mean, logvar, counted_latents -> loss_posterior",
                 lambda mean, logvar, counted_BS: term(
-                    _of_the_text(mean, logvar, counted_BS), counted_BS.t(), config.model.vae.patch_size
+                    Posterior(mean, logvar).of_first(len(counted_BS)), counted_BS.t(), config.model.vae.patch_size
                 ),
             )
 
@@ -220,9 +219,10 @@ class Cola(PipelinedModel):
             latents_SWC: torch.Tensor, z1_SBC: torch.Tensor, time_BN: torch.Tensor, at_zero_BS: torch.Tensor
         ) -> torch.Tensor:
             z0_SBC = latents_SWC[:, : z1_SBC.shape[1]]
-            t_SB = time_BN.repeat_interleave(length // time_BN.shape[1], dim=1).t()
-            zt_SBC = flow_matching.noisy_latents(z0_SBC, z1_SBC, t_SB, at_zero_BS.t())
-            return torch.cat((z0_SBC[:clean_length].detach(), zt_SBC))
+            t_SB = flow_matching.times_of_positions(time_BN, length)
+            zt_SBC = flow_matching.noisy_latents(z0_SBC, z1_SBC, t_SB)
+            zt_SBC = torch.where(at_zero_BS.t()[..., None], stop_gradient(z0_SBC), zt_SBC)
+            return torch.cat((stop_gradient(z0_SBC[:clean_length]), zt_SBC))
 
         def times(time_BN: torch.Tensor, at_zero_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             table = two_copy_times(time_BN, length, clean_length, at_zero_BS)
@@ -241,12 +241,18 @@ class Cola(PipelinedModel):
 
     def _flow_term(self) -> Iterator[Step]:
         clean_length = self.clean_length
-        yield Step(
-            "velocity, latents, z1, at_zero, counted_latents -> loss_flow_matching",
-            lambda velocity, latents_SWC, z1_SBC, at_zero_BS, counted_BS: flow_matching.flow_matching_loss(
-                velocity[clean_length:], latents_SWC[:, : z1_SBC.shape[1]], z1_SBC, at_zero_BS.t(), counted_BS.t()
-            ),
-        )
+
+        def loss(
+            velocity: torch.Tensor,
+            latents_SWC: torch.Tensor,
+            z1_SBC: torch.Tensor,
+            at_zero_BS: torch.Tensor,
+            counted_BS: torch.Tensor,
+        ) -> torch.Tensor:
+            target_SBC = stop_gradient(z1_SBC - latents_SWC[:, : z1_SBC.shape[1]])
+            return flow_matching.flow_matching_loss(velocity[clean_length:], target_SBC, at_zero_BS.t(), counted_BS.t())
+
+        yield Step("velocity, latents, z1, at_zero, counted_latents -> loss_flow_matching", loss)
 
     def _decoding(self, train_vae: bool) -> Iterator[Step]:
         """latents of all views -> logits, the reconstruction and the mask loss."""
@@ -280,8 +286,3 @@ class Cola(PipelinedModel):
     def clean_length(self) -> int:
         """Positions of the clean copy: nobody sees its last block."""
         return self.config.latent_length - self.config.model.dit.block_size
-
-
-def _of_the_text(mean_SWC: torch.Tensor, logvar_SWC: torch.Tensor | None, counted_BS: torch.Tensor) -> Posterior:
-    batch = counted_BS.shape[0]
-    return Posterior(mean_SWC[:, :batch], None if logvar_SWC is None else logvar_SWC[:, :batch])

@@ -18,7 +18,7 @@ from cola_megatron.layers.masks import AttentionMask, two_copy_mask
 from cola_megatron.layers.mlp import GELUFeedForward
 from cola_megatron.layers.norms import LayerNorm
 from cola_megatron.layers.rotary import rotary_table, rotate_interleaved
-from cola_megatron.layers.time_embedding import Modulation, TimeEmbedding, modulate
+from cola_megatron.layers.time_embedding import Modulation, TimeEmbedding
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.megatron import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 
@@ -39,7 +39,14 @@ class Modulations(NamedTuple):
 
 
 class DiTBlock(nn.Module):
-    """x + gate * branch(norm(x) (1 + scale) + shift), for attention and for the feed-forward."""
+    """One layer: attention, then the feed-forward, both modulated by the flow time (AdaLN).
+
+        x <- x + gate * branch(norm(x) (1 + scale) + shift),   (shift, scale), gate = Linear(silu(e(t)))
+
+    Norms have no weight and bias. Attention norms queries and keys head by head and rotates interleaved pairs; the
+    feed-forward is W_out gelu_tanh(W_in x). Modulations are computed once for each distinct time, as `tables`, and
+    looked up at each position.
+    """
 
     def __init__(self, config: DiTConfig, groups: ProcessGroups):
         super().__init__()
@@ -85,14 +92,28 @@ class DiTBlock(nn.Module):
         tables: tuple[torch.Tensor, ...] | None = None,
     ) -> torch.Tensor:
         """(S, B, H) -> (S, B, H); `tables`: the modulations where the caller holds them already."""
-        table_1, gate_1, table_2, gate_2 = self.tables(silu_time_T1H) if tables is None else tables
-        shift, scale = self.attention_shift_scale.look_up(table_1, index_SB)
-        (gate,) = self.attention_gate.look_up(gate_1, index_SB)
+        tables = self.tables(silu_time_T1H) if tables is None else tables
+        attention_shift_scale, attention_gate, ffn_shift_scale, ffn_gate = tables
+
+        shift, scale = self.attention_shift_scale.look_up(attention_shift_scale, index_SB)
+        (gate,) = self.attention_gate.look_up(attention_gate, index_SB)
         branch = self.attention(modulate(self.attention_norm(x_SBH), shift, scale), context)
-        x_SBH = torch.addcmul(x_SBH, gate, branch)
-        shift, scale = self.ffn_shift_scale.look_up(table_2, index_SB)
-        (gate,) = self.ffn_gate.look_up(gate_2, index_SB)
-        return torch.addcmul(x_SBH, gate, self.ffn(modulate(self.ffn_norm(x_SBH), shift, scale)))
+        x_SBH = gated_sum(x_SBH, gate, branch)
+
+        shift, scale = self.ffn_shift_scale.look_up(ffn_shift_scale, index_SB)
+        (gate,) = self.ffn_gate.look_up(ffn_gate, index_SB)
+        branch = self.ffn(modulate(self.ffn_norm(x_SBH), shift, scale))
+        return gated_sum(x_SBH, gate, branch)
+
+
+def modulate(normed_SBH: torch.Tensor, shift_SBH: torch.Tensor, scale_SBH: torch.Tensor) -> torch.Tensor:
+    """x (1 + scale) + shift."""
+    return torch.addcmul(shift_SBH, normed_SBH, 1 + scale_SBH)
+
+
+def gated_sum(x_SBH: torch.Tensor, gate_SBH: torch.Tensor, branch_SBH: torch.Tensor) -> torch.Tensor:
+    """x + gate * branch."""
+    return torch.addcmul(x_SBH, gate_SBH, branch_SBH)
 
 
 class DiT(nn.Module):
@@ -160,14 +181,14 @@ class DiT(nn.Module):
         mask = two_copy_mask(length, self.config.block_size, clean_length, context_dropped_BN, device, documents_BL)
         return self.context_at(torch.cat((positions[:clean_length], positions)), mask)
 
-    def velocity(
+    def head(
         self,
         x_SBH: torch.Tensor,
         silu_time_T1H: torch.Tensor,
         index_SB: torch.Tensor,
         table_TH: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Head: (S, B, H) -> v (S, B, C), float32."""
+        """(S, B, H) -> v (S, B, C), float32."""
         table_TH = self.output_shift_scale(silu_time_T1H) if table_TH is None else table_TH
         shift, scale = self.output_shift_scale.look_up(table_TH, index_SB)
         x_SBH = modulate(self.output_norm(x_SBH), shift, scale)
@@ -197,7 +218,27 @@ class DiT(nn.Module):
         x_SBH = self.embed(z_SBC)
         for block, tables in zip(self.blocks, modulations.blocks, strict=True):
             x_SBH = block(x_SBH, modulations.silu_time_T1H, index_SB, context, tables)
-        return self.velocity(x_SBH, modulations.silu_time_T1H, index_SB, modulations.output)
+        return self.head(x_SBH, modulations.silu_time_T1H, index_SB, modulations.output)
+
+    def two_copy_velocity(
+        self,
+        clean_SBC: torch.Tensor,
+        noisy_SBC: torch.Tensor,
+        times_BN: torch.Tensor,
+        at_zero_BS: torch.Tensor | None = None,
+        context_dropped_BN: torch.Tensor | None = None,
+        documents_BS: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """v(z_t, t; z0^(<b)) of every block b in one pass over `[clean copy | noisy copy]`: that of the noisy copy.
+
+        Args:
+            clean_SBC: z0; its last block may be left out, for nobody sees it.
+            others: see `two_copy_times` and `two_copy_mask`.
+        """
+        clean_length, length = len(clean_SBC), len(noisy_SBC)
+        times = two_copy_times(times_BN, length, clean_length, at_zero_BS)
+        context = self.two_copy_context(length, clean_length, context_dropped_BN, noisy_SBC.device, documents_BS)
+        return self(torch.cat((clean_SBC, noisy_SBC)), times, context)[clean_length:]
 
 
 def two_copy_times(

@@ -1,11 +1,12 @@
 """A model that is a chain of steps, of which one process computes one stage."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
 
+from cola_megatron.models.chain_check import check_chain
 from cola_megatron.models.steps import Stage, Step, cut_chain, run_steps
 from cola_megatron.parallel import ProcessGroups
 
@@ -16,10 +17,10 @@ class PipelinedModel(nn.Module):
     """Base of the model families.
 
     A family builds its networks `under_construction` and then calls `keep_own_stage`; its `steps(**mode)` are one
-    training pass, in which names that begin with `loss_` are the terms of the loss and `weights` says how they add
-    up. The steps with parameters must be the same, in the same order, in every mode (`Step.idle` keeps the place of
-    one without work). With several stages a process holds the parameters of its own stage only, under the names that
-    they have in the whole model.
+    training pass, in which names that begin with `loss_` are the terms of the loss and `weights(**mode)` says how they
+    add up: it names every term of that pass, and no other. The steps with parameters must be the same, in the same
+    order, in every mode (`Step.idle` keeps the place of one without work). With several stages a process holds the
+    parameters of its own stage only, under the names that they have in the whole model.
     """
 
     batch_names: set[str]
@@ -33,8 +34,8 @@ class PipelinedModel(nn.Module):
         """One training pass in order."""
         raise NotImplementedError
 
-    def weights(self) -> dict[str, float]:
-        """Weight of each term in the loss."""
+    def weights(self, **mode: bool) -> dict[str, float]:
+        """Weight of each term of `steps(**mode)` in the loss."""
         raise NotImplementedError
 
     def forward(
@@ -52,7 +53,7 @@ class PipelinedModel(nn.Module):
         stage = self.stage(**mode)
         state = run_steps(stage.steps, {**batch, **(taken or {})}, keep=stage.hands_on)
         terms = {name.removeprefix(LOSS): state[name] for name in state if name.startswith(LOSS)}
-        weights = self.weights()
+        weights = self.weights(**mode)
         loss = sum((weights[name] * term for name, term in terms.items()), torch.zeros((), device=self.groups.device))
         handed_on = {name: state[name] for name in stage.hands_on}
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}, **handed_on}
@@ -61,8 +62,16 @@ class PipelinedModel(nn.Module):
         """What this process computes of `steps(**mode)`."""
         return self._built(mode)[0]
 
-    def own_stage_of(self, steps: Sequence[Step], batch_names: set[str]) -> Stage:
-        """This process's stage of any chain whose steps with parameters are those of `steps()`."""
+    def own_stage_of(self, steps: Sequence[Step], batch_names: set[str], results: Collection[str]) -> Stage:
+        """This process's stage of any chain whose steps with parameters are those of `steps()`.
+
+        Args:
+            results: names for which the chain is run.
+
+        Raises:
+            ValueError: the chain does not hold together; see `check_chain`.
+        """
+        check_chain(steps, batch_names, results)
         if self.split is None:
             return Stage(tuple(steps), (), ())
         return cut_chain(steps, self.split, batch_names)[self.groups.pipeline_parallel_rank]
@@ -77,7 +86,10 @@ class PipelinedModel(nn.Module):
         if key not in self._chains:
             steps = self.steps(**mode)
             names = [name for step in steps for name in step.writes if name.startswith(LOSS)]
-            stage = self.own_stage_of(steps, self.batch_names)
+            weighted = [LOSS + name for name in self.weights(**mode)]
+            if unweighted := [name for name in names if name not in weighted]:
+                raise ValueError(f"{type(self).__name__}.weights has no weight for {', '.join(unweighted)}")
+            stage = self.own_stage_of(steps, self.batch_names, weighted)
             self._chains[key] = (stage, [name.removeprefix(LOSS) for name in names])
         return self._chains[key]
 

@@ -7,7 +7,8 @@ later one still reads, and hands on the same of its own; what follows from the b
 itself.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ class Step:
         part: what the step is to the cost model, such as "dit.block"; empty for glue.
         modules: the modules whose parameters the step uses; a pipeline stage holds those of its own steps.
         recompute: drop what the step would keep for its backward pass and compute it again there.
+
+    Raises:
+        ValueError: the signature is not of that form.
     """
 
     def __init__(
@@ -34,9 +38,10 @@ class Step:
         modules: Iterable[nn.Module] = (),
         recompute: bool = False,
     ):
-        reads, _, writes = signature.partition("->")
-        self.reads = tuple(name.strip() for name in reads.split(",") if name.strip())
-        self.writes = tuple(name.strip() for name in writes.split(",") if name.strip())
+        sides = signature.split("->")
+        if len(sides) != 2:
+            raise ValueError(f"the signature of a step is 'inputs -> outputs', not {signature!r}")
+        self.reads, self.writes = (tuple(name.strip() for name in side.split(",") if name.strip()) for side in sides)
         self.run, self.part, self.modules, self.recompute = run, part, tuple(modules), recompute
 
     @classmethod
@@ -45,15 +50,43 @@ class Step:
         return cls("->", lambda: (), part=part, modules=modules)
 
     def __call__(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Runs on the named inputs and returns the named outputs."""
-        inputs = [state[name] for name in self.reads]
+        """Runs on the named inputs and returns the named outputs.
+
+        Raises:
+            TypeError: `run` gave one value for several names, several for one, or another number than there are names.
+            Exception: what `run` raises, with a note that says in which step.
+        """
+        with self._noted():
+            inputs = [state[name] for name in self.reads]
         if self.recompute and torch.is_grad_enabled():
             # Nothing random happens inside a layer, so there is no generator state to keep.
-            outputs = checkpoint(self.run, *inputs, use_reentrant=False, preserve_rng_state=False)
-        else:
-            outputs = self.run(*inputs)
-        if len(self.writes) == 1:
-            outputs = (outputs,)
+            return checkpoint(self._run, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self._run(*inputs)
+
+    def _run(self, *inputs: Any) -> dict[str, Any]:
+        with self._noted():
+            return self._named(self.run(*inputs))
+
+    @contextlib.contextmanager
+    def _noted(self) -> Iterator[None]:
+        """An exception says in which step it arose, and stays what it is."""
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"in {self}")
+            raise
+
+    def _named(self, outputs: Any) -> dict[str, Any]:
+        several = isinstance(outputs, tuple | list)
+        if len(self.writes) == 1 and not several:
+            return {self.writes[0]: outputs}
+        # A tensor of two rows would unpack into two names.
+        if len(self.writes) == 1 or not several or len(outputs) != len(self.writes):
+            given = f"a {type(outputs).__name__}" + (f" of {len(outputs)}" if several else "")
+            wanted = "one value" if len(self.writes) == 1 else f"a tuple of {len(self.writes)}"
+            raise TypeError(
+                f"a step that writes {', '.join(self.writes) or 'nothing'} must return {wanted}, not {given}"
+            )
         return dict(zip(self.writes, outputs, strict=True))
 
     def __repr__(self) -> str:
@@ -100,12 +133,9 @@ def cut_chain(steps: Sequence[Step], split: Sequence[int], batch: Iterable[str])
     batch, heavy = set(batch), sum(1 for step in steps if step.modules)
     if sum(split) != heavy or min(split) < 1:
         raise ValueError(f"{list(split)} must be positive and add up to the {heavy} steps with parameters")
-    free_names, free, bound = set(batch), [], []
-    for step in steps:
-        is_free = not step.modules and set(step.reads) <= free_names
-        (free if is_free else bound).append(step)
-        if is_free:
-            free_names |= set(step.writes)
+    free = needs_batch_alone(steps, batch)
+    bound = [step for step in steps if step not in free]
+    free_names = batch.union(*(step.writes for step in free))
     starts = [index for index, step in enumerate(bound) if step.modules]
     firsts = [0] + [starts[sum(split[:stage])] for stage in range(1, len(split))] + [len(bound)]
     crossing = [()] + [_live_at(bound, first, free_names) for first in firsts[1:-1]] + [()]
@@ -115,6 +145,16 @@ def cut_chain(steps: Sequence[Step], split: Sequence[int], batch: Iterable[str])
         own_free = steps_for(free, {name for step in own for name in step.reads}, batch)
         stages.append(Stage((*own_free, *own), crossing[stage], crossing[stage + 1]))
     return stages
+
+
+def needs_batch_alone(steps: Iterable[Step], batch: Iterable[str]) -> list[Step]:
+    """The steps without parameters that follow from the batch alone."""
+    names, free = set(batch), []
+    for step in steps:
+        if not step.modules and set(step.reads) <= names:
+            free.append(step)
+            names |= set(step.writes)
+    return free
 
 
 def _live_at(steps: Sequence[Step], cut: int, free_names: set[str]) -> tuple[str, ...]:

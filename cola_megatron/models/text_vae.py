@@ -180,9 +180,9 @@ class TextDecoder(TextStack):
         x_SBHP = self.unpatch(x_SBH).unflatten(-1, (-1, self.config.patch_size))
         return self.head(self.norm(x_SBHP.permute(0, 3, 1, 2).flatten(0, 1)))
 
-    def forward(self, z_SBC: torch.Tensor) -> torch.Tensor:
+    def forward(self, z_SBC: torch.Tensor, documents_BS: torch.Tensor | None = None) -> torch.Tensor:
         """Latents in the prior's coordinates (S, B, C) -> logits (S * P, B, V)."""
-        context = self.context(z_SBC.shape[0], z_SBC.device)
+        context = self.context(z_SBC.shape[0], z_SBC.device, documents_BS)
         return self.logits(self.run_blocks(self.embed(z_SBC), context))
 
 

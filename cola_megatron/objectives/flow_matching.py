@@ -1,8 +1,8 @@
 """Conditional flow matching on latents (paper section 2, stage 2).
 
-    z_t = (1 - t) z0 + t z1,   u = z1 - z0,   L_FM = E || v(z_t, t; sg(z0^(<b))) - sg(u) ||^2
+    z_t = (1 - t) z0 + t z1,   u = z1 - z0,   L_FM = E || v(z_t, t; z0^(<b)) - u ||^2
 
-The gradient of L_FM reaches the encoder through z_t, and only through it. Shapes: S latents, B batch, C channels.
+Which of these carry gradient is said in `models/cola_loss.py`. Shapes: S latents, B batch, C channels, N blocks.
 """
 
 import torch
@@ -10,28 +10,26 @@ import torch
 from cola_megatron.objectives.averages import mean_over_counted
 
 
-def noisy_latents(
-    z0_SBC: torch.Tensor, z1_SBC: torch.Tensor, t_SB: torch.Tensor, at_zero_SB: torch.Tensor
-) -> torch.Tensor:
-    """z_t; positions of a clean prefix are the detached z0, for they are context."""
+def times_of_positions(t_BN: torch.Tensor, length: int) -> torch.Tensor:
+    """Times of blocks (B, N), or of samples (B, 1), at each of `length` positions: (S, B)."""
+    return t_BN.repeat_interleave(length // t_BN.shape[1], dim=1).t()
+
+
+def noisy_latents(z0_SBC: torch.Tensor, z1_SBC: torch.Tensor, t_SB: torch.Tensor) -> torch.Tensor:
+    """z_t = (1 - t) z0 + t z1."""
     t = t_SB[..., None]
-    return torch.where(at_zero_SB[..., None], z0_SBC.detach(), (1 - t) * z0_SBC + t * z1_SBC)
+    return (1 - t) * z0_SBC + t * z1_SBC
 
 
 def flow_matching_loss(
-    velocity_SBC: torch.Tensor,
-    z0_SBC: torch.Tensor,
-    z1_SBC: torch.Tensor,
-    at_zero_SB: torch.Tensor,
-    counted_SB: torch.Tensor,
+    velocity_SBC: torch.Tensor, target_SBC: torch.Tensor, at_zero_SB: torch.Tensor, counted_SB: torch.Tensor
 ) -> torch.Tensor:
     """Squared error over channels and over the counted positions outside clean prefixes."""
-    return mean_over_counted(squared_error(velocity_SBC, z0_SBC, z1_SBC), counted_SB & ~at_zero_SB)
+    return mean_over_counted(squared_error(velocity_SBC, target_SBC), counted_SB & ~at_zero_SB)
 
 
-def squared_error(velocity_SBC: torch.Tensor, z0_SBC: torch.Tensor, z1_SBC: torch.Tensor) -> torch.Tensor:
-    """|| v - (z1 - z0) ||^2 / C at each position, (S, B); the target is detached."""
-    target_SBC = (z1_SBC - z0_SBC).detach()
+def squared_error(velocity_SBC: torch.Tensor, target_SBC: torch.Tensor) -> torch.Tensor:
+    """|| v - u ||^2 / C at each position, (S, B)."""
     return (velocity_SBC - target_SBC).square().mean(-1)
 
 

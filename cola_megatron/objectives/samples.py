@@ -1,6 +1,12 @@
-"""What training knows of one sample: its tokens, which of them count, where documents end, and its random draws."""
+"""What training knows of one sample: its tokens, which of them count, where documents end, and its random draws.
+
+Shapes: B batch, L tokens, S latents, P tokens per latent.
+"""
+
+from collections.abc import Mapping
 
 import numpy as np
+import torch
 
 from cola_megatron.config import RunConfig
 from cola_megatron.objectives.randomness import sample_draws
@@ -30,3 +36,20 @@ def positions(tokens_L: np.ndarray, padding_id: int, end_of_text_id: int) -> dic
     counted = tokens_L != padding_id
     documents = np.cumsum(ends) - ends
     return {"tokens": tokens_L, "counted": counted, "documents": np.where(counted, documents, -1)}
+
+
+def latent_positions(batch: Mapping[str, torch.Tensor], config: RunConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of the latents of a batch: whether they count, (S, B), and where attention asks for it their document, (B, S)."""
+    patch_size, by_document = config.model.vae.patch_size, config.data.document_attention
+    documents_BS = latents_to_documents(batch["documents"], patch_size) if by_document else None
+    return latents_that_count(batch["counted"], patch_size).t(), documents_BS
+
+
+def latents_that_count(counted_BL: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(B, L) -> (B, S): a latent counts if any of its tokens does."""
+    return counted_BL.unflatten(1, (-1, patch_size)).any(-1)
+
+
+def latents_to_documents(documents_BL: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(B, L) -> (B, S): a latent over the end of a document belongs to that one."""
+    return documents_BL[:, ::patch_size]

@@ -20,6 +20,10 @@ class Posterior(NamedTuple):
     mean: torch.Tensor
     logvar: torch.Tensor | None
 
+    def of_first(self, count: int) -> "Posterior":
+        """That of the first `count` of the batch: the texts, where their masked views stand behind them."""
+        return Posterior(self.mean[:, :count], None if self.logvar is None else self.logvar[:, :count])
+
 
 def sample_posterior(posterior: Posterior, noise_SBC: torch.Tensor) -> torch.Tensor:
     """z0 = mu + sigma * noise; the mean itself where the encoder is deterministic."""
