@@ -91,7 +91,7 @@ def test_the_definition_holds_on_tensor_parallel_ranks(tiny):
 
 
 def compare_on_a_rank(config: RunConfig) -> None:
-    from cola_megatron.training.layout import build_model, initialize_run
+    from cola_megatron.training.build_model import build_model, initialize_run
 
     groups = initialize_run(config)
     model = build_model(config, groups)

@@ -127,7 +127,7 @@ def test_a_term_without_weight_and_a_weight_without_term_are_refused(tiny, monke
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_held_out_chain_is_checked_as_well(tiny, stage):
-    from cola_megatron.training.evaluation import BATCH_NAMES
+    from cola_megatron.held_out.measure import BATCH_NAMES
 
     config = tiny(stage)
     model = Cola(config, initialize_parallel())
