@@ -1,0 +1,25 @@
+"""What changed in the tree of a run since configs are stored with a number.
+
+Whoever changes a key of `RunConfig` appends one line to `CHANGES`, in the same commit. Lines are never changed or
+removed: the number of lines is in every stored config, and runs of every schema are read for ever
+(`tests/test_old_runs.py`).
+
+    Added("training.ema_decay", 0.0)                       old runs had none
+    Renamed("training.precision", "training.compute_type") the value moves
+    Removed("training.ema_decay", "use ...", reproduced=(0.0,))
+
+A new default needs a line too where a stored config may lack the key; those that this package writes have every key.
+For another kind of change, write a function from tree to tree beside the list.
+
+Adding a key:
+
+1. The field, in the file of its section: type (numbers from `config.types`), origin and, where a resumed run may change
+   it, `FREE` (`config.facts`); a default; its meaning as a docstring under it.
+2. Here: `Added("section.key", value)` with the value that computes what runs computed before there was the key. That
+   need not be the default.
+3. `python -m tools.config_reference` writes docs/configuration.md.
+"""
+
+from cola_megatron.config.changes import Change
+
+CHANGES: tuple[Change, ...] = ()
