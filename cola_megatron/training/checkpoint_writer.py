@@ -20,7 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from cola_megatron.config import RunConfig
+from cola_megatron.config import RunConfig, stored_tree
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.training.agreement import any_rank, together
 from cola_megatron.training.checkpoint import TENSORS, write_state
@@ -274,5 +274,5 @@ def _state(config: RunConfig, step: int, data_fingerprint: str, groups: ProcessG
         },
         "data_fingerprint": data_fingerprint,
         "versions": versions(),
-        "config": config.model_dump(mode="json"),
+        "config": stored_tree(config),
     }

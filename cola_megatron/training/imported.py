@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cola_megatron.config import RunConfig, dump_config, load_config, resolve_config
+from cola_megatron.config import RunConfig, dump_config, load_config, resolve_config, stored_tree
 from cola_megatron.errors import UserError
 from cola_megatron.interop.published import TOKENIZER, PublishedModel
 from cola_megatron.training.checkpoint import TENSORS, write_state
@@ -52,7 +52,7 @@ def import_published(
     (unfinished / CONFIG).write_text(dump_config(config))
     forms = {part: asdict(form) for part, form in model.forms.items()}
     state = {"step": 0, "imported_from": str(published), FORMS: forms, "versions": versions()}
-    write_state(unfinished, {**state, "config": config.model_dump(mode="json")})
+    write_state(unfinished, {**state, "config": stored_tree(config)})
     unfinished.rename(output)
     return model
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from cola_megatron.config import stored_config, stored_tree
 from cola_megatron.errors import UserError
 from cola_megatron.training.checkpoint import STATE, TENSORS, open_tensors, read_state, require_checkpoint, write_state
 from cola_megatron.training.sharded_tensors import (
@@ -67,10 +68,11 @@ def reshard(checkpoint: Path, output: Path, ranks: int, progress: bool = True) -
 
 def _moved(state: dict[str, Any], old: Path, new: Path) -> dict[str, Any]:
     """An imported checkpoint names itself as the place of its tokenizer."""
-    data = state["config"]["data"]
-    if data["path"] == str(old.absolute()):
-        data["path"] = str(new.absolute())
-    return state
+    config = stored_config(state["config"], old)
+    if config.data.path != str(old.absolute()):
+        return state
+    data = config.data.model_copy(update={"path": str(new.absolute())})
+    return {**state, "config": stored_tree(config.model_copy(update={"data": data}))}
 
 
 def _deal_out(shapes: dict[str, tuple[int, ...]], ranks: int) -> list[list[tuple[str, Box]]]:
