@@ -8,8 +8,9 @@ removed: the number of lines is in every stored config, and runs of every schema
     Renamed("training.precision", "training.compute_type") the value moves
     Removed("training.ema_decay", "use ...", reproduced=(0.0,))
 
-A new default needs a line too where a stored config may lack the key; those that this package writes have every key.
-For another kind of change, write a function from tree to tree beside the list.
+A new default needs no line: stored configs have every key. For another kind of change, write a function from tree to
+tree above the list. When two branches append a line each, the later one to be merged comes second; what it wrote before
+the merge has the number of another schema and is not to be kept.
 
 Adding a key:
 
