@@ -17,7 +17,16 @@ from cola_megatron.config import (
     stored_config,
     stored_tree,
 )
-from cola_megatron.config.changes import SCHEMA_KEY, Added, Removed, Renamed, schema_after, upgraded, what_became_of
+from cola_megatron.config.changes import (
+    SCHEMA_KEY,
+    Added,
+    Removed,
+    Renamed,
+    schema_after,
+    upgraded,
+    what_became_of,
+    without_left_over,
+)
 from cola_megatron.config.facts import OURS
 from cola_megatron.config.history import CHANGES
 from cola_megatron.config.stored import upgraded_tree
@@ -68,6 +77,14 @@ def test_a_value_that_cannot_be_reproduced_stays_and_is_refused_with_the_reason(
     assert upgraded(unsorted, HISTORY, "x")["part"] == {"size": 8, "rate": 0.0, "sort": False}
     with pytest.raises(ConfigError, match=r"part.sort=False: unknown key; was removed in schema 4: everything is sor"):
         load(tmp_path, yaml.safe_dump({SCHEMA_KEY: 1, **unsorted}))
+
+
+def test_what_was_left_over_is_taken_out_to_read_what_a_run_made():
+    unsorted = {**FIRST, "section": {**FIRST["section"], "sort": False}}
+    now = {"name": "old", "part": {"size": 8, "rate": 0.0}}
+    assert without_left_over(upgraded(unsorted, HISTORY, "x"), HISTORY, keep=lambda key: False) == now
+    kept = without_left_over(upgraded(unsorted, HISTORY, "x"), HISTORY, keep=lambda key: key == "part.sort")
+    assert kept["part"]["sort"] is False
 
 
 def test_a_key_may_belong_to_one_section_of_a_union():

@@ -121,6 +121,14 @@ def left_under(removed: Removed, changes: Sequence[Change]) -> str:
     return key
 
 
+def without_left_over(tree: Tree, changes: Sequence[Change], keep: Callable[[str], bool]) -> Tree:
+    """Takes out of an upgraded tree the values that removals left in it, but those of the keys to `keep`."""
+    for change in changes:
+        if isinstance(change, Removed) and not keep(left_under(change, changes)):
+            take(tree, left_under(change, changes))
+    return tree
+
+
 def value_at(tree: Tree, key: str) -> Any:
     """The value of a dotted key; something equal to no value where there is none."""
     for part in key.split("."):

@@ -32,7 +32,7 @@ class Resume(Enum):
     """It changes how a run is run, not what it computes. On a section: every key in it."""
 
 
-PUBLISHED, OURS, TUNED = Origin
+PUBLISHED, OURS, TUNED = Origin.PUBLISHED, Origin.OURS, Origin.TUNED
 FREE = Resume.FREE
 
 

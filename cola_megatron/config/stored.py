@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from cola_megatron.config.changes import SCHEMA_KEY, Removed, left_under, schema_after, take, upgraded
+from cola_megatron.config.changes import SCHEMA_KEY, schema_after, upgraded, without_left_over
 from cola_megatron.config.errors import ConfigError
 from cola_megatron.config.resolve import Config, resolve_tree
 from cola_megatron.config.run import RunConfig
@@ -52,11 +52,12 @@ def stored_config(tree: dict[str, Any], source: str | Path) -> RunConfig:
 
     Args, Raises: as `upgraded_tree`. ConfigError also where this version has no such model.
     """
-    current = upgraded_tree(tree, source)
-    for change in RunConfig.history:
-        key = left_under(change, RunConfig.history) if isinstance(change, Removed) else None
-        if key is not None and not key.startswith("model.") and not annotations_of(RunConfig, key):
-            take(current, key)
+    # A removed name that another key has since is not left over.
+    current = without_left_over(
+        upgraded_tree(tree, source),
+        RunConfig.history,
+        keep=lambda key: key.startswith("model.") or bool(annotations_of(RunConfig, key)),
+    )
     try:
         return resolve_tree(RunConfig, current)
     except ConfigError as error:
