@@ -20,6 +20,9 @@ from cola_megatron.training.loop import train
 from cola_megatron.training.measure import measure_checkpoint
 from cola_megatron.training.metrics import read_metrics
 from cola_megatron.training.reshard import reshard
+from launchers.slurm.array import write_again, write_array
+from launchers.slurm.render import Shape
+from launchers.slurm.site import load_site
 
 OLD_RUNS = sorted((Path(__file__).parent / "data" / "old_runs").glob("schema_*"))
 STAGE1, STAGE2 = Path("runs/stage1"), Path("runs/stage2")
@@ -108,6 +111,20 @@ def test_it_is_resharded_and_then_resumes(old):
     train(load_config(STAGE2 / "config.yaml", ["training.stop_after=5"]), progress=False)
     last = next(each for each in read_metrics(STAGE2 / "metrics.jsonl") if each["step"] == 5)
     assert last["loss"] == pytest.approx(expected(old)["next_steps"]["5"]["loss"], rel=SUMS)
+
+
+def test_an_array_that_was_submitted_with_it_is_submitted_again(old):
+    """A submission holds the config and the site as that version wrote them, without numbers at the first schema."""
+    given = (old / STAGE2 / "config.yaml").read_text()
+    config, site = load_config(STAGE2 / "config.yaml"), load_site("plain", ["gpus_per_node=0"])
+    first = write_array("sweep", [config], site, Shape(1, 1), None)
+    (first.element_folders[0] / "config.yaml").write_text(given)
+    path = first.element_folders[0] / "site.yaml"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("schema:")))
+    (STAGE2 / "summary.json").unlink()
+    again = write_again(first.parent, [], None)
+    assert load_config(again.element_folders[0] / "config.yaml") == config
+    assert load_site(str(again.element_folders[0] / "site.yaml")) == site
 
 
 @pytest.mark.parametrize("part", ["config", "format"])
