@@ -21,6 +21,8 @@ Adding a key:
 3. `python -m tools.config_reference` writes docs/configuration.md.
 """
 
-from cola_megatron.config.changes import Change
+from cola_megatron.config.changes import Added, Change
 
-CHANGES: tuple[Change, ...] = ()
+CHANGES: tuple[Change, ...] = (
+    Added("training.schedule.decay", "cosine"),  # schema 2
+)

@@ -28,16 +28,18 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Linear warm-up, then cosine to the final learning rate at `decay_steps`, constant after."""
+    """Linear warm-up, then a decay to the final learning rate at `decay_steps`, constant after."""
 
     initial_learning_rate: Annotated[NonNegativeFloat, PUBLISHED] = 1e-6
     """Where the warm-up starts."""
     warmup_steps: Annotated[NonNegativeInt, PUBLISHED] = 5_000
     """Length of the warm-up; must be below `decay_steps`."""
+    decay: Annotated[Literal["cosine", "linear"], PUBLISHED] = "cosine"
+    """Course of the decay."""
     decay_steps: Annotated[PositiveInt, PUBLISHED] = 1_000_000
-    """Step at which the cosine ends: the horizon of the schedule, not of the run."""
+    """Step at which the decay ends: the horizon of the schedule, not of the run."""
     final_learning_rate: Annotated[NonNegativeFloat, PUBLISHED] = 1e-5
-    """Where the cosine ends; at most `training.optimizer.learning_rate`."""
+    """Where the decay ends; at most `training.optimizer.learning_rate`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "ScheduleConfig":
