@@ -31,7 +31,7 @@ def test_paper_preset_holds_the_published_settings():
     config = load_config("paper-2b")
     training = config.training
     assert (config.data.sequence_length, training.global_batch_size) == (512, 1408)
-    assert (training.optimizer.betas, training.optimizer.weight_decay, training.optimizer.clip) == (
+    assert (training.optimizer.betas, training.optimizer.weight_decay, training.optimizer.max_gradient_norm) == (
         (0.9, 0.95),
         0.01,
         1.0,

@@ -63,7 +63,7 @@ def test_every_key_has_a_meaning_and_an_origin():
     # `rows` raises for a key without.
     rows = {row.key: row for part in config_reference.parts() for row in config_reference.rows(part)}
     assert len(rows) > 100
-    published = [rows[key].origin for key in ("seed", "model.dit.block_size", "training.optimizer.clip")]
+    published = [rows[key].origin for key in ("seed", "model.dit.block_size", "training.optimizer.max_gradient_norm")]
     assert set(published) == {Origin.PUBLISHED}
     for row in rows.values():
         assert not ("Not published" in row.meaning and row.origin is Origin.PUBLISHED), row.key

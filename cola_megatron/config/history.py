@@ -21,8 +21,9 @@ Adding a key:
 3. `python -m tools.config_reference` writes docs/configuration.md.
 """
 
-from cola_megatron.config.changes import Added, Change
+from cola_megatron.config.changes import Added, Change, Renamed
 
 CHANGES: tuple[Change, ...] = (
     Added("training.schedule.decay", "cosine"),  # schema 2
+    Renamed("training.optimizer.clip", "training.optimizer.max_gradient_norm"),  # schema 3
 )

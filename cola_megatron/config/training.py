@@ -23,8 +23,8 @@ class OptimizerConfig(Section):
     """Added to the root of the second moment."""
     weight_decay: Annotated[NonNegativeFloat, PUBLISHED] = 0.01
     """On matrices; vectors (biases, norms) are not decayed."""
-    clip: Annotated[PositiveFloat, PUBLISHED] = 1.0
-    """Bound of the global gradient norm."""
+    max_gradient_norm: Annotated[PositiveFloat, PUBLISHED] = 1.0
+    """A gradient whose norm over all parameters is larger is scaled down to it."""
 
 
 class ScheduleConfig(Section):
