@@ -21,9 +21,10 @@ Adding a key:
 3. `python -m tools.config_reference` writes docs/configuration.md.
 """
 
-from cola_megatron.config.changes import Added, Change, Renamed
+from cola_megatron.config.changes import Added, Change, Removed, Renamed
 
 CHANGES: tuple[Change, ...] = (
     Added("training.schedule.decay", "cosine"),  # schema 2
     Renamed("training.optimizer.clip", "training.optimizer.max_gradient_norm"),  # schema 3
+    Removed("training.evaluation.time_bins", "there are 10; leave it out", reproduced=None),  # schema 4
 )

@@ -76,8 +76,6 @@ class EvaluationConfig(Section):
     """Steps between measurements; the last step always has one."""
     samples: Annotated[PositiveInt, OURS] = 256
     """Held-out sequences of one measurement (fewer where the split is smaller)."""
-    time_bins: Annotated[PositiveInt, OURS] = 10
-    """Bins of t over [0, 1] for the flow-matching loss."""
 
 
 class CheckpointConfig(Section):

@@ -17,7 +17,7 @@ from cola_megatron.objectives.randomness import draw_times, generator
 from cola_megatron.objectives.samples import positions
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.pipeline import Neighbours, Tensors, forward_only
-from cola_megatron.training.measured_chain import ROBUSTNESS_TIMES, measured_steps
+from cola_megatron.training.measured_chain import ROBUSTNESS_TIMES, TIME_BINS, measured_steps
 
 
 @torch.no_grad()
@@ -101,9 +101,7 @@ def _micro_batches(
 
 def _over_the_job(sums: Tensors, names: list[str], config: RunConfig, groups: ProcessGroups) -> dict[str, torch.Tensor]:
     """Adds up stages and replicas; each sum is made in one stage."""
-    sizes = {"sum_target": config.model.vae.latent_dim} | dict.fromkeys(
-        ("sum_bin_error", "sum_bin_count"), config.training.evaluation.time_bins
-    )
+    sizes = {"sum_target": config.model.vae.latent_dim} | dict.fromkeys(("sum_bin_error", "sum_bin_count"), TIME_BINS)
     flat = [
         sums[name].double().reshape(-1)
         if name in sums
