@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cola_megatron.config import Section
+from cola_megatron.config.types import Int
 
 __all__ = ["BadDocument", "Document", "Part"]
 
@@ -18,12 +19,12 @@ class Part(Section):
     """Absolute path or URL of the file, or `embedded`."""
     format: str
     """How it is read: one of the formats of `data_prep.readers`, never `auto`."""
-    bytes: int
+    bytes: Int
     """Size of what is read (of the range, where there is one); 0 for the embedded corpus."""
-    start: int = 0
+    start: Int = 0
     """First byte of a JSONL range (a line belongs to the range that holds its first byte), or first row group of a
     Parquet range."""
-    stop: int | None = None
+    stop: Int | None = None
     """End of the range, exclusive; None reads to the end of the file."""
     version: str
     """Changes when the file does: size and modification time, or what the store says (ETag)."""

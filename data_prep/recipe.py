@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from cola_megatron.config import Section
+from cola_megatron.config.types import NOT_BOOL, PositiveFloat, PositiveInt, Share
 from data_prep.clean.settings import CleaningSettings, DecontaminationSettings, DeduplicationSettings
 
 __all__ = ["PackingSettings", "Recipe", "ShardSettings", "SourceSettings", "TokenizerSettings"]
@@ -60,7 +61,7 @@ class TokenizerSettings(Section):
     """Token that ends every document."""
     padding: Annotated[str, Field(min_length=1)] = "<|pad|>"
     """Token that fills a sequence; training and generation learn its id from the manifest."""
-    round_trip_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    round_trip_share: Share = 0.01
     """Share of the documents, by hash, that are decoded again and compared with their text."""
 
     @model_validator(mode="after")
@@ -89,7 +90,7 @@ class ShardSettings(Section):
     """mosaicml-streaming's format, or tars of .npy members."""
     compression: Literal["zstd"] | None = None
     """Compress each shard; the reader keeps the decompressed ones in its cache."""
-    size_bytes: Annotated[int, Field(le=LARGEST_SHARD_BYTES)] = 64 * 2**20
+    size_bytes: Annotated[int, Field(le=LARGEST_SHARD_BYTES), NOT_BOOL] = 64 * 2**20
     """Largest size of one shard before compression."""
 
 
@@ -107,9 +108,9 @@ class Recipe(Section):
     tokenizer: TokenizerSettings = TokenizerSettings()
     packing: PackingSettings = PackingSettings()
     shards: ShardSettings = ShardSettings()
-    held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    held_out_fraction: Annotated[float, Field(ge=0, lt=1), NOT_BOOL] = 0.02
     """Share of documents, chosen by a hash of their text, that go to the held-out split."""
-    seed: Annotated[int, Field(ge=0, lt=2**64)] = 66
+    seed: Annotated[int, Field(ge=0, lt=2**64), NOT_BOOL] = 66
     """Key of every hash that chooses documents."""
     task_bytes: PositiveInt = 256 * 2**20
     """About how much of a source one task reads: what a kill loses at most, and how finely work is shared out."""

@@ -14,10 +14,10 @@ def config(
 
     Example: `cola config paper-2b model.dit.block_size=32`
     """
-    from cola_megatron.config import dump_config, load_config
+    from cola_megatron.config import dump_config, load_config, stored_tree
 
     resolved = load_config(source, overrides or [])
     if as_json:
-        print_json(resolved.model_dump(mode="json"))
+        print_json(stored_tree(resolved))
     else:
         print(dump_config(resolved), end="")

@@ -23,14 +23,15 @@ def report(
     Example: `cola report runs/first/stage2 --export runs/first/export`
     """
     from cola_megatron import ColaDLM
-    from cola_megatron.config import ConfigError, load_config
+    from cola_megatron.checkpoint.checkpoint import read_config, require_checkpoint
+    from cola_megatron.config import ConfigError
     from cola_megatron.held_out.measure_checkpoint import measure_checkpoint
     from cola_megatron.records.run_folder import CONFIG, SUMMARY
     from cola_megatron.reporting.run_page import ALL, continue_held_out, summary_table, write_page
 
     if not (run / CONFIG).is_file() or not (run / SUMMARY).is_file():
         raise ConfigError(f"{run}: no run that has ended; give the run folder of a stage 2")
-    config, folder = load_config(run / CONFIG), output or run
+    config, folder = read_config(require_checkpoint(run)), output or run
     stage_one = stage_one or config.training.stage_one
     data = data or config.data.path
     if stage_one is None:

@@ -2,24 +2,36 @@
 
 import subprocess
 import sys
+from typing import Annotated, Literal, get_args, get_origin
 
 import pytest
 import yaml
 
-from cola_megatron.config import ConfigError, dump_config, load_config, preset_names, resolve_config
+from cola_megatron.config import (
+    ConfigError,
+    RunConfig,
+    Section,
+    dump_config,
+    load_config,
+    preset_names,
+    stored_config,
+)
+from cola_megatron.config.types import NOT_BOOL
+from data_prep.recipe import Recipe
+from launchers.slurm.site import Site
 
 
 @pytest.mark.parametrize("preset", preset_names())
 def test_a_preset_resolves_and_survives_a_round_trip(preset):
     config = load_config(preset)
-    assert resolve_config(yaml.safe_load(dump_config(config))) == config
+    assert stored_config(yaml.safe_load(dump_config(config)), "config.yaml") == config
 
 
 def test_paper_preset_holds_the_published_settings():
     config = load_config("paper-2b")
     training = config.training
     assert (config.data.sequence_length, training.global_batch_size) == (512, 1408)
-    assert (training.optimizer.betas, training.optimizer.weight_decay, training.optimizer.clip) == (
+    assert (training.optimizer.betas, training.optimizer.weight_decay, training.optimizer.max_gradient_norm) == (
         (0.9, 0.95),
         0.01,
         1.0,
@@ -198,3 +210,28 @@ def test_the_command_prints_the_tree_and_exits_with_2_on_wrong_use():
     refused = cola("tiny", "model.dit.block_size=7")
     assert refused.returncode == 2
     assert refused.stderr.startswith("cola: model.dit.block_size=7") and refused.stderr.count("\n") == 1
+
+
+def numbers_without_a_guard(annotation, metadata=()) -> bool:
+    if get_origin(annotation) is Annotated:
+        return numbers_without_a_guard(annotation.__origin__, annotation.__metadata__)
+    if get_origin(annotation) is Literal:
+        numbers = any(type(value) is int for value in get_args(annotation))
+    elif get_args(annotation):
+        return any(numbers_without_a_guard(each) for each in get_args(annotation))
+    else:
+        numbers = annotation in (int, float)
+    return numbers and NOT_BOOL not in metadata
+
+
+def every_section(kind: type[Section] = Section) -> set[type[Section]]:
+    return set(kind.__subclasses__()).union(*map(every_section, kind.__subclasses__()))
+
+
+@pytest.mark.parametrize("tree", [RunConfig, Recipe, Site])
+def test_true_is_no_number_anywhere(tree):
+    own = {each for each in every_section() if each.__module__.split(".")[0] == tree.__module__.split(".")[0]}
+    assert tree in own
+    for section in own:
+        for name, field in section.model_fields.items():
+            assert not numbers_without_a_guard(field.annotation, field.metadata), f"{section.__name__}.{name}"

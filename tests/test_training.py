@@ -289,6 +289,17 @@ def test_the_vae_can_learn_more_slowly(tiny):
     assert torch.equal(after[1.0][dit], after[0.01][dit])
 
 
+@pytest.mark.parametrize(("decay", "quarter_way"), [("cosine", 8.68e-4), ("linear", 7.75e-4)])
+def test_the_learning_rate_falls_from_its_peak_to_its_end(decay, quarter_way):
+    schedule = "training.schedule"
+    ends = (f"{schedule}.warmup_steps=10", f"{schedule}.decay_steps=50", f"{schedule}.final_learning_rate=1e-4")
+    training = load_config(
+        "tiny", [f"{schedule}.decay={decay}", "training.optimizer.learning_rate=1e-3", *ends]
+    ).training
+    rates = [learning_rate(training, step) for step in (9, 10, 20, 30, 50, 99)]
+    assert rates == pytest.approx([1e-3, 1e-3, quarter_way, 5.5e-4, 1e-4, 1e-4], rel=1e-3)
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_micro_batches_and_loader_workers_change_nothing(tiny, stage):
     whole = tiny(stage, "name=whole", "training.micro_batch_size=8")

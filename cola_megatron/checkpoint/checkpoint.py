@@ -1,7 +1,7 @@
 """Checkpoints: what they consist of, found, read, refused when they do not fit.
 
     checkpoints/step_00000200/
-        state.json    step, samples seen, config, layout, data fingerprint, versions, files with their sizes, checksums
+        state.json    format, step, samples seen, config, layout, data fingerprint, versions, files, sizes, checksums
         tensors/      weights and moments of AdamW in float32, by name: see `sharded_tensors`
 
 A checkpoint belongs to no layout: tensors are whole whoever wrote them, and every process reads its own part. Resuming
@@ -23,37 +23,21 @@ from torch import nn
 from cola_megatron.checkpoint.folder import step_folders
 from cola_megatron.checkpoint.pieces import WEIGHTS, TrainingState, pieces_to_load, weight_pieces
 from cola_megatron.checkpoint.sharded_tensors import INDEX, CheckpointError, DamagedCheckpoint, StoredTensors, flush
-from cola_megatron.config import RunConfig, resolve_config
+from cola_megatron.config import RunConfig, stored_config, upgraded_tree
+from cola_megatron.config.changes import what_became_of
+from cola_megatron.config.walk import free_keys
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.consensus import together
 
 STATE, TENSORS = "state.json", "tensors"
-_INDEX_CRC32, _STATE_CRC32 = "index_crc32", "state_crc32"
+_FORMAT, _INDEX_CRC32, _STATE_CRC32 = "format", "index_crc32", "state_crc32"
 
-# May differ between a checkpoint and the run that resumes it: they change how a run is run, not what it computes.
-FREE_KEYS = (
-    "name",
-    "runs_folder",
-    "data.path",
-    "data.verify",
-    "data.bad_shards",
-    "data.cache_folder",
-    "data.cache_bytes",
-    "parallel",
-    "training.steps",
-    "training.stop_after",
-    "training.micro_batch_size",
-    "training.activation_checkpointing",
-    "training.stage_one",
-    "training.resume",
-    "training.hang_seconds",
-    "training.loader_workers",
-    "training.prefetch_steps",
-    "training.evaluation",
-    "training.checkpoint",
-    "training.divergence",
-    "training.log",
-)
+FORMAT = 1
+"""Of state.json and of the tensors beside it: one more with each change that a version before it cannot read. The
+schema of the config is a number of its own, in the config."""
+
+FREE_KEYS = free_keys(RunConfig)
+"""May differ between a checkpoint and the run that resumes it; fields of the config are marked so."""
 
 
 def newest_checkpoint(run_folder: Path) -> Path | None:
@@ -67,13 +51,17 @@ def check_checkpoint(checkpoint: Path, config: RunConfig, data_fingerprint: str)
 
     Raises:
         CheckpointError: another config (the message names the keys) or other data. DamagedCheckpoint: no good state.
+        ConfigError: a newer version wrote the config.
     """
     state = read_state(checkpoint)
-    differing = differing_keys(state["config"], config.model_dump(mode="json"))
+    differing = differing_keys(upgraded_tree(state["config"], checkpoint), config.model_dump(mode="json"))
     if differing:
         raise CheckpointError(
             f"{checkpoint} is of another config: "
-            + "; ".join(f"{key} was {old!r}, now {new!r}" for key, old, new in differing)
+            + "; ".join(
+                f"{key} was {old!r}, {what_became_of(key, RunConfig.history) or f'now {new!r}'}"
+                for key, old, new in differing
+            )
             + "; give the old values, or another name= for a new run"
         )
     if state["data_fingerprint"] != data_fingerprint:
@@ -117,22 +105,42 @@ def read_weights(checkpoint: Path) -> tuple[RunConfig, dict[str, torch.Tensor]]:
     """The config and the whole float32 weights of a checkpoint but the reference encoder's, without an engine.
 
     Raises:
-        CheckpointError: missing or damaged files.
+        CheckpointError: missing or damaged files. ConfigError: as `read_config`.
     """
-    config, stored = resolve_config(read_state(checkpoint)["config"]), open_tensors(checkpoint)
+    config, stored = read_config(checkpoint), open_tensors(checkpoint)
     names = [name for name in stored.shapes if name.startswith(WEIGHTS)]
     return config, {
         name.removeprefix(WEIGHTS): stored.read(name) for name in names if not name.startswith(f"{WEIGHTS}reference.")
     }
 
 
+def read_config(checkpoint: Path) -> RunConfig:
+    """The config of a checkpoint that any version wrote.
+
+    Raises:
+        DamagedCheckpoint: no good state. ConfigError: a newer version wrote it, or there is no such model any more.
+    """
+    return stored_config(read_state(checkpoint)["config"], checkpoint)
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What state.json of a checkpoint says of it; raises DamagedCheckpoint."""
+    """What state.json of a checkpoint says of it, the config as it was stored.
+
+    Raises:
+        DamagedCheckpoint: it is not what was written. CheckpointError: a newer version wrote it.
+    """
     path = checkpoint / STATE
     try:
         state = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{path} cannot be read ({error})") from None
+    found = state.get(_FORMAT) if isinstance(state, dict) else None
+    # Before the checksum, which a newer format may count otherwise: its checkpoints are not damaged.
+    if isinstance(found, int) and found > FORMAT:
+        raise CheckpointError(
+            f"{checkpoint} is of format {found}, and this version of cola_megatron reads formats up to {FORMAT}: use "
+            "the version that wrote it, or a newer one"
+        )
     written = state.pop(_STATE_CRC32, None) if isinstance(state, dict) else 0
     if written is not None and written != _checksum(state):
         raise DamagedCheckpoint(f"{path} is not what was written")
@@ -158,7 +166,8 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     """Completes a checkpoint whose other files are there with state.json, which also gets sizes and checksums."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    state = {**state, "files": sizes, _INDEX_CRC32: zlib.crc32((folder / TENSORS / INDEX).read_bytes())}
+    state = {**state, _FORMAT: FORMAT, "files": sizes}
+    state[_INDEX_CRC32] = zlib.crc32((folder / TENSORS / INDEX).read_bytes())
     (folder / STATE).write_text(json.dumps({**state, _STATE_CRC32: _checksum(state)}, indent=1) + "\n")
     flush(folder / STATE)
     flush(folder)

@@ -26,6 +26,7 @@ from cola_megatron.checkpoint.sharded_tensors import (
     write_index,
     write_pieces,
 )
+from cola_megatron.config import stored_config, stored_tree
 from cola_megatron.errors import UserError
 
 SMALL = 2**18
@@ -74,10 +75,11 @@ def reshard(checkpoint: Path, output: Path, ranks: int, progress: bool = True) -
 
 def _moved(state: dict[str, Any], old: Path, new: Path) -> dict[str, Any]:
     """An imported checkpoint names itself as the place of its tokenizer."""
-    data = state["config"]["data"]
-    if data["path"] == str(old.absolute()):
-        data["path"] = str(new.absolute())
-    return state
+    config = stored_config(state["config"], old)
+    if config.data.path != str(old.absolute()):
+        return state
+    data = config.data.model_copy(update={"path": str(new.absolute())})
+    return {**state, "config": stored_tree(config.model_copy(update={"data": data}))}
 
 
 def _deal_out(shapes: dict[str, tuple[int, ...]], ranks: int) -> list[list[tuple[str, Box]]]:

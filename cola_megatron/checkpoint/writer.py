@@ -25,7 +25,7 @@ from cola_megatron.checkpoint.folder import begin_folder, complete_folder, folde
 from cola_megatron.checkpoint.pieces import TrainingState, frozen_pieces, trained_pieces
 from cola_megatron.checkpoint.sharded_tensors import CheckpointError, Piece, Written, write_index, write_pieces
 from cola_megatron.checkpoint.staging import StagingBuffers
-from cola_megatron.config import RunConfig
+from cola_megatron.config import RunConfig, stored_tree
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.consensus import any_rank, together
 from cola_megatron.records.provenance import versions
@@ -273,5 +273,5 @@ def _state(config: RunConfig, step: int, data_fingerprint: str, groups: ProcessG
         },
         "data_fingerprint": data_fingerprint,
         "versions": versions(),
-        "config": config.model_dump(mode="json"),
+        "config": stored_tree(config),
     }

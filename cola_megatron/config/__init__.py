@@ -1,18 +1,13 @@
 """The one config tree: typed, validated before anything starts, stored with every run."""
 
 from cola_megatron.config.base import Section
-from cola_megatron.config.load import (
-    ConfigError,
-    dump_config,
-    load_config,
-    load_tree,
-    preset_names,
-    resolve_config,
-    resolve_tree,
-)
+from cola_megatron.config.errors import ConfigError
+from cola_megatron.config.load import load_config, load_tree, preset_names
 from cola_megatron.config.model import DiTConfig, ModelConfig, VAEConfig
 from cola_megatron.config.objective import FlowConfig, ObjectiveConfig, TimeConfig, VAEObjectiveConfig
+from cola_megatron.config.resolve import resolve_config, resolve_tree
 from cola_megatron.config.run import DataConfig, ParallelConfig, RunConfig
+from cola_megatron.config.stored import dump_config, stored_config, stored_tree, upgraded_tree
 from cola_megatron.config.training import (
     CheckpointConfig,
     EvaluationConfig,
@@ -49,4 +44,7 @@ __all__ = [
     "preset_names",
     "resolve_config",
     "resolve_tree",
+    "stored_config",
+    "stored_tree",
+    "upgraded_tree",
 ]

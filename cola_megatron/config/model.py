@@ -2,9 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from cola_megatron.config.base import Section
+from cola_megatron.config.facts import OURS, PUBLISHED
+from cola_megatron.config.types import NOT_BOOL, Float, PositiveFloat, PositiveInt
 
 
 def _divides(small_name: str, small: int, large_name: str, large: int) -> None:
@@ -15,41 +17,52 @@ def _divides(small_name: str, small: int, large_name: str, large: int) -> None:
 class VAEConfig(Section):
     """Text VAE: encoder q(z|x) and decoder p(x|z). Defaults are the published ones, with block size 1."""
 
-    encoder_layers: PositiveInt = 4
-    decoder_layers: PositiveInt = 4
-    hidden_size: PositiveInt = 1536
-    ffn_hidden_size: PositiveInt = 6144
+    encoder_layers: Annotated[PositiveInt, PUBLISHED] = 4
+    """Blocks of the encoder."""
+    decoder_layers: Annotated[PositiveInt, PUBLISHED] = 4
+    """Blocks of the decoder."""
+    hidden_size: Annotated[PositiveInt, PUBLISHED] = 1536
+    """Width of encoder and decoder."""
+    ffn_hidden_size: Annotated[PositiveInt, PUBLISHED] = 6144
     """Outputs of the first matrix of the feed-forward; SwiGLU halves them into value and gate."""
-    num_attention_heads: PositiveInt = 12
-    latent_dim: PositiveInt = 16
+    num_attention_heads: Annotated[PositiveInt, PUBLISHED] = 12
+    """Heads; must divide `hidden_size`."""
+    latent_dim: Annotated[PositiveInt, PUBLISHED] = 16
     """Channels d of one latent; must equal model.dit.latent_dim."""
-    patch_size: PositiveInt = 1
+    patch_size: Annotated[PositiveInt, PUBLISHED] = 1
     """Tokens per latent."""
-    block_size: PositiveInt = 1
-    """Block-causal attention over latents: 1 is causal. The published inference package defaults to 4."""
-    post_norm: bool = True
+    block_size: Annotated[PositiveInt, PUBLISHED] = 1
+    """Block-causal attention over latents: 1 is causal, as in the runs of the paper. The published inference package
+    defaults to 4."""
+    post_norm: Annotated[bool, PUBLISHED] = True
     """x = norm(x) + attention(x), x = x + norm(ffn(x)); False: the usual pre-norm."""
-    norm_eps: PositiveFloat = 1e-6
-    norm_affine: bool = True
+    norm_eps: Annotated[PositiveFloat, PUBLISHED] = 1e-6
+    """Epsilon of every LayerNorm of the VAE."""
+    norm_affine: Annotated[bool, PUBLISHED] = True
     """Affine parameters of the attention-branch norm."""
-    query_key_norm: bool = True
+    query_key_norm: Annotated[bool, PUBLISHED] = True
     """LayerNorm over the whole query and key width."""
-    query_key_norm_affine: bool = True
-    qkv_bias: bool = False
-    bias: bool = True
+    query_key_norm_affine: Annotated[bool, PUBLISHED] = True
+    """Affine parameters of the query and key norms."""
+    qkv_bias: Annotated[bool, PUBLISHED] = False
+    """Biases of the query, key and value matrices."""
+    bias: Annotated[bool, PUBLISHED] = True
     """Biases of the other matrices."""
-    rotary_base: PositiveFloat = 500_000.0
-    mean_norm: bool = True
+    rotary_base: Annotated[PositiveFloat, PUBLISHED] = 500_000.0
+    """Base theta of the rotary frequencies."""
+    mean_norm: Annotated[bool, PUBLISHED] = True
     """LayerNorm (no affine) over the channels of the posterior mean; a deterministic encoder always has it."""
-    variational: bool = True
+    variational: Annotated[bool, PUBLISHED] = True
     """Gaussian posterior; False: a deterministic encoder."""
-    fixed_logsnr: float | None = None
+    fixed_logsnr: Annotated[Float | None, PUBLISHED] = None
     """None: the posterior variance is learned. A number s: sigma^2 = mean_d(mu^2) e^-s (paper RQ2: 1.0, 1.5, 2.0)."""
-    shifting_factor: float = 0.0
-    scaling_factor: float = 1.0
+    shifting_factor: Annotated[Float, OURS] = 0.0
+    """See `scaling_factor`."""
+    scaling_factor: Annotated[Float, OURS] = 1.0
     """The prior and the decoder see (z - shifting_factor) * scaling_factor."""
-    init_std: PositiveFloat = 0.02
-    init_cutoff_factor: PositiveFloat = 3.0
+    init_std: Annotated[PositiveFloat, OURS] = 0.02
+    """Standard deviation of the starting weights."""
+    init_cutoff_factor: Annotated[PositiveFloat, OURS] = 3.0
     """Weights start from a normal distribution cut at this many standard deviations."""
 
     @property
@@ -79,25 +92,33 @@ class VAEConfig(Section):
 class DiTConfig(Section):
     """Block-causal diffusion transformer, the prior over latents. Defaults are the published ones."""
 
-    num_layers: PositiveInt = 24
-    hidden_size: PositiveInt = 2048
-    num_attention_heads: PositiveInt = 16
-    head_dim: PositiveInt = 128
-    ffn_expansion: PositiveInt = 4
-    latent_dim: PositiveInt = 16
+    num_layers: Annotated[PositiveInt, PUBLISHED] = 24
+    """Blocks."""
+    hidden_size: Annotated[PositiveInt, PUBLISHED] = 2048
+    """Width."""
+    num_attention_heads: Annotated[PositiveInt, PUBLISHED] = 16
+    """Heads; their width is `head_dim`, whatever `hidden_size` is."""
+    head_dim: Annotated[PositiveInt, PUBLISHED] = 128
+    """Channels of one head."""
+    ffn_expansion: Annotated[PositiveInt, PUBLISHED] = 4
+    """Width inside the feed-forward, in multiples of `hidden_size`."""
+    latent_dim: Annotated[PositiveInt, PUBLISHED] = 16
     """Channels d of one latent; must equal model.vae.latent_dim."""
-    block_size: PositiveInt = 16
+    block_size: Annotated[PositiveInt, PUBLISHED] = 16
     """Latents that are denoised together; attention is causal over blocks."""
-    norm_eps: PositiveFloat = 1e-5
-    qkv_bias: bool = False
+    norm_eps: Annotated[PositiveFloat, PUBLISHED] = 1e-5
+    """Epsilon of every LayerNorm of the DiT."""
+    qkv_bias: Annotated[bool, PUBLISHED] = False
     """Biases of the attention matrices, in and out."""
-    rotary_dim: PositiveInt = 96
+    rotary_dim: Annotated[PositiveInt, PUBLISHED] = 96
     """Channels of each head that are rotated; the others carry no position."""
-    rotary_base: PositiveFloat = 10_000.0
-    rotary_precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    rotary_base: Annotated[PositiveFloat, PUBLISHED] = 10_000.0
+    """Base theta of the rotary frequencies."""
+    rotary_precision: Annotated[Literal["float32", "bfloat16", "float16"], PUBLISHED] = "float32"
     """Type that the rotary frequencies are rounded to, though angles are always float32: a published model that was
     cast as a whole computes with rounded ones."""
-    time_embedding_dim: Annotated[int, Field(gt=0, multiple_of=2)] = 256
+    time_embedding_dim: Annotated[int, Field(gt=0, multiple_of=2), NOT_BOOL, PUBLISHED] = 256
+    """Channels of the sinusoid of the time."""
 
     @property
     def ffn_hidden_size(self) -> int:
@@ -114,7 +135,8 @@ class DiTConfig(Section):
 class ModelConfig(Section):
     """Both levels of the model."""
 
-    vocab_size: PositiveInt = 100_278
+    vocab_size: Annotated[PositiveInt, PUBLISHED] = 100_278
+    """Token ids; the embedding has one more row, for [MASK]. Must equal the shards'."""
     vae: VAEConfig = VAEConfig()
     dit: DiTConfig = DiTConfig()
 

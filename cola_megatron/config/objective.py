@@ -1,26 +1,25 @@
-"""Weights and switches of the losses (paper section 2). What the paper does not publish says so."""
+"""Weights and switches of the losses (paper section 2)."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import model_validator
 
 from cola_megatron.config.base import Section
-
-Probability = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
+from cola_megatron.config.facts import OURS, PUBLISHED
+from cola_megatron.config.types import Float, NonNegativeFloat, PositiveFloat, Share
 
 
 class VAEObjectiveConfig(Section):
     """-E log p(x|z0) + beta * posterior term + mask_weight * L_mask. Units: nats per token."""
 
-    beta: Weight = 1e-3
-    """Weight of the posterior term. Not published; ours."""
-    posterior_term: Literal["by_stage", "kl", "entropy"] = "by_stage"
+    beta: Annotated[NonNegativeFloat, OURS] = 1e-3
+    """Weight of the posterior term. Not published."""
+    posterior_term: Annotated[Literal["by_stage", "kl", "entropy"], PUBLISHED] = "by_stage"
     """KL(q || N(0, I)) or E log q(z0|x); by_stage: KL in stage 1, entropy in stage 2, as in the paper."""
-    mask_weight: Weight = 1.0
-    """Weight of the masked second view. Not published; ours (the paper finds weight 1 best)."""
-    mask_ratio: Probability = 0.15
-    """Share of tokens replaced by [MASK] in the second view: exactly round(ratio * length). Not published; ours."""
+    mask_weight: Annotated[NonNegativeFloat, OURS] = 1.0
+    """Weight of the masked second view. Not published, but the paper finds weight 1 best."""
+    mask_ratio: Annotated[Share, OURS] = 0.15
+    """Share of tokens replaced by [MASK] in the second view: exactly round(ratio * length). Not published."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "VAEObjectiveConfig":
@@ -32,23 +31,26 @@ class VAEObjectiveConfig(Section):
 class TimeConfig(Section):
     """Distribution of the flow time t in [0, 1] (0 is clean)."""
 
-    distribution: Literal["logit_normal", "uniform"] = "logit_normal"
-    loc: float = 1.0
+    distribution: Annotated[Literal["logit_normal", "uniform"], PUBLISHED] = "logit_normal"
+    """Kind of distribution; `loc` and `scale` belong to `logit_normal`."""
+    loc: Annotated[Float, PUBLISHED] = 1.0
     """t = sigmoid(loc + scale n). Published best: 1.0, 1.7, 2.3 for 16, 64, 128 latent channels."""
-    scale: PositiveFloat = 1.0
-    per: Literal["block", "sample"] = "block"
-    """One time for every block, or one for the whole sample."""
+    scale: Annotated[PositiveFloat, OURS] = 1.0
+    """Standard deviation before the sigmoid."""
+    per: Annotated[Literal["block", "sample"], PUBLISHED] = "block"
+    """One time for every block, as in the blog, or one for the whole sample, as in the released script."""
 
 
 class FlowConfig(Section):
     """lambda_fm * L_FM of the block-causal prior."""
 
-    weight: Weight = 1.0
+    weight: Annotated[NonNegativeFloat, OURS] = 1.0
+    """lambda_fm: weight of the flow-matching loss. Not published."""
     time: TimeConfig = TimeConfig()
-    clean_prefix_probability: Probability = 0.05
+    clean_prefix_probability: Annotated[Share, PUBLISHED] = 0.05
     """Share of blocks that keep a random clean prefix at t = 0 without loss: trains the repaint of a prompt's block."""
-    context_dropout: Probability = 0.1
-    """Share of noisy blocks that see no clean context: the unconditional branch of guidance. Not published; ours."""
+    context_dropout: Annotated[Share, OURS] = 0.1
+    """Share of noisy blocks that see no clean context: the unconditional branch of guidance. Not published."""
 
 
 class ObjectiveConfig(Section):
@@ -56,7 +58,7 @@ class ObjectiveConfig(Section):
 
     vae: VAEObjectiveConfig = VAEObjectiveConfig()
     flow: FlowConfig = FlowConfig()
-    vae_weight: Weight = 1.0
-    """lambda_VAE of stage 2. Not published; ours."""
-    reference_weight: Weight = 0.01
-    """lambda_ref: pull towards the frozen stage-1 encoder. Not published; ours. 0 leaves the reference out."""
+    vae_weight: Annotated[NonNegativeFloat, OURS] = 1.0
+    """lambda_VAE of stage 2. Not published."""
+    reference_weight: Annotated[NonNegativeFloat, OURS] = 0.01
+    """lambda_ref: pull towards the frozen stage-1 encoder. Not published. 0 leaves the reference out."""

@@ -3,70 +3,74 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from cola_megatron.config.base import Section
+from cola_megatron.config.facts import FREE, OURS, PUBLISHED
+from cola_megatron.config.history import CHANGES
 from cola_megatron.config.model import ModelConfig
 from cola_megatron.config.objective import ObjectiveConfig
 from cola_megatron.config.training import TrainingConfig
+from cola_megatron.config.types import NOT_BOOL, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class DataConfig(Section):
     """Token shards written by `cola prep`."""
 
-    path: str | None = None
+    path: Annotated[str | None, OURS, FREE] = None
     """Folder with train/, held_out/, tokenizer.json and manifest.json, or its fsspec URL (s3://, gs://, https://, ...;
     needs the client of that store, such as s3fs)."""
-    sequence_length: PositiveInt = 512
+    sequence_length: Annotated[PositiveInt, PUBLISHED] = 512
     """Tokens per sequence; must equal the shards'."""
-    seed: Annotated[int, Field(ge=0, lt=2**64)] = 6198
+    seed: Annotated[int, Field(ge=0, lt=2**64), NOT_BOOL, PUBLISHED] = 6198
     """Seed of the order of the samples."""
-    verify: Literal["hash", "size", "none"] = "hash"
+    verify: Annotated[Literal["hash", "size", "none"], OURS, FREE] = "hash"
     """How local shards are checked before training; remote ones always are, by hash, when they are fetched."""
-    bad_shards: Literal["error", "skip"] = "error"
+    bad_shards: Annotated[Literal["error", "skip"], OURS, FREE] = "error"
     """A missing or damaged shard ends the run, or each of its samples is replaced by another of the same source,
     counted as `data/skipped_samples` in the metrics; all processes must see the same files. A shard that only cannot be
     reached is an error always."""
-    shuffle_block_shards: PositiveInt | None = None
+    shuffle_block_shards: Annotated[PositiveInt | None, OURS] = None
     """Shuffle the shards of each source, then the samples of so many of them at a time, so that few need be at hand;
     null shuffles all samples. For remote shards: `cache_bytes` should hold two such blocks of every source."""
-    cache_folder: Path | None = None
+    cache_folder: Annotated[Path | None, OURS, FREE] = None
     """Where remote shards are copied to, and compressed ones decompressed; on a disk of the node, shared by its
     processes. null: `cola_megatron-<user id>` below $TMPDIR or /tmp."""
-    cache_bytes: PositiveInt = 32 * 2**30
+    cache_bytes: Annotated[PositiveInt, OURS, FREE] = 32 * 2**30
     """Limit of the shards there, least recently used ones out first; at least four shards."""
-    document_attention: bool = False
+    document_attention: Annotated[bool, OURS] = False
     """No position sees one of another document, in no network; false: all see the whole sequence, as published."""
 
 
 class ParallelConfig(Section):
     """Layout over processes; the data-parallel size is what remains of the world size."""
 
-    tensor_parallel_size: PositiveInt = 1
-    sequence_parallel: bool = False
+    tensor_parallel_size: Annotated[PositiveInt, OURS] = 1
+    """Processes that share every matrix; must divide the heads of VAE and DiT."""
+    sequence_parallel: Annotated[bool, OURS] = False
     """Shard the activations between tensor-parallel regions along the sequence."""
-    pipeline_parallel_size: PositiveInt = 1
+    pipeline_parallel_size: Annotated[PositiveInt, OURS] = 1
     """Stages that the chain of layers is cut into; each holds its own layers only."""
-    pipeline_split: list[PositiveInt] | None = None
+    pipeline_split: Annotated[list[PositiveInt] | None, OURS] = None
     """Steps with parameters in each stage, in order (`cola plan` shows them); null: balanced by cost."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    zero_stage: Annotated[int, Field(ge=0, le=3), NOT_BOOL, OURS] = 1
     """DeepSpeed ZeRO: 1 shards optimiser state, 2 also gradients, 3 also parameters."""
-    gradient_reduction: Literal["bf16", "fp32"] = "bf16"
+    gradient_reduction: Annotated[Literal["bf16", "fp32"], OURS] = "bf16"
     """In which type replicas add up their gradients when `training.precision` is bf16. Micro-batches of one replica are
     added in float32 in any case. fp32 sends twice the bytes, and loses nothing however many replicas there are."""
-    reduce_bucket_size: PositiveInt = 50_000_000
+    reduce_bucket_size: Annotated[PositiveInt, OURS] = 50_000_000
     """Elements per gradient reduction; DeepSpeed sets aside that many whatever the size of the model."""
-    allgather_bucket_size: PositiveInt = 500_000_000
+    allgather_bucket_size: Annotated[PositiveInt, OURS] = 500_000_000
     """Elements per gathering of updated parameters (ZeRO 1 and 2)."""
-    prefetch_bucket_size: PositiveInt = 50_000_000
+    prefetch_bucket_size: Annotated[PositiveInt, OURS] = 50_000_000
     """Elements of parameters that ZeRO 3 gathers ahead of their use."""
-    overlap_communication: bool = True
+    overlap_communication: Annotated[bool, OURS] = True
     """Reduce gradients while the backward pass still runs (CUDA)."""
-    offload_optimizer: bool = False
+    offload_optimizer: Annotated[bool, OURS] = False
     """Keep optimiser state and float32 weights in host memory, and update them there (ZeRO 1 to 3)."""
-    timeout_minutes: PositiveFloat = 30.0
+    timeout_minutes: Annotated[PositiveFloat, OURS] = 30.0
     """A collective that waits longer ends the job."""
-    peer_timeout_seconds: PositiveFloat = 60.0
+    peer_timeout_seconds: Annotated[PositiveFloat, OURS] = 60.0
     """A rank that is not heard of for that long is lost, and the job ends with its name. Must be longer than any call
     of C++ code that keeps Python's lock (a build, a large file), which holds up the heartbeat."""
 
@@ -74,15 +78,21 @@ class ParallelConfig(Section):
 class RunConfig(Section):
     """One training run: stage 1 (Text VAE) or stage 2 (VAE and DiT)."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
-    runs_folder: Path = Path("runs")
-    seed: NonNegativeInt = 66
-    stage: Literal[1, 2] = 2
+    history = CHANGES
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), OURS, FREE] = "run"
+    """Name of the run; a path component of letters, digits, `.`, `_`, `-`."""
+    runs_folder: Annotated[Path, OURS, FREE] = Path("runs")
+    """The run folder is `runs_folder/name`."""
+    seed: Annotated[NonNegativeInt, PUBLISHED] = 66
+    """Key of the starting weights and of every random draw of training."""
+    stage: Annotated[Literal[1, 2], NOT_BOOL, OURS] = 2
+    """1 trains the Text VAE alone, 2 the VAE and the DiT."""
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     training: TrainingConfig = TrainingConfig()
     data: DataConfig = DataConfig()
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: Annotated[ParallelConfig, FREE] = ParallelConfig()
 
     @property
     def run_folder(self) -> Path:

@@ -3,35 +3,43 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from cola_megatron.config.base import Section
-from cola_megatron.config.objective import Weight
+from cola_megatron.config.facts import FREE, OURS, PUBLISHED, TUNED
+from cola_megatron.config.types import NOT_BOOL, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-Decay = Annotated[float, Field(ge=0, lt=1)]
+Decay = Annotated[float, Field(ge=0, lt=1), NOT_BOOL]
 
 
 class OptimizerConfig(Section):
     """AdamW."""
 
-    learning_rate: PositiveFloat = 1.5e-4
+    learning_rate: Annotated[PositiveFloat, PUBLISHED] = 1.5e-4
     """Peak learning rate."""
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
-    weight_decay: Weight = 0.01
+    betas: Annotated[tuple[Decay, Decay], PUBLISHED] = (0.9, 0.95)
+    """Decay of the first and second moments."""
+    eps: Annotated[PositiveFloat, OURS] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[NonNegativeFloat, PUBLISHED] = 0.01
     """On matrices; vectors (biases, norms) are not decayed."""
-    clip: PositiveFloat = 1.0
-    """Bound of the global gradient norm."""
+    max_gradient_norm: Annotated[PositiveFloat, PUBLISHED] = 1.0
+    """A gradient whose norm over all parameters is larger is scaled down to it."""
 
 
 class ScheduleConfig(Section):
-    """Linear warm-up, then cosine to the final learning rate at `decay_steps`, constant after."""
+    """Linear warm-up, then a decay to the final learning rate at `decay_steps`, constant after."""
 
-    initial_learning_rate: Weight = 1e-6
-    warmup_steps: NonNegativeInt = 5_000
-    decay_steps: PositiveInt = 1_000_000
-    """Step at which the cosine ends: the horizon of the schedule, not of the run."""
-    final_learning_rate: Weight = 1e-5
+    initial_learning_rate: Annotated[NonNegativeFloat, PUBLISHED] = 1e-6
+    """Where the warm-up starts."""
+    warmup_steps: Annotated[NonNegativeInt, PUBLISHED] = 5_000
+    """Length of the warm-up; must be below `decay_steps`."""
+    decay: Annotated[Literal["cosine", "linear"], PUBLISHED] = "cosine"
+    """Course of the decay."""
+    decay_steps: Annotated[PositiveInt, PUBLISHED] = 1_000_000
+    """Step at which the decay ends: the horizon of the schedule, not of the run."""
+    final_learning_rate: Annotated[NonNegativeFloat, PUBLISHED] = 1e-5
+    """Where the decay ends; at most `training.optimizer.learning_rate`."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "ScheduleConfig":
@@ -43,13 +51,15 @@ class ScheduleConfig(Section):
 class VAEUpdateConfig(Section):
     """How stage 2 trains the VAE (paper RQ2)."""
 
-    mode: Literal["joint", "frozen", "interval"] = "joint"
+    mode: Annotated[Literal["joint", "frozen", "interval"], PUBLISHED] = "joint"
     """joint: always; frozen: never; interval: joint_steps trained, then frozen_steps frozen, and again."""
-    joint_steps: PositiveInt = 2_000
-    frozen_steps: PositiveInt = 3_000
-    learning_rate_ratio: Annotated[float, Field(gt=0)] = 1.0
+    joint_steps: Annotated[PositiveInt, PUBLISHED] = 2_000
+    """Steps of an interval in which the VAE is trained."""
+    frozen_steps: Annotated[PositiveInt, PUBLISHED] = 3_000
+    """Steps of an interval in which it is not."""
+    learning_rate_ratio: Annotated[PositiveFloat, PUBLISHED] = 1.0
     """VAE learning rate over DiT learning rate."""
-    from_scratch: bool = False
+    from_scratch: Annotated[bool, OURS] = False
     """Stage 2 starts a new VAE instead of a stage-1 checkpoint."""
 
     def trains_at(self, step: int) -> bool:
@@ -62,21 +72,22 @@ class VAEUpdateConfig(Section):
 class EvaluationConfig(Section):
     """Held-out measurements during training."""
 
-    every: PositiveInt = 1_000
-    samples: PositiveInt = 256
+    every: Annotated[PositiveInt, OURS] = 1_000
+    """Steps between measurements; the last step always has one."""
+    samples: Annotated[PositiveInt, OURS] = 256
     """Held-out sequences of one measurement (fewer where the split is smaller)."""
-    time_bins: PositiveInt = 10
-    """Bins of t over [0, 1] for the flow-matching loss."""
 
 
 class CheckpointConfig(Section):
     """When checkpoints are written and which are kept."""
 
-    every: PositiveInt = 1_000
-    keep_last: PositiveInt = 2
-    keep_every: PositiveInt | None = None
+    every: Annotated[PositiveInt, OURS] = 1_000
+    """Steps between checkpoints; the last step always has one."""
+    keep_last: Annotated[PositiveInt, OURS] = 2
+    """Newest checkpoints that are kept."""
+    keep_every: Annotated[PositiveInt | None, OURS] = None
     """Checkpoints whose step is a multiple of this are kept for ever."""
-    asynchronous: bool = True
+    asynchronous: Annotated[bool, OURS] = True
     """Training goes on while a checkpoint is written. Needs host memory for a copy: 12 bytes for every parameter that
     this rank writes. false: it waits until the checkpoint is complete."""
 
@@ -84,65 +95,70 @@ class CheckpointConfig(Section):
 class DivergenceConfig(Section):
     """What follows a step that went wrong; its batch is recorded in bad_steps/ in any case."""
 
-    not_finite: Literal["skip", "roll_back", "stop"] = "stop"
+    not_finite: Annotated[Literal["skip", "roll_back", "stop"], OURS] = "stop"
     """A loss or gradient that is not a number: leave the update out; return to the newest checkpoint and leave out the
     batches from there on; or end the run."""
-    spike: Literal["ignore", "skip", "roll_back", "stop"] = "ignore"
+    spike: Annotated[Literal["ignore", "skip", "roll_back", "stop"], OURS] = "ignore"
     """A loss or gradient norm far above those before it."""
-    spike_deviations: PositiveFloat = 8.0
+    spike_deviations: Annotated[PositiveFloat, TUNED] = 8.0
     """How many standard deviations above the mean of the window are a spike: noise of training is below 5."""
-    spike_window: Annotated[int, Field(ge=2)] = 100
+    spike_window: Annotated[int, Field(ge=2), NOT_BOOL, OURS] = 100
     """Accepted steps that a step is compared with; before there are as many, nothing is a spike."""
-    max_skips: PositiveInt = 5
+    max_skips: Annotated[PositiveInt, OURS] = 5
     """The run stops where so many of the last spike_window updates were skipped already."""
-    max_roll_backs: PositiveInt = 3
+    max_roll_backs: Annotated[PositiveInt, OURS] = 3
     """The run stops instead of returning once more."""
 
 
 class LogConfig(Section):
     """Metrics go to metrics.jsonl always, and to wandb in the given mode."""
 
-    every: PositiveInt = 10
-    wandb: Literal["disabled", "offline", "online"] = "offline"
-    wandb_project: str = "cola-megatron"
-    wandb_group: str | None = None
+    every: Annotated[PositiveInt, OURS] = 10
+    """Steps between records; the first and the last step always have one."""
+    wandb: Annotated[Literal["disabled", "offline", "online"], OURS] = "offline"
+    """Mode of wandb; `offline` writes below the run folder and needs no network."""
+    wandb_project: Annotated[str, OURS] = "cola-megatron"
+    """Project there."""
+    wandb_group: Annotated[str | None, OURS] = None
     """Runs of one array or sweep share it."""
 
 
 class TrainingConfig(Section):
     """One run of one stage."""
 
-    steps: PositiveInt = 250_000
-    stop_after: PositiveInt | None = None
+    steps: Annotated[PositiveInt, PUBLISHED, FREE] = 250_000
+    """Optimiser steps of the whole run. The default is the published length of stage 2; that of stage 1 is not
+    published: set it."""
+    stop_after: Annotated[PositiveInt | None, OURS, FREE] = None
     """Ends this job at that step with a checkpoint, without changing the planned length of the run."""
-    global_batch_size: PositiveInt = 1_408
+    global_batch_size: Annotated[PositiveInt, PUBLISHED] = 1_408
     """Sequences in one optimiser step, over all ranks."""
-    micro_batch_size: PositiveInt = 8
+    micro_batch_size: Annotated[PositiveInt, OURS, FREE] = 8
     """Sequences in one forward pass of one rank."""
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Annotated[Literal["fp32", "bf16"], PUBLISHED] = "bf16"
     """bf16: compute in bfloat16 with float32 master weights."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, OURS, FREE] = False
     """Recompute every transformer layer in the backward pass instead of keeping its activations."""
-    stage_one: Path | None = None
+    stage_one: Annotated[Path | None, OURS, FREE] = None
     """Stage 2 starts from this folder: the VAE of a stage-1 run or of a published `cola_vae`, or VAE and prior of a
     published model, an imported checkpoint or a stage-2 run."""
-    resume: Literal["auto", "never"] = "auto"
+    resume: Annotated[Literal["auto", "never"], OURS, FREE] = "auto"
     """auto: go on from the newest checkpoint of the run folder; never: refuse a folder that has one."""
-    loader_workers: NonNegativeInt = 1
+    loader_workers: Annotated[NonNegativeInt, OURS, FREE] = 1
     """Processes that prepare batches ahead of the step; 0 prepares them in line. More help where `data/wait` in the
     metrics, the seconds per step that the slowest rank waited for data, is above a few milliseconds."""
-    prefetch_steps: PositiveInt = 2
+    prefetch_steps: Annotated[PositiveInt, OURS, FREE] = 2
     """Steps that each loader worker prepares ahead; their batches lie in host memory."""
-    hang_seconds: PositiveFloat | None = 1_800.0
+    hang_seconds: Annotated[PositiveFloat | None, OURS, FREE] = 1_800.0
     """A job without a step, or another sign of progress, for so long writes the stacks of all ranks and ends; null:
     never. Longer than the start, a compilation or the save of a checkpoint takes."""
     vae_update: VAEUpdateConfig = VAEUpdateConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    divergence: DivergenceConfig = DivergenceConfig()
-    log: LogConfig = LogConfig()
+    evaluation: Annotated[EvaluationConfig, FREE] = EvaluationConfig()
+    checkpoint: Annotated[CheckpointConfig, FREE] = CheckpointConfig()
+    divergence: Annotated[DivergenceConfig, FREE] = DivergenceConfig()
+    log: Annotated[LogConfig, FREE] = LogConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingConfig":

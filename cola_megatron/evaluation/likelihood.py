@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cola_megatron.checkpoint.checkpoint import CheckpointError, read_state, require_checkpoint
-from cola_megatron.config import ConfigError, resolve_config
+from cola_megatron.checkpoint.checkpoint import CheckpointError, read_config, require_checkpoint
+from cola_megatron.config import ConfigError
 from cola_megatron.data import TokenShards
 from cola_megatron.evaluation.errors import EvaluationError
 from cola_megatron.evaluation.files import read_rows
@@ -41,7 +41,7 @@ def held_out_texts(source: Path, data: Path | None, limit: int | None) -> Texts:
     """
     if data is None:
         try:
-            data = resolve_config(read_state(require_checkpoint(source))["config"]).data.path
+            data = read_config(require_checkpoint(source)).data.path
         except CheckpointError:
             raise ConfigError(f"{source} is no run with data of its own: give --data FOLDER or --file FILE") from None
     if data is None:

@@ -10,7 +10,7 @@ import torch
 
 from cola_megatron.config import RunConfig
 from cola_megatron.data import SampleSequence, TokenShards, held_out_samples
-from cola_megatron.held_out.measured_steps import ROBUSTNESS_TIMES, measured_steps
+from cola_megatron.held_out.measured_steps import ROBUSTNESS_TIMES, TIME_BINS, measured_steps
 from cola_megatron.models.cola import Cola
 from cola_megatron.models.steps import run_steps
 from cola_megatron.objectives import flow_matching, vae
@@ -101,9 +101,7 @@ def _micro_batches(
 
 def _over_the_job(sums: Tensors, names: list[str], config: RunConfig, groups: ProcessGroups) -> dict[str, torch.Tensor]:
     """Adds up stages and replicas; each sum is made in one stage."""
-    sizes = {"sum_target": config.model.vae.latent_dim} | dict.fromkeys(
-        ("sum_bin_error", "sum_bin_count"), config.training.evaluation.time_bins
-    )
+    sizes = {"sum_target": config.model.vae.latent_dim} | dict.fromkeys(("sum_bin_error", "sum_bin_count"), TIME_BINS)
     flat = [
         sums[name].double().reshape(-1)
         if name in sums

@@ -18,6 +18,8 @@ from cola_megatron.objectives.vae import Posterior
 from cola_megatron.parallel.megatron import gather_from_tensor_model_parallel_region
 
 ROBUSTNESS_TIMES = (0.0, 0.25, 0.5)
+TIME_BINS = 10
+"""Equal bins of t over [0, 1] for the flow-matching loss: their numbers are in the names of metrics."""
 
 
 def measured_steps(model: Cola, config: RunConfig) -> list[Step]:
@@ -25,7 +27,7 @@ def measured_steps(model: Cola, config: RunConfig) -> list[Step]:
     steps = [*model.position_steps(), *model.encoder_steps("tokens", gradient=False), *_of_the_posterior(model)]
     steps += model.reference_steps(train_vae=False)
     if model.dit is not None:
-        steps += [*_two_passes(model, config), *model.flow_steps(), *_of_the_velocity(model, config)]
+        steps += [*_two_passes(model, config), *model.flow_steps(), *_of_the_velocity(model)]
     return [*steps, *model.decoder_steps(_of_the_logits(model), views=len(ROBUSTNESS_TIMES))]
 
 
@@ -93,8 +95,8 @@ def _two_passes(model: Cola, config: RunConfig) -> Iterator[Step]:
     yield Step("z0, z1, both_times -> two_copies", noise)
 
 
-def _of_the_velocity(model: Cola, config: RunConfig) -> Iterator[Step]:
-    clean_length, bins = model.clean_length, config.training.evaluation.time_bins
+def _of_the_velocity(model: Cola) -> Iterator[Step]:
+    clean_length = model.clean_length
 
     def error(velocity: torch.Tensor, z0_SBC: torch.Tensor, z1_SBC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return flow_matching.squared_error(velocity[clean_length:], z1_SBC - z0_SBC).double().chunk(2, dim=1)
@@ -112,8 +114,8 @@ def _of_the_velocity(model: Cola, config: RunConfig) -> Iterator[Step]:
         by_block = (
             x_SB.unflatten(0, (uniform_BN.shape[1], -1)).sum(1).t() for x_SB in (error_SB * weight_SB, weight_SB)
         )
-        bin_BN = (uniform_BN * bins).long().clamp(max=bins - 1).flatten()
-        zeros = torch.zeros(bins, dtype=torch.float64, device=error_SB.device)
+        bin_BN = (uniform_BN * TIME_BINS).long().clamp(max=TIME_BINS - 1).flatten()
+        zeros = torch.zeros(TIME_BINS, dtype=torch.float64, device=error_SB.device)
         return tuple(zeros.index_add(0, bin_BN, x_BN.flatten()) for x_BN in by_block)
 
     yield Step("velocity, z0, z1 -> error, uniform_error", error)

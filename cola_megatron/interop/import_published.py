@@ -11,7 +11,7 @@ from tqdm import tqdm
 from cola_megatron.checkpoint.checkpoint import TENSORS, write_state
 from cola_megatron.checkpoint.pieces import WEIGHTS
 from cola_megatron.checkpoint.sharded_tensors import Piece, write_index, write_pieces
-from cola_megatron.config import RunConfig, dump_config, load_config, resolve_config
+from cola_megatron.config import RunConfig, dump_config, load_config, resolve_config, stored_tree
 from cola_megatron.errors import UserError
 from cola_megatron.interop.published import TOKENIZER, PublishedModel
 from cola_megatron.interop.stored_model import FORMS
@@ -52,7 +52,7 @@ def import_published(
     (unfinished / CONFIG).write_text(dump_config(config))
     forms = {part: asdict(form) for part, form in model.forms.items()}
     state = {"step": 0, "imported_from": str(published), FORMS: forms, "versions": versions()}
-    write_state(unfinished, {**state, "config": config.model_dump(mode="json")})
+    write_state(unfinished, {**state, "config": stored_tree(config)})
     unfinished.rename(output)
     return model
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from cola_megatron.checkpoint.checkpoint import open_tensors, read_state, require_checkpoint
+from cola_megatron.checkpoint.checkpoint import open_tensors, read_config, read_state, require_checkpoint
 from cola_megatron.checkpoint.pieces import WEIGHTS
-from cola_megatron.config import ModelConfig, resolve_config
+from cola_megatron.config import ModelConfig, RunConfig
 from cola_megatron.data import tokenizer_file
 from cola_megatron.interop.published import TOKENIZER, Forms, PublishedModel, is_published
 from cola_megatron.interop.published_form import PublishedForm
@@ -19,14 +19,15 @@ class CheckpointModel:
     """The weights of a checkpoint, or of a run's newest one, without the reference encoder. It is a `WeightSource`.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, or it is damaged. ConfigError: a newer version wrote its config.
     """
 
     def __init__(self, folder: Path):
         self.folder = require_checkpoint(folder)
         state = read_state(self.folder)
-        run = resolve_config(state["config"])
-        self.config: ModelConfig = run.model
+        self.step: int = state["step"]
+        self.run: RunConfig = read_config(self.folder)
+        self.config: ModelConfig = self.run.model
         forms = state.get(FORMS)
         self.forms: Forms | None = forms and {part: PublishedForm(**form) for part, form in forms.items()}
         self.shapes = {
@@ -34,7 +35,7 @@ class CheckpointModel:
             for name, shape in open_tensors(self.folder).shapes.items()
             if name.startswith(WEIGHTS) and not name.startswith(f"{WEIGHTS}reference.")
         }
-        own, data = self.folder / TOKENIZER, run.data
+        own, data = self.folder / TOKENIZER, self.run.data
         if own.is_file() or data.path is None:
             self.tokenizer = own if own.is_file() else None
         else:

@@ -157,7 +157,7 @@ class Engine:
                 squares += gradient.square().sum()
         torch.distributed.all_reduce(squares, group=self.groups.replica_group)
         norm = float(squares.sqrt())
-        scale = self.config.training.optimizer.clip / (norm + 1e-6)  # as ZeRO does it
+        scale = self.config.training.optimizer.max_gradient_norm / (norm + 1e-6)  # as ZeRO does it
         if scale < 1:
             for _, gradient in gradients:
                 gradient.mul_(scale)
@@ -176,7 +176,9 @@ def deepspeed_config(config: RunConfig, groups: ProcessGroups, accumulation: int
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": training.global_batch_size,
-        "gradient_clipping": training.optimizer.clip if parallel.zero_stage > 0 else 0.0,  # see _clip_without_zero
+        "gradient_clipping": training.optimizer.max_gradient_norm
+        if parallel.zero_stage > 0
+        else 0.0,  # see _clip_without_zero
         # A gradient that is not a number skips the update and shows as an infinite norm, which ends the run.
         "bf16": {"enabled": training.precision == "bf16", "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},  # bfloat16 sums would lose the small micro-batches

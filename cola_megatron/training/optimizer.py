@@ -79,15 +79,14 @@ def as_many_on_every_stage(parameter_groups: list[dict], groups: ProcessGroups) 
 
 
 def learning_rate(training: TrainingConfig, step: int) -> float:
-    """Linear warm-up from the initial rate, cosine to the final one at `decay_steps`, constant after."""
+    """Linear warm-up from the initial rate, decay to the final one at `decay_steps`, constant after."""
     schedule, peak = training.schedule, training.optimizer.learning_rate
     if step < schedule.warmup_steps:
         share = (step + 1) / schedule.warmup_steps
         return schedule.initial_learning_rate + share * (peak - schedule.initial_learning_rate)
     progress = min(1.0, (step - schedule.warmup_steps) / (schedule.decay_steps - schedule.warmup_steps))
-    return schedule.final_learning_rate + 0.5 * (peak - schedule.final_learning_rate) * (
-        1.0 + math.cos(math.pi * progress)
-    )
+    left = 1.0 - progress if schedule.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return schedule.final_learning_rate + (peak - schedule.final_learning_rate) * left
 
 
 def set_learning_rates(groups: list[dict], rate: float, train_vae: bool) -> None:

@@ -6,7 +6,7 @@ The encoder of either is also the frozen reference.
 import torch
 from torch import nn
 
-from cola_megatron.checkpoint.checkpoint import load_weights, read_state
+from cola_megatron.checkpoint.checkpoint import load_weights
 from cola_megatron.config import ConfigError, DiTConfig, RunConfig, VAEConfig
 from cola_megatron.interop.published import PublishedModel
 from cola_megatron.interop.stored_model import CheckpointModel, ModelSource, open_model_source
@@ -48,8 +48,7 @@ def load_starting_weights(model: Cola, config: RunConfig, groups: ProcessGroups)
 
 
 def _check_finished(config: RunConfig, source: CheckpointModel) -> None:
-    given, state = config.training.stage_one, read_state(source.folder)
-    step, steps = state["step"], state["config"]["training"]["steps"]
+    given, step, steps = config.training.stage_one, source.step, source.run.training.steps
     if source.folder != given and step < steps:
         raise ConfigError(
             f"training.stage_one={given} stopped at step {step} of {steps}: finish it, or name the checkpoint folder "

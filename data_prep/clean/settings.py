@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cola_megatron.config import Section
+from cola_megatron.config.types import NOT_BOOL, NonNegativeInt, PositiveInt, Share
 from cola_megatron.evaluation.tasks import TASKS
 
 __all__ = [
@@ -27,9 +28,9 @@ __all__ = [
     "UnicodeSettings",
 ]
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Fraction = Share
 # 0 would turn the rule off in datatrove.
-PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1), NOT_BOOL]
 Words = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 NgramLimits = dict[PositiveInt, Fraction]
 
@@ -209,7 +210,7 @@ class NearDuplicateSettings(Section):
     bands: PositiveInt = 14
     rows: PositiveInt = 8
     """Hashes per band."""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
+    seed: Annotated[int, Field(ge=0, lt=2**32), NOT_BOOL] = 1
     word_language: str = "en"
     """Whose words are taken: the splitter that datatrove takes for this language."""
 

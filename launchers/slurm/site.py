@@ -5,10 +5,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from cola_megatron.config import ConfigError, Section, load_tree, resolve_tree
+from cola_megatron.config.types import NOT_BOOL, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 __all__ = ["Container", "Site", "bare_site", "load_site", "site_names", "site_without_gpus"]
 
@@ -30,7 +31,9 @@ class Container(Section):
 
 
 class Site(Section):
-    """How jobs are asked for and what surrounds them here."""
+    """How jobs are asked for and what surrounds them here. A submission keeps it, for `cola submit array --again`."""
+
+    history = ()
 
     partition: str | None = None
     cpu_partition: str | None = None
@@ -81,7 +84,7 @@ class Site(Section):
     """Run `cola doctor` on all nodes before every try."""
     preflight_seconds: PositiveInt = 300
     """Time that the preflight has."""
-    rendezvous_seconds: Annotated[int, Field(ge=10)] = 600
+    rendezvous_seconds: Annotated[int, Field(ge=10), NOT_BOOL] = 600
     """How long the processes of a try wait for each other."""
 
     @field_validator("time", mode="before")

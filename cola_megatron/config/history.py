@@ -1,0 +1,30 @@
+"""What changed in the tree of a run since configs are stored with a number.
+
+Whoever changes a key of `RunConfig` appends one line to `CHANGES`, in the same commit. Lines are never changed or
+removed: the number of lines is in every stored config, and runs of every schema are read for ever
+(`tests/test_old_runs.py`).
+
+    Added("training.ema_decay", 0.0)                       old runs had none
+    Renamed("training.precision", "training.compute_type") the value moves
+    Removed("training.ema_decay", "use ...", reproduced=(0.0,))
+
+A new default needs no line: stored configs have every key. For another kind of change, write a function from tree to
+tree above the list. When two branches append a line each, the later one to be merged comes second; what it wrote before
+the merge has the number of another schema and is not to be kept.
+
+Adding a key:
+
+1. The field, in the file of its section: type (numbers from `config.types`), origin and, where a resumed run may change
+   it, `FREE` (`config.facts`); a default; its meaning as a docstring under it.
+2. Here: `Added("section.key", value)` with the value that computes what runs computed before there was the key. That
+   need not be the default.
+3. `python -m tools.config_reference` writes docs/configuration.md.
+"""
+
+from cola_megatron.config.changes import Added, Change, Removed, Renamed
+
+CHANGES: tuple[Change, ...] = (
+    Added("training.schedule.decay", "cosine"),  # schema 2
+    Renamed("training.optimizer.clip", "training.optimizer.max_gradient_norm"),  # schema 3
+    Removed("training.evaluation.time_bins", "there are 10; leave it out", reproduced=None),  # schema 4
+)
