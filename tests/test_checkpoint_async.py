@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from cola_megatron.checkpoint import folder as checkpoints_folder
+from cola_megatron.checkpoint import writer as checkpoint_writer
 from cola_megatron.checkpoint.checkpoint import newest_checkpoint, read_weights, require_checkpoint
 from cola_megatron.checkpoint.sharded_tensors import CheckpointError, DamagedCheckpoint, write_pieces
 from cola_megatron.checkpoint.writer import Saved
 from cola_megatron.config import RunConfig, load_config
 from cola_megatron.records.metrics import read_metrics
-from cola_megatron.training import checkpoint_writer, checkpoints_folder
 from cola_megatron.training.loop import TrainingDiverged, train
 from tests.ranks import ends_of_ranks, run_ranks
 from tests.support import TINY, small_disk
