@@ -49,7 +49,5 @@ def test_the_stub_of_megatron_core_names_what_there_is() -> None:
 
 
 def test_a_parameter_that_nobody_marked_is_refused() -> None:
-    with pytest.raises(
-        TypeError, match=r"^a parameter of shape \(2, 3\) was not marked: its layer calls mark_parameter$"
-    ):
+    with pytest.raises(TypeError, match=r"^a parameter of shape \(2, 3\) was not marked: its layer calls mark_"):
         marks_of(nn.Parameter(torch.zeros(2, 3)))
