@@ -39,9 +39,11 @@ test: setup ## Run the tests, without the slow ones
 test-all: setup ## Run every test
 	$(PYTHON_IN_VENV) -m pytest -m "slow or not slow" $(PYTEST_FLAGS)
 
-lint: setup ## Check the style with ruff
+lint: setup ## Check style and format with ruff, types with mypy
 	$(PYTHON_IN_VENV) -m ruff check .
+	$(PYTHON_IN_VENV) -m ruff format --check .
+	$(PYTHON_IN_VENV) -m mypy
 
 clean: ## Remove the environment, caches and build outputs; runs/ and data/ stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

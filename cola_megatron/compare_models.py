@@ -121,7 +121,8 @@ def _unequal_configs(first: ModelSource, second: ModelSource) -> tuple[list[Uneq
     if first.forms is None or second.forms is None:
         return ours, []
     # This one is said by tensors, not by config.json.
-    unequal, remarks = [each for each in ours if each.name == "model.dit.rotary_precision"], []
+    unequal = [each for each in ours if each.name == "model.dit.rotary_precision"]
+    remarks: list[Unequal] = []
     for part in sorted(first.forms.keys() & second.forms.keys()):
         folder, forms = FOLDERS[part], (first.forms[part], second.forms[part])
         for each in _unequal("", *(form.config for form in forms)):

@@ -250,7 +250,9 @@ class ColaDLM:
             ValueError, UserError: as `generate`, at the call.
         """
         self._prior()
-        if self.tokenizer is None:
+        flow, tokenizer = self._flow, self.tokenizer
+        assert flow is not None, "there is one with every prior"
+        if tokenizer is None:
             raise ValueError("this model came without a tokenizer.json")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -259,9 +261,9 @@ class ColaDLM:
         requests = read_requests(FlowSettings, prompts, ids, lengths, self._encode_text, self.config.vocab_size)
         padding = self._checked_padding(padding_id)
         return text_generation.stream(
-            lambda batch: self._flow.start(batch, settings, padding),
+            lambda batch: flow.start(batch, settings, padding),
             requests,
-            lambda token_ids: self.tokenizer.decode(token_ids, skip_special_tokens=False),
+            lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=False),
             settings,
             batch_size,
             preview_steps,
@@ -366,6 +368,7 @@ class ColaDLM:
         return padding
 
     def _padding_id(self) -> int:
+        assert self.tokenizer is not None, "asked for where there is one"
         for token in PADDING_TOKENS:
             found = self.tokenizer.token_to_id(token)
             if found is not None:

@@ -53,7 +53,7 @@ def added_up(items: dict[str, int], searched: dict[str, int], reports: Iterable[
         items: number of items of each evaluation task.
         searched: of these, the ones that are long enough to be searched.
     """
-    total = {
+    total: dict[str, dict[str, Any]] = {
         task: {"items": items[task], "searched": searched[task], "found": set(), "documents": 0, "examples": []}
         for task in items
     }

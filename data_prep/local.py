@@ -74,8 +74,12 @@ def run_step(plan: Plan, work: WorkFolder, step: Step, workers: int, progress: b
         if workers > 1 and len(tasks) > 1:
             _run_in_processes(work, step, tasks, min(workers, len(tasks)), bar)
             return
+
+        def advance(count: int) -> None:
+            bar.update(count)
+
         for task in tasks:
-            run_task(plan, work, step, task, bar.update if step.reads_inputs else lambda count: None)
+            run_task(plan, work, step, task, advance if step.reads_inputs else lambda count: None)
             bar.update(0 if step.reads_inputs else 1)
 
 

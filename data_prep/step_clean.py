@@ -26,7 +26,9 @@ def index_evaluation_sets(
     plan: Plan, work: WorkFolder, task: int, folder: Path, advance: Callable[[int], None]
 ) -> dict[str, Any]:
     """Leaves the index of the n-grams of the evaluation sets."""
-    index = ContaminationIndex.build(plan.recipe.decontamination)
+    settings = plan.recipe.decontamination
+    assert settings is not None, "a step of recipes that have them"
+    index = ContaminationIndex.build(settings)
     index.save(folder)
     return {"items": index.items, "searched": index.searched}
 

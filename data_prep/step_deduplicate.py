@@ -29,9 +29,15 @@ def keys_of(settings: DeduplicationSettings) -> int:
     return settings.exact + (settings.near.bands if settings.near is not None else 0)
 
 
+def _settings(plan: Plan) -> DeduplicationSettings:
+    settings = plan.recipe.deduplication
+    assert settings is not None, "a step of recipes that have them"
+    return settings
+
+
 def match(plan: Plan, work: WorkFolder, task: int, folder: Path, advance: Callable[[int], None]) -> dict[str, Any]:
     """Leaves (later document, the first one with the same key number `task`), int64 (pairs, 2)."""
-    settings = plan.recipe.deduplication
+    settings = _settings(plan)
     folders = [work.folder("clean", part) for part in range(len(plan.inputs))]
     if settings.exact and task == 0:
         keys = [Signatures.load_exact(each) for each in folders]
@@ -44,7 +50,7 @@ def match(plan: Plan, work: WorkFolder, task: int, folder: Path, advance: Callab
 
 def cluster(plan: Plan, work: WorkFolder, task: int, folder: Path, advance: Callable[[int], None]) -> dict[str, Any]:
     """Leaves, for every part, which of its kept documents are dropped; the report counts them by part and rule."""
-    settings = plan.recipe.deduplication
+    settings = _settings(plan)
     counts = [report["kept"] for report in work.reports("clean", len(plan.inputs))]
     first_of = clusters(sum(counts), (_pairs(work, key) for key in range(keys_of(settings))))
     copies = np.zeros(sum(counts), dtype=bool)

@@ -54,7 +54,7 @@ def verify(folder: Path, progress: bool = True) -> VerifyReport:
     folder = folder.expanduser().absolute()
     manifest = read_manifest(folder)
     total = sum(record.bytes for record in manifest.files.values())
-    problems = []
+    problems: list[str] = []
     with tqdm(total=total, desc="hashing", unit="B", unit_scale=True, disable=not progress, file=sys.stderr) as bar:
         for name, record in manifest.files.items():
             problems += file_problems(folder, {name: record}, "hash")

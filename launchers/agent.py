@@ -110,7 +110,8 @@ class _OtherNodes:
     """What the agents of a job tell each other about failures; nothing in a job of one node."""
 
     def __init__(self, node: Node):
-        self.node, self.failed = node, None
+        self.node = node
+        self.failed: str | None = None
         self.met_the_first = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="other nodes", daemon=True)

@@ -19,7 +19,7 @@ def as_plain(found: "Comparison") -> dict[str, Any]:
     for field in fields(found):
         value = getattr(found, field.name)
         plain[field.name] = (
-            [each._asdict() if isinstance(each, tuple) else each for each in value]
+            [each._asdict() if hasattr(each, "_asdict") else each for each in value]
             if isinstance(value, list)
             else value
         )

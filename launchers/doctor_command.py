@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -38,7 +39,8 @@ def doctor(
         stage("this machine")
         alone = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0
         local = [*installation_checks(), *gpu_checks(), *machine_checks(folder)] if alone else []
-        checks, bad_nodes = local, {}
+        checks = local
+        bad_nodes: dict[str, list[str]] = {}
         if max(int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))) > 1:
             from cola_megatron.parallel import initialize_parallel
             from cola_megatron.preflight.cluster import check_cluster
@@ -46,7 +48,7 @@ def doctor(
             stage("rendezvous")
             groups = initialize_parallel(timeout_minutes=timeout / 60)
             findings = check_cluster(groups, local, slow_fraction, stage=stage)
-            verdict = [None if findings is None else findings.bad_nodes, None if findings is None else findings.checks]
+            verdict: list[Any] = [None, None] if findings is None else [findings.bad_nodes, findings.checks]
             stage("verdict")
             import torch.distributed as dist
 

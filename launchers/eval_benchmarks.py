@@ -86,7 +86,9 @@ def run(
     groups = initialize_parallel()
     results = {}
     for name, (task, items) in wanted.items():
-        results[name] = evaluate_task(evaluated, task, items, output, groups, batch_size)
+        result = evaluate_task(evaluated, task, items, output, groups, batch_size)
+        if result is not None:
+            results[name] = result
     if groups.is_main:
         _print_results({"accuracy": results}, as_json)
 

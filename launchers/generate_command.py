@@ -83,7 +83,7 @@ def generate(
         )
     if not prompts and not interactive:
         raise ConfigError("give --prompt TEXT, --prompts-file FILE or --interactive")
-    options = {
+    options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "steps": steps,
         "solver": solver,

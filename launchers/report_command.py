@@ -9,8 +9,10 @@ import typer
 def report(
     run: Path = typer.Argument(..., help="Run folder of stage 2."),
     output: Path = typer.Option(None, help="Folder of report.html and the samples; by default the run folder."),
-    stage_one: Path = typer.Option(None, help="Run folder of stage 1; by default the one that stage 2 started from."),
-    data: str = typer.Option(None, help="Prepared data set; by default the run's."),
+    stage_one: Path | None = typer.Option(
+        None, help="Run folder of stage 1; by default the one that stage 2 started from."
+    ),
+    data: str | None = typer.Option(None, help="Prepared data set; by default the run's."),
     export: Path = typer.Option(None, help="Published folder to generate from; by default the newest checkpoint."),
     evaluation: Path = typer.Option(None, help="Folder that `cola eval run` wrote; its accuracies go into the table."),
     samples: int = typer.Option(4, min=1, help="Held-out texts that are continued."),
@@ -36,6 +38,8 @@ def report(
     data = data or config.data.path
     if stage_one is None:
         raise ConfigError(f"{run}: its stage 2 did not start from a run; give --stage-one")
+    if data is None:
+        raise ConfigError(f"{run}: its config names no data; give --data")
     model = ColaDLM.from_published(export) if export is not None else ColaDLM.from_checkpoint(run)
     found = continue_held_out(
         model, data, folder / "samples" / "samples.json", samples, prompt_tokens, new_tokens, guidance_scale

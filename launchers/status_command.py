@@ -26,7 +26,7 @@ def status(
         print_json([asdict(each) for each in found])
         return
     if not found:
-        print(f"no runs in {', '.join(map(str, folders or ['runs']))}")
+        print(f"no runs in {', '.join(map(str, folders or [Path('runs')]))}")
         return
     rows = [("run", "state", "job", "step", "loss", "tokens/s", "left", "tries", "")]
     for each in found:

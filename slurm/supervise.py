@@ -168,7 +168,8 @@ class Supervisor:
 
     def srun(self, command, seconds=None):
         """Runs a step; returns its decisive exit code, and on which nodes tasks failed in what way."""
-        ends, reports = [], {}
+        ends: list[tuple[str, int, str]] = []
+        reports: dict[int, set[int]] = {}
         self.step = subprocess.Popen(shlex.split(command), stderr=subprocess.PIPE)
         if self.signalled is not None:  # it came while srun was on its way
             self.step.send_signal(signal.SIGUSR1)

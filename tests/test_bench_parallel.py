@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import ProcessRaisedException
 
 from cola_megatron.config import ConfigError, RunConfig, load_config
 from cola_megatron.parallel import initialize_parallel
@@ -130,6 +131,15 @@ def test_the_tool_prints_one_document_with_every_rank(capsys):
     for rank in two["ranks"]:
         assert rank["wire"]["data"] == pytest.approx(rank["predicted_wire"]["data"], rel=0.01)
     assert "zero_stage=2" in found["layouts"]["pp2-zero2"]["left_out"]
+
+
+def test_a_layout_that_fails_is_named(capsys, monkeypatch):
+    def failing(*arguments: object) -> list[RankResult]:
+        raise ProcessRaisedException("Traceback ...\nValueError: out of luck", 0, 1)
+
+    monkeypatch.setattr(bench_layouts, "run_ranks", failing)
+    assert bench_parallel.main(["--preset", "tiny", "--json", "--layouts", "one"]) == 1
+    assert json.loads(capsys.readouterr().out)["layouts"]["one"] == {"failed": "ValueError: out of luck"}
 
 
 def test_idle_shares_are_printed_beside_both_predictions(capsys, monkeypatch):

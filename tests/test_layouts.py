@@ -6,6 +6,7 @@ that accumulation, reduction over replicas, sums over tensor-parallel ranks and 
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,14 +50,15 @@ def tiny_config(overrides: list[str]) -> RunConfig:
 def train_steps(config: RunConfig, steps: int) -> dict[str, Any]:
     """Trains on random tokens; the metrics of every step, and this rank's pieces of the first moments after step 1."""
     from cola_megatron.checkpoint.pieces import trained_pieces
-    from cola_megatron.parallel import initialize_parameters
+    from cola_megatron.parallel import initialize_parameters, marks_of
     from cola_megatron.training.build_model import build_model, initialize_run
     from cola_megatron.training.engine import Engine
 
     groups = initialize_run(config)
     model = build_model(config, groups)
     for parameter in model.parameters():
-        parameter.initializer = shaken(parameter.initializer)
+        marks = marks_of(parameter)
+        parameter.marks = replace(marks, initializer=shaken(marks.initializer))
     initialize_parameters(model, config.seed, groups)
     engine, metrics, moments = Engine(model, config, groups), [], []
 

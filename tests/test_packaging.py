@@ -382,10 +382,12 @@ def test_ci_runs_the_target_that_sets_up_and_leaves_the_slow_tests_out():
     lines = script.read_text(encoding="utf-8").splitlines()
     assert lines[0] == "#!/usr/bin/env bash"
     assert "set -euo pipefail" in lines
-    assert lines[-1] == "exec make test"
+    assert lines[-2:] == ["make lint", "exec make test"], "pytest's closing line is the last output"
     commands = make("-n", "test").stdout
     assert commands.index("-m tools.setup_environment") < commands.index(".venv/bin/python -m pytest")
     assert "slow" not in commands
+    checks = re.findall(r"\.venv/bin/python -m (ruff check|ruff format --check|mypy)", make("-n", "lint").stdout)
+    assert checks == ["ruff check", "ruff format --check", "mypy"]
     assert '-m pytest -m "slow or not slow"' in make("-n", "test-all").stdout
     assert "cola quickstart" in make("-n", "quickstart").stdout
 

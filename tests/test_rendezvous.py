@@ -35,6 +35,11 @@ def test_tasks_of_a_node(written: str, node: int, tasks: int) -> None:
     assert tasks_of_node(written, node) == tasks
 
 
+def test_tasks_of_a_node_in_another_form_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^8x4 is not how Slurm writes"):
+        tasks_of_node("8x4", 0)
+
+
 def test_tasks_without_an_address_are_refused() -> None:
     with pytest.raises(ConfigError, match="export MASTER_ADDR"):
         place_from_srun({key: value for key, value in TASK.items() if key != "MASTER_PORT"})

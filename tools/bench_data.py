@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cola_megatron.config import resolve_tree
+from data_prep.documents import Document
 from data_prep.local import run_step, start_workers
 from data_prep.plan import Plan, make_plan
 from data_prep.prepare import begin, finish
@@ -71,6 +72,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     time.sleep(SETTLE_SECONDS)
     bare = _bare_tokenizer(plan, arguments.workers)
     work = begin(plan)
+    assert work is not None, "the output of the run before is removed"
     seconds = {}
     for step in steps_of(plan):
         began = time.perf_counter()
@@ -108,7 +110,8 @@ def _bare_tokenizer(plan: Plan, threads: int) -> dict[str, float]:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(plan.recipe.tokenizer.path))
-    texts = [document.text for task in range(len(plan.inputs)) for document in plan.documents(task)]
+    documents = (document for task in range(len(plan.inputs)) for document in plan.documents(task))
+    texts = [document.text for document in documents if isinstance(document, Document)]
     tokenizer.encode_batch_fast(texts[:100], add_special_tokens=False)
     began = time.perf_counter()
     tokens = sum(

@@ -14,11 +14,12 @@ small operations cost.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -26,7 +27,7 @@ import torch
 
 from cola_megatron.config import DiTConfig, VAEConfig
 from cola_megatron.inference.generate import FlowGenerator, FlowSession
-from cola_megatron.inference.protocol import Request
+from cola_megatron.inference.protocol import Request, TokenBlock
 from cola_megatron.inference.settings import FlowSettings
 from cola_megatron.models.dit import DiT
 from cola_megatron.models.text_vae import TextVAE
@@ -104,9 +105,12 @@ class Bench:
 
     def engine(self, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids (B, tokens) and latents (blocks, S, B, C)."""
-        session, ids, latents = self.start(case), [[] for _ in range(case.batch)], [[] for _ in range(case.batch)]
+        session = self.start(case)
+        ids: list[list[int]] = [[] for _ in range(case.batch)]
+        latents: list[list[torch.Tensor]] = [[] for _ in range(case.batch)]
         while session.running:
             for block in session.advance():
+                assert isinstance(block, TokenBlock) and block.latents is not None, "without previews, with a flow"
                 ids[block.sample] += block.token_ids
                 latents[block.sample].append(block.latents)
         return torch.tensor(ids), torch.stack([torch.stack(blocks) for blocks in latents], dim=2)
@@ -118,10 +122,10 @@ class Bench:
     def compare(self, case: Case, repeats: int) -> Ratio:
         """Both forms, alternating."""
         (ids, latents), (plain_ids, plain_latents) = self.engine(case), self.plain(case)
-        seconds = {self.engine: [], self.plain: []}
+        seconds: dict[Callable[[Case], object], list[float]] = {self.engine: [], self.plain: []}
         for _ in range(repeats):
             for form, taken in seconds.items():
-                taken.append(self.timed(lambda form=form: form(case)))
+                taken.append(self.timed(functools.partial(form, case)))
         tokens = case.batch * case.new_tokens
         engine, plain = (tokens / statistics.median(taken) for taken in seconds.values())
         return Ratio(
@@ -162,17 +166,19 @@ class Bench:
 
             return run
 
-        session.prior.remember = measured("remember", session.prior.remember)
-        session.decoder.decode = measured("decode", session.decoder.decode)
-        draw = session.prior.draw
+        prior: Any = session.prior
+        decoder: Any = session.decoder
+        prior.remember = measured("remember", prior.remember)
+        decoder.decode = measured("decode", decoder.decode)
+        draw = prior.draw
 
-        def drawn(*arguments: Any) -> Iterator:
+        def drawn(*arguments: Any) -> Generator[Any, None, torch.Tensor]:
             started = self.now()
             block = yield from draw(*arguments)
             seconds["draw"] += self.now() - started
             return block
 
-        session.prior.draw = drawn
+        prior.draw = drawn
         began = self.now()
         while session.running:
             for _ in session.advance():
@@ -269,10 +275,10 @@ def main(arguments: list[str] | None = None) -> int:
         columns = ("batch", "steps", "prompt", "tokens/s", "ms/block", "prior", "decoder", "prompts")
         print("".join(f"{name:>10}" for name in columns), file=file)
         for case in sweep(options):
-            latencies.append(found := bench.latency(case, options.repeats))
-            figures = (found.tokens_per_second, found.block, found.prior, found.decoder, found.prompts)
+            latencies.append(took := bench.latency(case, options.repeats))
+            times = (took.tokens_per_second, took.block, took.prior, took.decoder, took.prompts)
             cells = f"{case.batch:>10}{case.steps:>10}{case.prompt_tokens:>10}"
-            print(cells + "".join(f"{figure:>10.1f}" for figure in figures), file=file, flush=True)
+            print(cells + "".join(f"{figure:>10.1f}" for figure in times), file=file, flush=True)
     if options.json:
         about = {"options": vars(options), "torch": torch.__version__, "threads": torch.get_num_threads()}
         records = {"ratios": [asdict(found) for found in ratios], "latencies": [asdict(found) for found in latencies]}

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.multiprocessing.spawn import ProcessException
 
 from cola_megatron.config import ConfigError, RunConfig, load_config
 from cola_megatron.scaling.communication import Traffic, data_traffic, pipeline_traffic, tensor_traffic
@@ -85,7 +86,7 @@ def run_layouts(
             add_run(found.setdefault(layout.name, {}), config, layout, results)
         except ConfigError as error:
             found[layout.name] = {"left_out": str(error)}
-        except torch.multiprocessing.ProcessException as error:
+        except ProcessException as error:
             found[layout.name] = {"failed": str(error).strip().splitlines()[-1]}
     for figures in found.values():
         if "steps" in figures:
@@ -109,7 +110,9 @@ def add_run(figures: dict[str, Any], config: RunConfig, layout: Layout, results:
     figures["ranks"] = []
     for result in results:
         expected = predicted(config, layout.replicas, result.stage)
-        payload, wire, calls = defaultdict(float), defaultdict(float), defaultdict(int)
+        payload: dict[str, float] = defaultdict(float)
+        wire: dict[str, float] = defaultdict(float)
+        calls: dict[str, int] = defaultdict(int)
         for sent in result.sent:
             calls[sent.kind] += sent.calls
             payload[sent.kind] += sent.payload
@@ -138,7 +141,7 @@ def run_bubble(source: str, overrides: Sequence[str], warm_up: int, steps: int, 
     Times are those of the fastest step: what else the machine does can only add to them.
     """
     one, two = Layout.parse("one"), Layout.parse("pp2")
-    total = load_config(source, overrides).training.global_batch_size
+    total = load_config(source, list(overrides)).training.global_batch_size
     rows = []
     for count in BUBBLE_MICRO_BATCHES:
         own = [*overrides, f"training.micro_batch_size={total // count}"]

@@ -48,7 +48,7 @@ def main() -> None:
         _wait(groups.device)
         return time.perf_counter() - began
 
-    seconds = {name: [] for name in forms}
+    seconds: dict[str, list[float]] = {name: [] for name in forms}
     for repeat in range(chosen.repeats + 1):
         for name, times in forms.items():
             taken = step(times)
@@ -62,6 +62,7 @@ def main() -> None:
 
 def per_position(times: TimeTable) -> TimeTable:
     """The same times with a row of its own for every position, as the published code evaluates them."""
+    assert times.index_SB is not None, "a table of several times"
     positions = torch.arange(times.index_SB.numel(), device=times.index_SB.device)
     return TimeTable(times.times_T[times.index_SB].flatten(), positions.view(times.index_SB.shape))
 

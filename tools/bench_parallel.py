@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parse(arguments)
     source, overrides = options.preset or "small", [*(() if options.preset else SIZE), *options.overrides]
-    about = {
+    about: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "machine": _machine(),
         "load_before": os.getloadavg()[0],
@@ -121,6 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
         "command": shlex.join(["python", "-m", "tools.bench_parallel", *arguments]),
     }
     often = options.warm_up, options.steps, options.rounds
+    found: dict[str, Any]
     try:
         load_config(source, overrides)  # a mistake in it is not the layouts' own
         if options.bubble:

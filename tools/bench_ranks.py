@@ -81,7 +81,7 @@ def run_ranks(config: RunConfig, ranks: int, warm_up: int, steps: int) -> list[R
     """Runs `warm_up` + 1 + `steps` optimiser steps of the config in a job of `ranks` processes on this machine.
 
     Raises:
-        torch.multiprocessing.ProcessException: a rank failed; the message holds its traceback.
+        torch.multiprocessing.spawn.ProcessException: a rank failed; the message holds its traceback.
     """
     method = "spawn" if torch.cuda.is_available() else "forkserver"
     multiprocessing.get_context("forkserver").set_forkserver_preload(["cola_megatron.training.loop", "deepspeed"])

@@ -97,13 +97,15 @@ class CommunicationCounter(TorchDispatchMode):
         super().__init__()
         self.sent: dict[Transfer, Amount] = defaultdict(Amount)
         self._data_ranks = dist.get_process_group_ranks(groups.data_group)
+        world = dist.group.WORLD
+        assert world is not None, "the job was joined: there are groups"
         self._kinds = {
             groups.tensor_group.group_name: TENSOR,
             groups.pipeline_group.group_name: PIPELINE,
             groups.data_group.group_name: DATA,
             DeepSpeedGrid.get_data_parallel_group().group_name: DATA,
             groups.replica_group.group_name: OTHER,
-            dist.group.WORLD.group_name: OTHER,
+            world.group_name: OTHER,
         }
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: tuple = (), named: dict | None = None) -> Any:

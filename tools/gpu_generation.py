@@ -32,13 +32,17 @@ def check_generation(setting: Setting, batch: int) -> list[Record]:
     detail = f"{setting.preset}, bf16, prompts of {len(prompts[0])} tokens, {new_tokens} new ones, 16 steps, guidance 7"
 
     def run(recorder: Recorder | None) -> tuple[list[TokenBlock], float]:
+        assert model.dit is not None, "a model of stage 2"
         generator = FlowGenerator(model.vae, model.dit, recorder)
         timed_generation(setting, generator, prompts, 1)
         blocks, seconds = timed_generation(setting, generator, prompts, new_tokens)
         return blocks, sum(len(block.token_ids) for block in blocks) / seconds
 
     blocks, rate = run(None)
-    ok = all(block.latents.isfinite().all() and max(block.token_ids) < config.model.vocab_size for block in blocks)
+    ok = all(
+        block.latents is not None and block.latents.isfinite().all() and max(block.token_ids) < config.model.vocab_size
+        for block in blocks
+    )
     records = [Record(f"generate.batch{batch}", bool(ok), rate, "tokens/s", detail)]
     if setting.on_gpu:
         expected, _ = run(repeat_in_python)
@@ -62,8 +66,8 @@ def timed_generation(
     synchronize(setting)
     began = time.perf_counter()
     session = generator.start([Request(prompt, index) for index, prompt in enumerate(prompts)], settings, 0)
-    blocks = []
+    blocks: list[TokenBlock] = []
     while session.running:
-        blocks += session.advance()
+        blocks += [block for block in session.advance() if isinstance(block, TokenBlock)]
     synchronize(setting)
     return blocks, time.perf_counter() - began

@@ -32,7 +32,7 @@ def check_golden_fp32(setting: Setting) -> list[Record]:
     with without_tf32():
         found = golden_outputs(ColaDLM.from_published(GOLDEN, device=setting.device), golden)
     errors = {name: ((x - golden[name]).abs().max() / golden[name].abs().max()).item() for name, x in found.items()}
-    worst = max(errors, key=errors.get)
+    worst = max(errors, key=errors.__getitem__)
     detail = f"worst is {worst}; tolerance {FP32_TOLERANCE:.0e}"
     return [Record("golden.fp32", errors[worst] <= FP32_TOLERANCE, errors[worst], "relative error", detail)]
 
@@ -49,7 +49,7 @@ def check_golden_bf16(setting: Setting) -> list[Record]:
     found = golden_outputs(model, golden)
     errors = {name: ((x - golden[name]).norm() / golden[name].norm()).item() for name, x in found.items()}
     shares = {name: error / bf16_tolerance(depths[name.split(".")[0]]) for name, error in errors.items()}
-    worst = max(shares, key=shares.get)
+    worst = max(shares, key=shares.__getitem__)
     tolerance = errors[worst] / shares[worst] if shares[worst] else bf16_tolerance(1)
     detail = f"worst is {worst}; tolerance {tolerance:.1e}, derived from the roundings in series"
     return [Record("golden.bf16", shares[worst] <= 1.0, errors[worst], "relative error", detail)]
@@ -86,7 +86,7 @@ def check_golden_generation(setting: Setting) -> list[Record]:
 
 def golden_outputs(model: ColaDLM, golden: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the golden tensors hold, computed by `model`, in float32 on the CPU."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for text in range(3):
         mean, logvar = model.encode(golden[f"encode.{text}.ids"])
         found |= {f"encode.{text}.mean": mean, f"encode.{text}.logvar": logvar}

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,16 +116,17 @@ def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.T
 @contextlib.contextmanager
 def reproducible() -> Iterator[None]:
     """Kernels that sum in the same order every time, where torch has them."""
-    before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    deterministic: Any = torch.utils.deterministic  # whose property appears when torch is imported
+    before, fill = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         warnings.simplefilter("ignore")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # would write DeepSpeed's buckets for each engine
+        deterministic.fill_uninitialized_memory = False  # would write DeepSpeed's buckets for each engine
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before)
-            torch.utils.deterministic.fill_uninitialized_memory = fill
+            deterministic.fill_uninitialized_memory = fill
 
 
 @contextlib.contextmanager

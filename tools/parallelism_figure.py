@@ -99,8 +99,8 @@ def _chain(config: RunConfig, contents: list[list[Box]], crossing: list[list[Cro
         _text("heading", _LEFT, 40, f"The chain of a stage-2 step, cut into {len(contents)} stages"),
         _text("note", _LEFT, 64, f"preset {PRESET}, micro-batches of {config.training.micro_batch_size} sequences"),
     ]
-    for css, label, x in (("net", "network", 640), ("latent", "latents", 740), ("loss", "term of the loss", 834)):
-        lines += [_rect(css, x, 27, 16, 16, 3), _text("note", x + 23, 40, label)]
+    for css, label, at in (("net", "network", 640), ("latent", "latents", 740), ("loss", "term of the loss", 834)):
+        lines += [_rect(css, at, 27, 16, 16, 3), _text("note", at + 23, 40, label)]
     for stage, content in enumerate(contents):
         x, y = _LEFT + stage * (_BOX_WIDTH + _GAP), _TOP + 36
         own = parts[sum(split[:stage]) : sum(split[: stage + 1])]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +93,8 @@ def crossings(config: RunConfig, stages: Sequence[Stage]) -> list[list[Crossing]
 def crossings_by_place(preset: str) -> dict[str, list[Crossing]]:
     """What crosses a cut before each part of the chain; a part before which the same names cross is left out."""
     config, model, _ = stages_of_a_preset(preset, 2)
-    steps, found, names = model.steps(), {}, ()
+    steps, found = model.steps(), {}
+    names: tuple[str, ...] = ()
     parts = [step.part for step in steps if step.modules]
     for cut in range(1, len(parts)):
         stages = cut_chain(steps, (cut, len(parts) - cut), model.batch_names)
@@ -160,7 +162,7 @@ def _order(stage: int, stages: int, micro_batches: int) -> list[tuple[bool, int]
         order.append((forward, sum(1 for direction, _ in order if direction == forward)))
         return {}
 
-    neighbours = SimpleNamespace(
+    neighbours: Any = SimpleNamespace(
         groups=SimpleNamespace(pipeline_parallel_size=stages, pipeline_parallel_rank=stage),
         exchange=lambda **movements: ({}, {}),
         finish=lambda: None,

@@ -15,7 +15,7 @@ from torch import nn
 from cola_megatron.checkpoint.sharded_tensors import Piece, rectangles
 from cola_megatron.config import RunConfig
 from cola_megatron.parallel import ProcessGroups
-from cola_megatron.parallel.parameters import full_shape
+from cola_megatron.parallel.parameters import full_shape, marks_of
 from cola_megatron.parallel.zero_optimizer import Fragment, ZeroOptimizer
 
 WEIGHTS, MOMENTS = "weights/", ("exp_avg", "exp_avg_sq")
@@ -44,7 +44,7 @@ def weight_pieces(module: nn.Module, groups: ProcessGroups, prefix: str = "") ->
         prefix: what the names in the checkpoint have before those in the module.
     """
     for name, parameter in module.named_parameters():
-        if parameter.full_size is not None:
+        if marks_of(parameter).full_size is not None:
             parameter.detach().zero_()  # the checkpoint has no padding rows
         yield from _pieces(f"{WEIGHTS}{prefix}{name}", parameter, groups, 0, parameter.detach().view(-1))
 
@@ -127,7 +127,7 @@ def _pieces_of(held: _Held, state: TrainingState) -> Iterator[Piece]:
 
 def _is_writer(parameter: nn.Parameter, groups: ProcessGroups) -> bool:
     """Of what all tensor-parallel ranks hold, the first writes."""
-    return parameter.tensor_model_parallel or groups.tensor_parallel_rank == 0
+    return marks_of(parameter).partition_dim is not None or groups.tensor_parallel_rank == 0
 
 
 def _pieces(
@@ -136,11 +136,11 @@ def _pieces(
     """`values`, the elements from `start` on of this rank's flattened cut, as pieces of the whole; without padding."""
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO 3 keeps the true shape beside an empty tensor
     whole, position = tuple(full_shape(parameter, groups)), 0
+    dim = marks_of(parameter).partition_dim
     for offsets, sizes in rectangles(shape, start, start + values.numel()):
         piece = values.narrow(0, position, math.prod(sizes)).view(sizes)
         position += piece.numel()
-        if parameter.tensor_model_parallel:
-            dim = parameter.partition_dim
+        if dim is not None:
             begin = offsets[dim] + groups.tensor_parallel_rank * shape[dim]
             if begin >= whole[dim]:
                 continue

@@ -1,6 +1,7 @@
 """What a run goes on from: its newest checkpoint that is whole."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from cola_megatron.checkpoint.checkpoint import check_checkpoint, open_tensors, read_state
@@ -36,12 +37,12 @@ def resume_from(config: RunConfig, data_fingerprint: str, groups: ProcessGroups)
     damaged: list[tuple[Path, str]] = []
     for checkpoint in reversed(found):
         try:
-            together(groups, lambda checkpoint=checkpoint: _check(checkpoint, config, data_fingerprint, groups))
+            together(groups, partial(_check, checkpoint, config, data_fingerprint, groups))
         except DamagedCheckpoint as error:
             damaged.append((checkpoint, error.reason))
             continue
         if damaged:
-            from_main(groups, lambda checkpoint=checkpoint: _go_back(damaged, checkpoint))
+            from_main(groups, partial(_go_back, damaged, checkpoint))
         return checkpoint, step_of(checkpoint)
     if found or aside:
         reason = f"of the newest, {damaged[0][1]}" if damaged else ", ".join(path.name for path in aside)

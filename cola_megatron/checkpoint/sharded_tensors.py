@@ -98,16 +98,16 @@ def rectangles(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
         return
     row = math.prod(shape[1:])
     first, last = -(-start // row), stop // row  # the whole rows
-    parts = [(first - 1, start - (first - 1) * row, min(row, stop - (first - 1) * row))] if start < first * row else []
+
+    def part_of_row(index: int, begin: int, end: int) -> Iterator[Box]:
+        yield from (((index, *offsets), (1, *sizes)) for offsets, sizes in rectangles(shape[1:], begin, end))
+
+    if start < first * row:
+        yield from part_of_row(first - 1, start - (first - 1) * row, min(row, stop - (first - 1) * row))
     if first < last:
-        parts.append((first, None, None))
+        yield (first, *(0 for _ in shape[1:])), (last - first, *shape[1:])
     if first <= last and last * row < stop:
-        parts.append((last, 0, stop - last * row))
-    for index, begin, end in parts:
-        if begin is None:
-            yield (index, *(0 for _ in shape[1:])), (last - first, *shape[1:])
-        else:
-            yield from (((index, *offsets), (1, *sizes)) for offsets, sizes in rectangles(shape[1:], begin, end))
+        yield from part_of_row(last, 0, stop - last * row)
 
 
 def cut(piece: Piece) -> Iterator[Piece]:
@@ -133,7 +133,9 @@ def write_pieces(folder: Path, stem: str, pieces: Iterable[Piece]) -> list[Writt
     Returns:
         what `write_index` needs to know of each piece.
     """
-    written, batch, size, files = [], {}, 0, 0
+    written: list[Written] = []
+    batch: dict[str, torch.Tensor] = {}
+    size, files = 0, 0
 
     def finish_file() -> None:
         nonlocal size, files
@@ -248,8 +250,8 @@ class StoredTensors:
         missing = sum(piece.values.numel() for piece in wanted)
         for stored in self._index[name]["pieces"]:
             box = tuple(stored["offsets"]), tuple(stored["shape"])
-            overlaps = [(piece, _overlap(box, (piece.offsets, tuple(piece.values.shape)))) for piece in wanted]
-            overlaps = [(piece, overlap) for piece, overlap in overlaps if overlap is not None]
+            in_both = [(piece, _overlap(box, (piece.offsets, tuple(piece.values.shape)))) for piece in wanted]
+            overlaps = [(piece, overlap) for piece, overlap in in_both if overlap is not None]
             if not overlaps:
                 continue
             values = self._read(name, stored)
@@ -285,7 +287,7 @@ def _key(name: str, offsets: Iterable[int]) -> str:
 
 
 def _checksum(values: torch.Tensor) -> int:
-    return zlib.crc32(memoryview(values.view(-1).numpy()).cast("B"))
+    return zlib.crc32(values.view(-1).numpy().data.cast("B"))
 
 
 def _overlap(stored: Box, wanted: Box) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:

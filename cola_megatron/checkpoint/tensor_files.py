@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,7 +41,8 @@ def stream_tensors(path: Path, planned: Sequence[PlannedTensor], read: Callable[
         ValueError: `read` returned another type or shape than planned.
     """
     ordered = sorted(planned, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))  # so that all are aligned
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for tensor in ordered:
         offsets = [end, end + tensor.size]
         header[tensor.name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
@@ -54,4 +55,4 @@ def stream_tensors(path: Path, planned: Sequence[PlannedTensor], read: Callable[
             values = read(name)
             if values.dtype != dtype or tuple(values.shape) != shape:
                 raise ValueError(f"{name} is {values.dtype} {tuple(values.shape)}, planned was {dtype} {shape}")
-            file.write(values.detach().contiguous().view(-1).view(torch.uint8).numpy())
+            file.write(values.detach().contiguous().view(-1).view(torch.uint8).numpy().data)

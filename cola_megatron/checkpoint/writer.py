@@ -100,7 +100,7 @@ class CheckpointWriter:
         """
         self.wait()
         save = self._save = _Save(step, folder_of(self.engine.config.run_folder, step))
-        with self._failing_together(), save.blocking():
+        with self._failing_together(save), save.blocking():
             sizes = together(self.groups, lambda: self._copy(save))
             save.bytes = sum(sizes)
             together(self.groups, (lambda: _begin(save)) if self.groups.is_main else None)
@@ -112,7 +112,7 @@ class CheckpointWriter:
         """Returns when no save is under way; raises CheckpointError."""
         while self._save is not None:
             with self._save.blocking():
-                wait([self._save.work])
+                wait([self._save.phase])
                 raised = any_rank(self.groups, self.flags())
             self.on_consensus(raised)
 
@@ -120,8 +120,8 @@ class CheckpointWriter:
         """Whether this rank still writes, and whether it failed."""
         if self._save is None:
             return False, False
-        done = self._save.work.done()
-        return not done, done and self._save.work.exception() is not None
+        done = self._save.phase.done()
+        return not done, done and self._save.phase.exception() is not None
 
     def on_consensus(self, raised: Sequence[bool]) -> None:
         """Goes on to the next phase when all ranks are through with this one; raises CheckpointError."""
@@ -129,7 +129,7 @@ class CheckpointWriter:
         save = self._save
         if save is None or (writing and not failed):
             return
-        with self._failing_together(), save.blocking():
+        with self._failing_together(save), save.blocking():
             if failed:
                 save.abandoned.set()
             parts = together(self.groups, save.outcome)
@@ -188,9 +188,8 @@ class CheckpointWriter:
         return future
 
     @contextlib.contextmanager
-    def _failing_together(self) -> Iterator[None]:
+    def _failing_together(self, save: "_Save") -> Iterator[None]:
         """Makes one line of what `together` raises on all ranks, and forgets the save."""
-        save = self._save
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -231,6 +230,11 @@ class _Save:
     ended: float = 0.0
 
     @property
+    def phase(self) -> Future:
+        assert self.work is not None, "`save` ends with the first phase begun, or with an error"
+        return self.work
+
+    @property
     def unfinished(self) -> Path:
         return unfinished_folder(self.final)
 
@@ -251,7 +255,7 @@ class _Save:
     def outcome(self) -> Any:
         """What the work came to; nothing where it was given up because another rank's failed."""
         try:
-            return self.work.result()
+            return self.phase.result()
         except Abandoned:
             return None
 

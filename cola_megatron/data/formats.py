@@ -82,7 +82,7 @@ class _MDS:
     def __init__(self, sequence_length: int, token_dtype: str) -> None:
         self.dtype = np.dtype(token_dtype)
         self.bytes = sequence_length * self.dtype.itemsize
-        self.columns = {
+        self.columns: dict[str, Any] = {
             "column_names": [TOKENS_COLUMN],
             "column_encodings": [tokens_encoding(token_dtype, sequence_length)],
             "column_sizes": [self.bytes],

@@ -153,9 +153,10 @@ def epoch_counts(sizes: Sequence[int], epochs: Sequence[float], weights: Sequenc
         epochs: how often an epoch of the mixture sees each stream, where there are no weights.
         weights: shares of the streams in as many samples as they have together; all or none are None.
     """
-    if any(weight is None for weight in weights):
+    shares = [weight for weight in weights if weight is not None]
+    if len(shares) < len(weights):
         return [max(1, round(size * often)) for size, often in zip(sizes, epochs, strict=True)]
-    return [max(1, round(sum(sizes) * weight / sum(weights))) for weight in weights]
+    return [max(1, round(sum(sizes) * share / sum(shares))) for share in shares]
 
 
 def stream_seed(seed: int, name: str) -> int:

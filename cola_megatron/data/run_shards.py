@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.data import TokenShards
+from cola_megatron.data.manifest import Verify
 from cola_megatron.parallel import ProcessGroups
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ def open_shards(
         raise ConfigError("data.path is not set: give the folder that `cola prep run` wrote, data.path=FOLDER")
     data, skip = config.data, config.data.bad_shards == "skip"
 
-    def opened(verify: str) -> list[TokenShards]:
+    def opened(verify: Verify) -> list[TokenShards]:
         return [TokenShards(folder, split, verify, skip, data.cache_folder, data.cache_bytes) for split in splits]
 
     if groups.is_main:
@@ -48,7 +49,7 @@ def open_shards(
 
 def _agree_on_bad_shards(shards: TokenShards, groups: ProcessGroups) -> None:
     """What one rank found at opening, no rank reads: all of them must replace the same samples."""
-    of_ranks = [{}] * groups.world_size
+    of_ranks: list[dict[str, str]] = [{}] * groups.world_size
     dist.all_gather_object(of_ranks, shards.bad)
     for bad in of_ranks:
         shards.exclude(bad)

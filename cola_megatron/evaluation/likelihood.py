@@ -39,14 +39,15 @@ def held_out_texts(source: Path, data: Path | None, limit: int | None) -> Texts:
     Raises:
         ConfigError: `source` has no checkpoint that can be read, or names no data. ShardError: the data cannot be read.
     """
-    if data is None:
+    folder: str | Path | None = data
+    if folder is None:
         try:
-            data = read_config(require_checkpoint(source)).data.path
+            folder = read_config(require_checkpoint(source)).data.path
         except CheckpointError:
             raise ConfigError(f"{source} is no run with data of its own: give --data FOLDER or --file FILE") from None
-    if data is None:
+    if folder is None:
         raise ConfigError(f"{source} names no data: give --data FOLDER or --file FILE")
-    shards = TokenShards(data, "held_out")
+    shards = TokenShards(folder, "held_out")
     count = len(shards) if limit is None else min(limit, len(shards))
     return Texts([shards[index].tolist() for index in range(count)], None)
 
@@ -165,9 +166,10 @@ def summarize(results: Sequence[Likelihood]) -> LikelihoodSummary:
         for name in ("elbo", "iwae", "reconstruction", "prior", "posterior")
     }
     elbo, bits_per_byte = figures["elbo"], None
-    if all(result.text_bytes for result in results):
+    text_bytes = [result.text_bytes for result in results if result.text_bytes]
+    if len(text_bytes) == len(results):
         bits = [-result.elbo / math.log(2) for result in results]
-        bits_per_byte = ratio_interval(bits, [result.text_bytes for result in results])
+        bits_per_byte = ratio_interval(bits, text_bytes)
     perplexity = Interval(*(_exponential(-nats) for nats in (elbo.value, elbo.high, elbo.low)))
     return LikelihoodSummary(len(results), sum(tokens), **figures, perplexity=perplexity, bits_per_byte=bits_per_byte)
 

@@ -104,7 +104,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")

@@ -66,6 +66,7 @@ def _of_the_posterior(model: Cola) -> Iterator[Step]:
 def _two_passes(model: Cola, config: RunConfig) -> Iterator[Step]:
     """The batch at the training distribution of t, and once more at uniform t."""
     dit, length, clean_length = model.dit, config.latent_length, model.clean_length
+    assert dit is not None, "measured in stage 2 alone"
     blocks = length // config.model.dit.block_size
 
     def both(time_BN: torch.Tensor, uniform_BN: torch.Tensor) -> torch.Tensor:
@@ -83,7 +84,7 @@ def _two_passes(model: Cola, config: RunConfig) -> Iterator[Step]:
         documents_BS = None if documents_BS is None else documents_BS.repeat(2, 1)
         return dit.two_copy_context(length, clean_length, None, tokens_BL.device, documents_BS)
 
-    def table(times_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def table(times_BN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         times = two_copy_times(times_BN, length, clean_length, None)
         return times.times_T, dit.local_index(times.index_SB)
 
@@ -98,7 +99,7 @@ def _two_passes(model: Cola, config: RunConfig) -> Iterator[Step]:
 def _of_the_velocity(model: Cola) -> Iterator[Step]:
     clean_length = model.clean_length
 
-    def error(velocity: torch.Tensor, z0_SBC: torch.Tensor, z1_SBC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def error(velocity: torch.Tensor, z0_SBC: torch.Tensor, z1_SBC: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return flow_matching.squared_error(velocity[clean_length:], z1_SBC - z0_SBC).double().chunk(2, dim=1)
 
     def target(
@@ -109,7 +110,7 @@ def _of_the_velocity(model: Cola) -> Iterator[Step]:
 
     def binned(
         error_SB: torch.Tensor, uniform_BN: torch.Tensor, counted_BS: torch.Tensor, weight_B: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         weight_SB = counted_BS.t() * weight_B
         by_block = (
             x_SB.unflatten(0, (uniform_BN.shape[1], -1)).sum(1).t() for x_SB in (error_SB * weight_SB, weight_SB)
@@ -131,18 +132,19 @@ def _of_the_logits(model: Cola) -> Step:
     def count(
         hidden: torch.Tensor, tokens_BL: torch.Tensor, counted_BL: torch.Tensor, weight_B: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        correct, nll = [], None
+        correct: list[torch.Tensor] = []
+        nll = torch.empty(0)
         for hidden_SBH in hidden.chunk(len(ROBUSTNESS_TIMES), dim=1):
             logits_TBV = model.vae.decoder.logits(hidden_SBH)
             if groups.tensor_parallel_size > 1:
                 logits_TBV = gather_from_tensor_model_parallel_region(logits_TBV)
                 logits_TBV = logits_TBV[..., : model.config.model.vocab_size]
-            correct.append(_total(logits_TBV.argmax(-1) == tokens_BL.t(), counted_BL, weight_B))
-            if nll is None:
+            if not correct:
                 nll_BT = torch.nn.functional.cross_entropy(
                     logits_TBV.permute(1, 2, 0).float(), tokens_BL, reduction="none"
                 )
                 nll = _total(nll_BT.t(), counted_BL, weight_B)
+            correct.append(_total(logits_TBV.argmax(-1) == tokens_BL.t(), counted_BL, weight_B))
         return *correct, nll
 
     return Step(f"hidden, tokens, counted, weight -> {', '.join(names)}, sum_nll", count)

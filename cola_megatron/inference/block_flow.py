@@ -28,6 +28,7 @@ class CleanCopy:
     def __init__(self, length: int, block_size: int, device: torch.device):
         self.length = length - block_size
         visible = two_copy_mask(length, block_size, self.length, None, device).visible
+        assert visible is not None, "the mask of two copies is never a plain one"
         self._of_clean = AttentionMask(visible[: self.length, : self.length])
         self._of_noisy = AttentionMask(visible[self.length :])
         self._kept: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}

@@ -102,8 +102,8 @@ class NewBlocks:
             visible_SK = block_causal_visibility(
                 torch.arange(length, length + size), torch.arange(length + size), block_size
             )
-            visible_SK = None if visible_SK.all() else visible_SK.to(device)
-            self.groups.append(_Group(slice(row, row + count), length, visible_SK))
+            seen_SK = None if visible_SK.all() else visible_SK.to(device)
+            self.groups.append(_Group(slice(row, row + count), length, seen_SK))
             row += count
 
     def attend(

@@ -15,6 +15,7 @@ per run, those of the modulations, are left alone, and so are all under tensor p
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -45,7 +46,7 @@ def prepare(network: nn.Module, groups: ProcessGroups) -> None:
             _replace(module, Product(module.weight, module.bias))
         elif isinstance(module, GELUFeedForward):
             inner, output = Product(module.input.weight, module.input.bias, gelu=True), module.output
-            _replace(module, lambda x_SBH, inner=inner, output=output: output(inner(x_SBH)))
+            _replace(module, partial(_one_after_the_other, inner, output))
 
 
 class Product:
@@ -85,8 +86,10 @@ def rotate(x_SBAD: torch.Tensor, table: RotaryTable | torch.Tensor) -> torch.Ten
     return wide_SBAD.to(x_SBAD.dtype)
 
 
-def phases(table: RotaryTable) -> torch.Tensor:
-    """cos + i sin, complex64: a rotation by it is one multiplication."""
+def phases(table: RotaryTable | torch.Tensor) -> torch.Tensor:
+    """cos + i sin, complex64: a rotation by it is one multiplication. Phases stay what they are."""
+    if not isinstance(table, RotaryTable):
+        return table
     return torch.complex(table.cos, table.sin)
 
 
@@ -96,7 +99,13 @@ def _replace(module: nn.Module, prepared: Callable[[torch.Tensor], torch.Tensor]
     def forward(x: torch.Tensor) -> torch.Tensor:
         return original(module, x) if torch.is_grad_enabled() else prepared(x)
 
-    module.forward = forward
+    vars(module)["forward"] = forward
+
+
+def _one_after_the_other(
+    first: Callable[[torch.Tensor], torch.Tensor], second: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
+    return second(first(x))
 
 
 def _packed(weight: torch.Tensor) -> torch.Tensor | None:

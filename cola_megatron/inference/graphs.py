@@ -17,6 +17,7 @@ from dataclasses import replace
 import torch
 
 from cola_megatron.inference.cached_attention import MaskedBlocks
+from cola_megatron.inference.fast_forward import phases
 from cola_megatron.inference.kv_cache import KeyValueCache
 from cola_megatron.layers.attention import AttentionContext
 
@@ -63,10 +64,11 @@ class RecordedVelocity:
         channels: int,
         record: Recorder = record_on_cuda,
     ):
-        self.attention, self.context = attention, replace(context, rotary=context.rotary.clone())
-        size, rows = context.rotary.shape[:2]
-        self.z_SRC = torch.zeros(size, rows, channels, device=context.rotary.device)
-        self.index_SR = torch.zeros(size, rows, dtype=torch.long, device=context.rotary.device)
+        self.phases = phases(context.rotary).clone()
+        self.attention, self.context = attention, replace(context, rotary=self.phases)
+        size, rows = self.phases.shape[:2]
+        self.z_SRC = torch.zeros(size, rows, channels, device=self.phases.device)
+        self.index_SR = torch.zeros(size, rows, dtype=torch.long, device=self.phases.device)
         self._placed = attention
         self._replay, self._v_SRC = record(lambda: velocity(self.z_SRC, self.index_SR, self.context))
 
@@ -77,7 +79,7 @@ class RecordedVelocity:
         self._placed = attention
         self.attention.positions_SB.copy_(attention.positions_SB)
         self.attention.visible_B1SK.copy_(attention.visible_B1SK)
-        self.context.rotary.copy_(context.rotary)
+        self.phases.copy_(phases(context.rotary))
 
     def __call__(self, z_SRC: torch.Tensor, index_SR: torch.Tensor | int) -> torch.Tensor:
         """v (S, R, C) at these rows of the time table."""

@@ -117,7 +117,8 @@ def _of_draws(
         chosen = stream(settings.noise_seed, purpose, sample_id, draw).random((latents, channels)) < 0.5
         return np.where(chosen, np.float32(-1), np.float32(1))
 
-    mean_SRC, logvar_SRC = (x_SBC.repeat_interleave(len(draws), dim=1) for x_SBC in posterior)
+    assert posterior.logvar is not None, "`estimate` refuses an encoder without a density"
+    mean_SRC, logvar_SRC = (x.repeat_interleave(len(draws), dim=1) for x in (posterior.mean, posterior.logvar))
     noise_SRC = drawn(normal, "posterior")
     z_SRC = vae.to_prior(sample_posterior(Posterior(mean_SRC, logvar_SRC), noise_SRC))
     posterior_SR = standard_normal_log_density(noise_SRC) - 0.5 * logvar_SRC.double().sum(-1)

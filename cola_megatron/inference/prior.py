@@ -4,9 +4,9 @@ Shapes: S latents of one block, B batch, R rows of a pass (the B samples, then t
 latents of all prompts laid end to end, C latent channels, T times.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -125,7 +125,7 @@ class BlockPrior:
                 step,
                 blocks.attention,
                 blocks.guided,
-                _with_copies(index_SB, blocks.with_context),
+                None if index_SB is None else _with_copies(index_SB, blocks.with_context),
             )
             in_context, alone = v_SRC[:, :batch], v_SRC[:, batch:]
             if blocks.with_context is None:
@@ -133,7 +133,7 @@ class BlockPrior:
             apart = in_context[:, blocks.with_context] - alone
             return in_context.index_copy(1, blocks.with_context, alone + settings.guidance_scale * apart)
 
-        holding = {}
+        holding: dict[str, Callable[..., Any]] = {}
         if first is not None:
             holding = {
                 "hold": lambda z_SBC, step: first.hold(z_SBC, grid.times[step]),
@@ -151,6 +151,7 @@ class BlockPrior:
 
     def _blocks(self) -> _Blocks:
         size = self.block_size
+        attention: NewBlocks | MaskedBlocks
         if self.recorder is None:
             attention = blocks_for(self.device)(self.cache, size, size, self.device)
         else:
@@ -183,6 +184,7 @@ class BlockPrior:
         """`_velocity` of a step of the solver, from a recording where there is a recorder."""
         if self.recorder is None:
             return self._velocity(z_SRC, step, context, index_SR)
+        assert isinstance(attention, MaskedBlocks), "`_blocks` makes these where there is a recorder"
         key = (z_SRC.shape[1], attention.width)
         if key not in self._recorded:
             self._recorded[key] = RecordedVelocity(
@@ -203,10 +205,8 @@ class BlockPrior:
         return self.dit(z_SRC, TimeTable(self.grid.times_T, index_SR), context, modulations)
 
 
-def _with_copies(x_SB: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
+def _with_copies(x_SB: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     """The samples, then the copies of some (`rows`) or all of them, along dimension 1."""
-    if x_SB is None:
-        return None
     return torch.cat((x_SB, x_SB if rows is None else x_SB[:, rows]), dim=1)
 
 

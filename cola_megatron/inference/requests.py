@@ -3,12 +3,15 @@
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cola_megatron.inference.protocol import Request
 from cola_megatron.inference.settings import MAX_SAMPLE_ID, CommonSettings
 
-Settings = TypeVar("Settings")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 def read_settings(family: type[Settings], options: dict[str, Any], purpose: str = "generation") -> Settings:

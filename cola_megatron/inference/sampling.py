@@ -47,6 +47,7 @@ def choose_tokens(
     leave; each sample from its own generator."""
     if temperature == 0.0:
         return logits_BTV.argmax(-1)
+    assert generators is not None, "draws need their generators"
     kept_BTV = keep_top_p(keep_top_k(logits_BTV.float() / temperature, top_k), top_p)
     probabilities_BTV = torch.softmax(kept_BTV, dim=-1).cpu()
     drawn = [

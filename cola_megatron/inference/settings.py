@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 # So that every seed of a block (see `generate.block_noise`) fits a torch.Generator.
@@ -173,13 +174,13 @@ def _require_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value} must be one of {', '.join(known)}")
 
 
-def _require_seed(noise_seed: object) -> None:
+def _require_seed(noise_seed: int) -> None:
     _require_integer("noise_seed", noise_seed)
     if abs(noise_seed) > MAX_NOISE_SEED:
         raise ValueError(f"noise_seed={noise_seed} must lie in -{MAX_NOISE_SEED} .. {MAX_NOISE_SEED}")
 
 
-def _pair(name: str, value: object) -> tuple[float, float]:
+def _pair(name: str, value: Iterable[float]) -> tuple[float, float]:
     try:
         low, high = (float(part) for part in value)
     except (TypeError, ValueError):

@@ -89,5 +89,6 @@ class _Parts:
             self.latents.append(piece.latents)
 
     def joined(self) -> Generation:
+        assert self.finish_reason is not None, "the last piece has one"
         latents = torch.stack(self.latents) if self.latents else None
         return Generation(self.text, torch.tensor(self.token_ids), latents, self.repeated, self.finish_reason)

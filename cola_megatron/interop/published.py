@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -36,6 +36,8 @@ DOWNLOAD_FOLDER = "cola_dlm"
 
 Forms = Mapping[str, PublishedForm]
 """Of the networks `vae` and, where there is a prior, `dit`."""
+
+T = TypeVar("T")
 
 
 class WeightSource(Protocol):
@@ -80,7 +82,7 @@ class PublishedModel:
         dit_config = DiTConfig(latent_dim=vae_config.latent_dim)  # of a prior that is not there
         self._files = {"vae": WeightFiles(vae_folder)}
         self._rules = {"vae": vae_rules(vae_config, vocab_size)}
-        frequencies = {"vae": {}}
+        frequencies: dict[str, dict[str, list[float]]] = {"vae": {}}
         _check_tensors(self._files["vae"], self._rules["vae"], [])
         if dit_folder.is_dir():
             dit_config = _understood(dit_folder, dit_config_from_published)
@@ -238,7 +240,7 @@ def _write_network(
     (folder / CONFIG).write_text(json.dumps(form.config, indent=2) + "\n")
 
 
-def _understood(folder: Path, understand: Callable) -> object:
+def _understood(folder: Path, understand: Callable[[dict[str, Any]], T]) -> T:
     try:
         return understand(_read_config(folder))
     except PublishedError:

@@ -126,7 +126,8 @@ def write_weights(
 
 
 def _cut(planned: Sequence[PlannedTensor], max_bytes: int) -> list[list[PlannedTensor]]:
-    shards, size = [[]], 0
+    shards: list[list[PlannedTensor]] = [[]]
+    size = 0
     for tensor in planned:
         if shards[-1] and size + tensor.size > max_bytes:
             shards.append([])

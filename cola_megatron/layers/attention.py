@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,6 +14,8 @@ from cola_megatron.layers.norms import LayerNorm, ShardedLayerNorm
 from cola_megatron.layers.rotary import RotaryTable
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.parameters import Initializer
+
+Norm = LayerNorm | ShardedLayerNorm
 
 
 class KeyValueStore(Protocol):
@@ -29,9 +31,16 @@ class KeyValueStore(Protocol):
 class AttentionContext:
     """Where the queries stand and what they see; the same for every layer of a stack. A cache has its own mask."""
 
-    rotary: RotaryTable
+    rotary: RotaryTable | torch.Tensor
+    """What `rotate` of the layers takes: a table, or the phases that `inference.fast_forward` makes of it."""
     mask: AttentionMask
     cache: KeyValueStore | None = None
+
+
+class InContext(Protocol):
+    """A layer whose positions see each other."""
+
+    def __call__(self, x_SBH: torch.Tensor, context: AttentionContext, /) -> torch.Tensor: ...
 
 
 def attend(q_SBAD: torch.Tensor, k_KBAD: torch.Tensor, v_KBAD: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
@@ -49,6 +58,8 @@ class Attention(nn.Module):
         rotate: how channels are paired.
     """
 
+    __call__: InContext
+
     def __init__(
         self,
         hidden_size: int,
@@ -61,7 +72,7 @@ class Attention(nn.Module):
         norm_eps: float | None,
         norm_affine: bool = True,
         norm_whole_width: bool,
-        rotate: Callable[[torch.Tensor, RotaryTable], torch.Tensor],
+        rotate: Callable[[torch.Tensor, Any], torch.Tensor],
         initializer: Initializer,
     ):
         super().__init__()
@@ -72,7 +83,7 @@ class Attention(nn.Module):
         self.query_norm = self.key_norm = None
         if norm_eps is not None:
 
-            def norm() -> nn.Module:
+            def norm() -> Norm:
                 if norm_whole_width:
                     return ShardedLayerNorm(width, norm_eps, groups=groups, affine=norm_affine)
                 # Whole on every rank, but each rank norms its own heads only.
@@ -85,12 +96,12 @@ class Attention(nn.Module):
         """(S, B, H) -> (S, B, H)."""
         qkv = self.qkv(x_SBH)
         q, k, v = qkv.unflatten(-1, (-1, 3, self.head_dim)).unbind(-2)
-        if self.query_norm is not None:
+        if self.query_norm is not None and self.key_norm is not None:
             q, k = self._normed(self.query_norm, q), self._normed(self.key_norm, k)
         q, k = self.rotate(q, context.rotary), self.rotate(k, context.rotary)
         if context.cache is not None:
             return self.output(context.cache.attend(self, q, k, v))
         return self.output(attend(q, k, v, context.mask))
 
-    def _normed(self, norm: nn.Module, x_SBAD: torch.Tensor) -> torch.Tensor:
+    def _normed(self, norm: Norm, x_SBAD: torch.Tensor) -> torch.Tensor:
         return norm(x_SBAD.flatten(2)).view(x_SBAD.shape) if self.norm_whole_width else norm(x_SBAD)

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from cola_megatron.layers.calls import OnTensor
 from cola_megatron.layers.linear import ColumnLinear
 from cola_megatron.parallel import ProcessGroups, mark_parameter
 from cola_megatron.parallel.megatron import VocabParallelEmbedding, vocab_parallel_cross_entropy
@@ -18,6 +19,8 @@ def padded_vocab_size(vocab_size: int, groups: ProcessGroups) -> int:
 class TokenEmbedding(VocabParallelEmbedding):
     """Rows of an embedding table, cut over the vocabulary."""
 
+    __call__: OnTensor
+
     def __init__(self, num_embeddings: int, hidden_size: int, *, groups: ProcessGroups, initializer: Initializer):
         super().__init__(
             padded_vocab_size(num_embeddings, groups),
@@ -31,6 +34,8 @@ class TokenEmbedding(VocabParallelEmbedding):
 
 class VocabularyHead(nn.Module):
     """Linear(H, V) whose rows are cut over the vocabulary; padded rows never win."""
+
+    __call__: OnTensor
 
     def __init__(
         self, hidden_size: int, vocab_size: int, *, groups: ProcessGroups, bias: bool, initializer: Initializer

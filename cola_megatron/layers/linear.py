@@ -4,10 +4,13 @@ Fused projections (q, k, v; value and gate) store their output rows as (groups, 
 contiguous cut over tensor-parallel ranks gives every rank all parts of its own groups.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from cola_megatron.layers import initializers
+from cola_megatron.layers.calls import OnTensor
 from cola_megatron.parallel import ProcessGroups, mark_parameter
 from cola_megatron.parallel.megatron import ColumnParallelLinear, RowParallelLinear
 from cola_megatron.parallel.parameters import Initializer
@@ -21,6 +24,8 @@ class ColumnLinear(ColumnParallelLinear):
         replicated_input: the input is whole on every rank even under sequence parallelism.
         full_output_size: number of real output channels where `output_size` was padded to divide (vocabulary).
     """
+
+    __call__: OnTensor
 
     def __init__(
         self,
@@ -44,13 +49,14 @@ class ColumnLinear(ColumnParallelLinear):
             tp_group=groups.tensor_group,
         )
         mark_parameter(self.weight, initializer, partition_dim=0, full_size=full_output_size)
-        if bias:
+        if self.bias is not None:
             mark_parameter(self.bias, initializers.zeros, partition_dim=0, full_size=full_output_size)
         _keep_extra_state_out_of_the_state_dict(self)
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """(S, B, input) -> (S, B, output / ranks), or the whole output when gathered."""
-        return super().forward(x_SBH.to(self.weight.dtype))[0]
+        output: torch.Tensor = super().forward(x_SBH.to(self.weight.dtype))[0]
+        return output
 
 
 class RowLinear(RowParallelLinear):
@@ -60,6 +66,8 @@ class RowLinear(RowParallelLinear):
         input_is_parallel: the input already holds this rank's channels only; otherwise it is whole and is cut here
             (then it must be whole under sequence parallelism too).
     """
+
+    __call__: OnTensor
 
     def __init__(
         self,
@@ -82,7 +90,7 @@ class RowLinear(RowParallelLinear):
             tp_group=groups.tensor_group,
         )
         mark_parameter(self.weight, initializer, partition_dim=1)
-        if bias:
+        if self.bias is not None:
             mark_parameter(
                 self.bias,
                 initializers.zeros,
@@ -92,13 +100,14 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """(S, B, input on this rank) -> (S, B, output)."""
-        return super().forward(x_SBH.to(self.weight.dtype))[0]
+        output: torch.Tensor = super().forward(x_SBH.to(self.weight.dtype))[0]
+        return output
 
 
 def _keep_extra_state_out_of_the_state_dict(module: nn.Module) -> None:
     """megatron-core writes `_extra_state: None` for Transformer Engine's sake; DeepSpeed's tools choke on it."""
 
-    def drop(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+    def drop(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
         state.pop(f"{prefix}_extra_state", None)
 
     module._register_state_dict_hook(drop)

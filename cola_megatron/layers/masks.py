@@ -68,13 +68,13 @@ def two_copy_mask(
     visible[:clean_length, :clean_length] = clean[None, :] <= clean[:, None]
     visible[clean_length:, :clean_length] = clean[None, :] < block[:, None]
     visible[clean_length:, clean_length:] = block[None, :] == block[:, None]
-    if context_dropped_BN is None and documents_BL is None:
-        return AttentionMask(visible)
     if documents_BL is not None:
         documents_BS = torch.cat((documents_BL[:, :clean_length], documents_BL), dim=1)
         visible = visible & _same(documents_BS, documents_BS)
-    else:
+    elif context_dropped_BN is not None:
         visible = visible.repeat(context_dropped_BN.shape[0], 1, 1)
+    else:
+        return AttentionMask(visible)
     if context_dropped_BN is not None:
         dropped_BL = context_dropped_BN.repeat_interleave(block_size, dim=1)
         visible[:, clean_length:, :clean_length] &= ~dropped_BL[:, :, None]

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from cola_megatron.layers.calls import OnTensor
 from cola_megatron.layers.linear import ColumnLinear, RowLinear
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.parameters import Initializer
@@ -16,6 +17,8 @@ class SwiGLU(nn.Module):
 
     Rows of W_in are stored as (groups, {value, gate}, channels); see `layers/linear.py`.
     """
+
+    __call__: OnTensor
 
     def __init__(
         self,
@@ -40,6 +43,8 @@ class SwiGLU(nn.Module):
 
 class GELUFeedForward(nn.Module):
     """W_out gelu_tanh(W_in x), with biases."""
+
+    __call__: OnTensor
 
     def __init__(self, hidden_size: int, inner_size: int, *, groups: ProcessGroups, initializer: Initializer):
         super().__init__()

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cola_megatron.layers import initializers
+from cola_megatron.layers.calls import OnTensor
 from cola_megatron.parallel import ProcessGroups, mark_parameter
 from cola_megatron.parallel.megatron import (
     copy_to_tensor_model_parallel_region,
@@ -19,6 +20,8 @@ class LayerNorm(nn.Module):
         partial_gradient: each tensor-parallel rank norms a different part of the input. By default that is so exactly
             under sequence parallelism.
     """
+
+    __call__: OnTensor
 
     def __init__(
         self,
@@ -47,6 +50,8 @@ class LayerNorm(nn.Module):
 class ShardedLayerNorm(nn.Module):
     """LayerNorm over channels of which every tensor-parallel rank holds a part: the statistics span the ranks."""
 
+    __call__: OnTensor
+
     def __init__(self, size: int, eps: float, *, groups: ProcessGroups, affine: bool = True):
         super().__init__()
         self.size, self.eps, self.groups = size, eps, groups
@@ -65,7 +70,9 @@ class ShardedLayerNorm(nn.Module):
         centred = x - self._sum_over_ranks(x.sum(-1, keepdim=True)) / self.size
         variance = self._sum_over_ranks(centred.square().sum(-1, keepdim=True)) / self.size
         normed = centred * torch.rsqrt(variance + self.eps)
-        return (normed if self.weight is None else normed * self.weight + self.bias).to(x_SBH.dtype)
+        if self.weight is not None and self.bias is not None:
+            normed = normed * self.weight + self.bias
+        return normed.to(x_SBH.dtype)
 
     def _sum_over_ranks(self, partial: torch.Tensor) -> torch.Tensor:
         # Every rank uses the sum, so its gradient is a sum over the ranks as well.

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cola_megatron.layers import initializers
+from cola_megatron.layers.calls import OnTensor
 from cola_megatron.layers.linear import ColumnLinear
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.megatron import copy_to_tensor_model_parallel_region
@@ -29,6 +30,8 @@ def sinusoid(times_T: torch.Tensor, dim: int) -> torch.Tensor:
 
 class TimeEmbedding(nn.Module):
     """Linear-SiLU-Linear-SiLU-Linear on the sinusoid of 1000 t."""
+
+    __call__: OnTensor
 
     def __init__(self, sinusoid_dim: int, hidden_size: int, *, groups: ProcessGroups):
         super().__init__()
@@ -58,6 +61,8 @@ class Modulation(nn.Module):
 
     `parts` = 2 gives shift and scale, 1 a gate.
     """
+
+    __call__: OnTensor
 
     def __init__(self, hidden_size: int, parts: int, *, groups: ProcessGroups):
         super().__init__()

@@ -7,6 +7,7 @@ from cola_megatron.parallel.parameters import (
     initialize_parameters,
     load_full_state_dict,
     mark_parameter,
+    marks_of,
     sum_partial_gradients,
 )
 from cola_megatron.parallel.peer_watch import PeerWatch, RankLost
@@ -21,5 +22,6 @@ __all__ = [
     "initialize_parameters",
     "load_full_state_dict",
     "mark_parameter",
+    "marks_of",
     "sum_partial_gradients",
 ]

@@ -1,7 +1,7 @@
 """How the ranks act as one: what one of them knows, all must act upon at the same step, or none."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -68,19 +68,20 @@ def together(groups: ProcessGroups, work: Callable[[], T] | None) -> list[T]:
     told = failure
     if failure is not None and not isinstance(failure, UserError):
         told = RankFailed((str(failure) or type(failure).__name__).splitlines()[0])
-    answers = [None] * groups.world_size if groups.is_main else None
-    dist.gather_object((result, told), answers)
-    first = [next((told for _, told in answers if told is not None), None)] if groups.is_main else [None]
+    # Empty but on the main process, where `gather_object` fills it.
+    answers: list[Any] = [None] * groups.world_size if groups.is_main else []
+    dist.gather_object((result, told), answers if groups.is_main else None)
+    first = [next((told for _, told in answers if told is not None), None)]
     dist.broadcast_object_list(first)
     if failure is not None and told is not failure:
         raise failure
     if first[0] is not None:
         raise first[0]
-    return [result for result, _ in answers] if groups.is_main else []
+    return [result for result, _ in answers]
 
 
 def from_main(groups: ProcessGroups, work: Callable[[], T]) -> T:
     """What `work` returns on the main process, on every rank; raises like `together`."""
-    answer = together(groups, work if groups.is_main else None)[:1] or [None]
+    answer: list[Any] = together(groups, work if groups.is_main else None)[:1] or [None]
     dist.broadcast_object_list(answer)
     return answer[0]

@@ -12,27 +12,31 @@ knows; with CUDA present it changes nothing. What is replaced, and why:
 import importlib
 import logging
 import os
+from typing import Any
 
 import torch
+
+# Modules that are written to, here and where importlib gives them: no checker can know what is put into them.
+cuda: Any = torch.cuda
 
 
 def use_cpu_where_there_is_no_cuda() -> None:
     """Prepares both libraries for a machine without CUDA; call it before either is imported. Idempotent."""
-    if torch.cuda.is_available() or getattr(torch.cuda, "_cola_cpu_backend", False):
+    if torch.cuda.is_available() or getattr(cuda, "_cola_cpu_backend", False):
         return
-    torch.cuda._cola_cpu_backend = True
+    cuda._cola_cpu_backend = True
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     _route_cuda_calls_to_cpu()
     _decline_shared_memory_collective()
 
 
 def _route_cuda_calls_to_cpu() -> None:
-    torch.cuda.current_device = lambda: torch.device("cpu")
-    torch.cuda.synchronize = lambda *args, **kwargs: None
-    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed)) and None
-    torch.cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed)) and None
+    cuda.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
     # It warns on every recomputation that the CPU state changed: here that is what it is for.
@@ -41,5 +45,5 @@ def _route_cuda_calls_to_cpu() -> None:
 
 def _decline_shared_memory_collective() -> None:
     # importlib, because `import deepspeed.comm.torch as x` would bind torch itself.
-    backend = importlib.import_module("deepspeed.comm.torch")
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
     backend.build_shm_op = lambda: None

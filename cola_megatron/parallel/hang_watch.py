@@ -38,10 +38,10 @@ class HangWatch:
 
     def __enter__(self) -> "HangWatch":
         # `kill -USR2` shows where a slow job is, and the job goes on.
-        faulthandler.register(signal.SIGUSR2, file=sys.__stderr__, all_threads=True)
+        faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
         self.progress()
         if self.seconds is not None:
-            threading.Thread(target=self._watch, name="hang watch", daemon=True).start()
+            threading.Thread(target=self._watch, args=(self.seconds,), name="hang watch", daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -62,11 +62,11 @@ class HangWatch:
             faulthandler.dump_traceback(file, all_threads=True)
         return folder
 
-    def _watch(self) -> None:
-        pause = min(1.0, self.seconds / 10)
+    def _watch(self, seconds: float) -> None:
+        pause = min(1.0, seconds / 10)
         while not self._out.wait(pause):
             silent = time.monotonic() - self._last
-            if silent > self.seconds:
+            if silent > seconds:
                 self._end(silent)
                 return
 

@@ -2,8 +2,10 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -46,7 +48,8 @@ class Board:
 
     def __init__(self, name: str, timeout: float):
         # A connection of its own: the default store's would wait behind whatever the main thread waits for.
-        store = dist.distributed_c10d._get_default_store().clone()
+        default: Any = dist.distributed_c10d._get_default_store()  # torch's stubs know no `clone`
+        store = default.clone()
         store.set_timeout(timedelta(seconds=timeout))
         self._store = dist.PrefixStore(name, store)
 
@@ -59,7 +62,7 @@ class Board:
         """Writes a rank's heartbeat; it has arrived when a later `read` returns."""
         self._store.set(_key(beat.rank), json.dumps(asdict(beat)))
 
-    def read(self, ranks: list[int]) -> tuple[str | None, dict[int, bytes]]:
+    def read(self, ranks: Sequence[int]) -> tuple[str | None, dict[int, bytes]]:
         """The verdict if there is one, and the heartbeats of `ranks` as written, in one request."""
         verdict, *beats = self._store.multi_get(["verdict", *map(_key, ranks)])
         return None if verdict == _NOTHING_YET else verdict.decode(), dict(zip(ranks, beats, strict=True))

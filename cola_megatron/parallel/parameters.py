@@ -6,6 +6,7 @@ A parameter says of itself how it is cut (`partition_dim`, or None when every ra
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,16 @@ from torch import nn
 from cola_megatron.parallel.groups import ProcessGroups
 
 Initializer = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ParameterMarks:
+    """What `mark_parameter` notes on a parameter."""
+
+    initializer: Initializer
+    partition_dim: int | None
+    full_size: int | None
+    partial_gradient: bool
 
 
 def mark_parameter(
@@ -32,27 +43,37 @@ def mark_parameter(
         partial_gradient: a replicated parameter whose gradient on one rank is a partial sum over the tensor-parallel
             ranks (each saw its own part of the sequence, or its own heads).
     """
-    parameter.initializer = initializer
-    parameter.partition_dim = -1 if partition_dim is None else partition_dim
-    parameter.tensor_model_parallel = partition_dim is not None
-    parameter.full_size = full_size
-    parameter.partial_gradient = partial_gradient
+    vars(parameter).update(
+        marks=ParameterMarks(initializer, partition_dim, full_size, partial_gradient),
+        # What megatron-core sets and DeepSpeed reads, when it counts a parameter of several ranks once.
+        tensor_model_parallel=partition_dim is not None,
+        partition_dim=-1 if partition_dim is None else partition_dim,
+    )
+
+
+def marks_of(parameter: nn.Parameter) -> ParameterMarks:
+    """What was noted on a parameter; every parameter of a model has been marked."""
+    marks = vars(parameter).get("marks")
+    if not isinstance(marks, ParameterMarks):
+        raise TypeError(f"a parameter of shape {tuple(parameter.shape)} was not marked: its layer calls mark_parameter")
+    return marks
 
 
 def full_shape(parameter: nn.Parameter, groups: ProcessGroups) -> torch.Size:
     """Shape of the whole tensor of which `parameter` is this rank's part."""
     shape = list(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO 3 keeps the true shape beside an empty tensor
-    if parameter.tensor_model_parallel:
-        dim = parameter.partition_dim
-        shape[dim] = parameter.full_size or shape[dim] * groups.tensor_parallel_size
+    marks = marks_of(parameter)
+    if marks.partition_dim is not None:
+        shape[marks.partition_dim] = marks.full_size or shape[marks.partition_dim] * groups.tensor_parallel_size
     return torch.Size(shape)
 
 
 def shard_of(whole: torch.Tensor, parameter: nn.Parameter, groups: ProcessGroups) -> torch.Tensor:
     """This rank's part of a whole tensor; rows beyond `full_size` are zero."""
-    if not parameter.tensor_model_parallel:
+    dim = marks_of(parameter).partition_dim
+    if dim is None:
         return whole
-    dim, part = parameter.partition_dim, parameter.shape[parameter.partition_dim]
+    part = parameter.shape[dim]
     start = groups.tensor_parallel_rank * part
     length = max(0, min(part, whole.shape[dim] - start))
     piece = whole.narrow(dim, min(start, whole.shape[dim]), length)
@@ -74,7 +95,7 @@ def sum_partial_gradients(module: nn.Module, groups: ProcessGroups) -> None:
         return total
 
     for parameter in module.parameters():
-        if parameter.partial_gradient and parameter.requires_grad:
+        if marks_of(parameter).partial_gradient and parameter.requires_grad:
             parameter.register_hook(summed)
 
 
@@ -84,7 +105,7 @@ def initialize_parameters(module: nn.Module, seed: int, groups: ProcessGroups) -
     for name, parameter in module.named_parameters():
         digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        whole = parameter.initializer(torch.empty(full_shape(parameter, groups)), generator)
+        whole = marks_of(parameter).initializer(torch.empty(full_shape(parameter, groups)), generator)
         parameter.copy_(shard_of(whole, parameter, groups))
 
 
@@ -122,12 +143,13 @@ def gather_state_dict(
     whole = {}
     for name, parameter in module.named_parameters():
         piece = values(parameter).detach().float()
-        if parameter.tensor_model_parallel and groups.tensor_parallel_size > 1:
+        marks = marks_of(parameter)
+        if marks.partition_dim is not None and groups.tensor_parallel_size > 1:
             pieces = [torch.empty_like(piece) for _ in range(groups.tensor_parallel_size)]
             dist.all_gather(pieces, piece.contiguous(), group=groups.tensor_group)
-            piece = torch.cat(pieces, dim=parameter.partition_dim)
-            if parameter.full_size is not None:
-                piece = piece.narrow(parameter.partition_dim, 0, parameter.full_size)
+            piece = torch.cat(pieces, dim=marks.partition_dim)
+            if marks.full_size is not None:
+                piece = piece.narrow(marks.partition_dim, 0, marks.full_size)
         if keep:
             whole[name] = piece.cpu()
     return whole

@@ -180,7 +180,7 @@ class PeerWatch:
         for rank in self._ends.ended():
             _, newest = self._board.read([rank])  # again: it may have been done, and ended, since
             beat = Heartbeat.read(newest[rank])
-            if not beat.done:
+            if beat is not None and not beat.done:  # it was followed from its first heartbeat on
                 self._accuse(self._died(beat))
         for beat in self._silence.longer_than(self.timeout):
             self._accuse(

@@ -88,9 +88,9 @@ class Neighbours:
             ]
         if operations:
             works = dist.batch_isend_irecv(operations)
-            self._wait(works, sends, receives=len(operations) - len(sends))
+            self._wait(works, [tensor for tensor, _ in sends], receives=len(operations) - len(sends))
         for name, tensor in taken.items():
-            tensor.requires_grad_(self.forms_taken[name].requires_grad)
+            tensor.requires_grad_((self.forms_taken or {})[name].requires_grad)
         return taken, got_back
 
     def finish(self) -> None:
@@ -99,19 +99,18 @@ class Neighbours:
             work.wait()
         self._sending.clear()
 
-    def _wait(self, works: list[dist.Work], sends: list[tuple[torch.Tensor, int]], receives: int) -> None:
+    def _wait(self, works: list[dist.Work], sends: list[torch.Tensor], receives: int) -> None:
         """Waits for what comes; what only leaves is held until it has left.
 
         gloo answers with one work for each operation, in order; nccl with one for all of them, and waiting for it
         holds up its stream and not the processor.
         """
         self._sending = [(work, tensors) for work, tensors in self._sending if not work.is_completed()]
-        tensors = [tensor for tensor, _ in sends]
         if len(works) == len(sends) + receives:
-            self._sending += [(work, [tensor]) for work, tensor in zip(works, tensors, strict=False)]
+            self._sending += [(work, [tensor]) for work, tensor in zip(works, sends, strict=False)]
             works = works[len(sends) :]
         elif not receives:
-            self._sending += [(work, tensors) for work in works]
+            self._sending += [(work, sends) for work in works]
             works = []
         for work in works:
             work.wait()
@@ -129,7 +128,7 @@ class Neighbours:
         return box[0]
 
     def _space(self, forms: Mapping[str, _Form] | None, names: tuple[str, ...]) -> Tensors:
-        return {name: forms[name].empty(self.groups.device) for name in names}
+        return {name: (forms or {})[name].empty(self.groups.device) for name in names}
 
     @staticmethod
     def _differentiable(forms: Mapping[str, _Form] | None) -> tuple[str, ...]:
@@ -149,7 +148,8 @@ def one_forward_one_backward(
         backward: (taken, handed on, gradients of what was handed on) of the oldest micro-batch whose backward pass
             is still to come -> gradients of what was taken.
     """
-    groups, in_flight = neighbours.groups, deque()
+    groups = neighbours.groups
+    in_flight: deque[tuple[Tensors, Tensors]] = deque()
     ahead = min(groups.pipeline_parallel_size - 1 - groups.pipeline_parallel_rank, micro_batches)
 
     def run_forward(taken: Tensors) -> Tensors:

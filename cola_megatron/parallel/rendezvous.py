@@ -41,7 +41,10 @@ def place_from_srun(environment: Mapping[str, str]) -> dict[str, str]:
 def tasks_of_node(written: str, node: int) -> int:
     """Tasks of a node out of Slurm's short form: `8(x4),4` is 8 on four nodes and 4 on the fifth."""
     for part in written.split(","):
-        tasks, _, nodes = re.fullmatch(r"(\d+)(\(x(\d+)\))?", part).groups()
+        match = re.fullmatch(r"(\d+)(\(x(\d+)\))?", part)
+        if match is None:
+            raise ValueError(f"{written} is not how Slurm writes the tasks of nodes")
+        tasks, _, nodes = match.groups()
         node -= int(nodes or 1)
         if node < 0:
             return int(tasks)

@@ -35,7 +35,7 @@ class Fragment(NamedTuple):
     """First element, in the flattened parameter."""
     flat: torch.Tensor
     flat_start: int
-    count: int
+    length: int
 
 
 class DeepSpeedChanged(UserError):
@@ -87,9 +87,9 @@ class ZeroOptimizer:
         if self.stage == 3:
             group, flat_start, part = zero.grad_position[zero.get_param_id(parameter)]
             start = groups.data_parallel_rank * part
-            count = max(0, min(part, parameter.ds_numel - start))  # the parts are padded to one size
+            count = max(0, min(part, deepspeeds(parameter).ds_numel - start))  # the parts are padded to one size
             return Fragment(start, zero.fp32_partitioned_groups_flat[group], flat_start, count)
-        mapping = parameter._hp_mapping
+        mapping = deepspeeds(parameter)._hp_mapping
         if mapping is None:
             return None
         here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
@@ -130,7 +130,7 @@ class ZeroOptimizer:
             if self.stage == 0:
                 parameter.grad = torch.zeros_like(parameter)
             else:
-                safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor, dtype=torch.float32))
+                safe_set_local_grad(parameter, torch.zeros_like(deepspeeds(parameter).ds_tensor, dtype=torch.float32))
 
     def _ask_before_updates(self) -> None:
         """Has ZeRO leave out an update that is refused, as it does by itself where the norm is not a number.
@@ -177,6 +177,11 @@ class ZeroOptimizer:
         norm = get_global_norm_of_tensors(gradients, mpu=zero.mpu, norm_type=zero.norm_type)
         refused = self._refuses_deepspeeds(norm)
         return ([torch.full((1,), math.nan, device=self.groups.device)] if refused else gradients), of_experts
+
+
+def deepspeeds(parameter: nn.Parameter) -> Any:
+    """The parameter with the attributes that DeepSpeed puts on it, of which no stub knows."""
+    return parameter
 
 
 def changed(what: str) -> DeepSpeedChanged:

@@ -11,13 +11,21 @@ import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import psutil
 
 from cola_megatron.records.progress import read_progress
 
 ATTEMPTS = "attempts.jsonl"
+
+
+class Goodput(TypedDict, total=False):
+    """Of the main process; elsewhere nothing is known of it."""
+
+    restarts: int
+    lost_steps: int
+    goodput: float
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Accounts:
     """Seconds for which the earlier starts held their machines, until their last sign of life."""
     began: float
 
-    def metrics(self, seconds: float) -> dict[str, float]:
+    def metrics(self, seconds: float) -> Goodput:
         """For a record of metrics.jsonl; `seconds` is the time in what counts, over all starts."""
         held = self.held_before + max(time.time() - self.began, 1e-9)
         goodput = min(1.0, seconds / held)

@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 from cola_megatron.config import ConfigError, RunConfig
@@ -23,7 +24,7 @@ class MetricsLog:
         self.file = self.path.open("a", buffering=1)  # a line is on its way to the disk when it ends
         self.wandb = _start_wandb(config)
 
-    def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+    def write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
         """Records the values of a finished step (counted from 1)."""
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         if self.wandb is not None:

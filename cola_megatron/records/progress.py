@@ -37,7 +37,8 @@ class ProgressFile:
 
     def __init__(self, run_folder: Path, step: int, steps: int):
         self._path = run_folder / PROGRESS
-        self._last, self._stepped = 0.0, None
+        self._last = 0.0
+        self._stepped: float | None = None
         job, host = os.environ.get("SLURM_JOB_ID"), socket.gethostname()
         self.progress = Progress(step, steps, "starting", job=job, host=host)
         self.write("starting")

@@ -2,13 +2,14 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from tqdm import tqdm
 
 from cola_megatron.config import RunConfig
 from cola_megatron.parallel import ProcessGroups
-from cola_megatron.records.goodput import Accounts, begin_attempt
+from cola_megatron.records.goodput import Accounts, Goodput, begin_attempt
 from cola_megatron.records.metrics import MetricsLog
 from cola_megatron.records.progress import ProgressFile
 from cola_megatron.records.run_folder import record_start
@@ -39,7 +40,7 @@ class RunRecorder:
         if self._lines:
             print(f"step {step:,} of {self._steps:,}: {said}", file=sys.stderr, flush=True)
 
-    def record(self, kind: str, step: int, values: dict[str, float]) -> None:
+    def record(self, kind: str, step: int, values: Mapping[str, object]) -> None:
         """Records anything else."""
         self._log.write(kind, step, values)
 
@@ -47,7 +48,7 @@ class RunRecorder:
         """What the run does from now on, for progress.json."""
         self._progress.write(state)
 
-    def goodput(self, seconds: float) -> dict[str, float]:
+    def goodput(self, seconds: float) -> Goodput:
         """Restarts, lost steps and goodput so far."""
         return self._accounts.metrics(seconds)
 
@@ -63,12 +64,12 @@ class _NoRecorder(RunRecorder):
     def __init__(self) -> None:
         pass
 
-    def _nothing(self, *arguments: object) -> None:
+    def _nothing(self, *arguments: Any, **named: Any) -> None:
         return None
 
     stepped = train = record = state = close = _nothing
 
-    def goodput(self, seconds: float) -> dict[str, float]:
+    def goodput(self, seconds: float) -> Goodput:
         return {}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -13,7 +14,7 @@ __all__ = ["DOTS_PER_INCH", "WIDTH_INCHES", "NothingToPlot", "styled"]
 WIDTH_INCHES = 6.4
 DOTS_PER_INCH = 200
 
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib's stubs name every key that there is
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.titlesize": 10,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,12 @@ ACCURACY_AT = (
 MEDIAN_OVER = 25
 """At most this many records go into one point of a running median."""
 LATENT_SAMPLES = 3
-_CONSTANT_PREDICTOR = {"color": "black", "linestyle": "--", "linewidth": 1.4, "label": "constant predictor"}
+_CONSTANT_PREDICTOR: dict[str, Any] = {
+    "color": "black",
+    "linestyle": "--",
+    "linewidth": 1.4,
+    "label": "constant predictor",
+}
 _BIN = re.compile(r"flow_matching_loss_bin_(\d+)")
 
 
@@ -95,16 +101,16 @@ def reconstruction_accuracy(stage_one: Records, stage_two: Records) -> Figure:
         NothingToPlot: neither stage has measured it.
     """
     figure, panels = _stage_panels(stage_one, stage_two, "evaluation", "reconstruction_accuracy")
-    for records, axes in panels:
+    for records, (axes,) in panels:
         for key, label, colour, line_style, marker in ACCURACY_AT:
             steps, values = _series(records, "evaluation", key)
             if steps.size:
                 axes.plot(steps, values, color=colour, linestyle=line_style, marker=marker, label=label)
         axes.set_ylim(0, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    panels[0][1].set_ylabel("Tokens reconstructed")
-    named = {line.get_label(): line for _, axes in panels for line in axes.lines}
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=len(named))
+    panels[0][1][0].set_ylabel("Tokens reconstructed")
+    named = {str(line.get_label()): line for _, (axes,) in panels for line in axes.lines}
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=len(named))
     return figure
 
 
@@ -170,9 +176,9 @@ def vae_logsnr(stage_one: Records, stage_two: Records) -> Figure:
         NothingToPlot: neither stage has measured it (a deterministic encoder has no noise).
     """
     figure, panels = _stage_panels(stage_one, stage_two, "evaluation", "vae_logsnr")
-    for records, axes in panels:
+    for records, (axes,) in panels:
         axes.plot(*_series(records, "evaluation", "vae_logsnr"), color=KL, marker="o")
-    panels[0][1].set_ylabel("VAE logSNR [nats]")
+    panels[0][1][0].set_ylabel("VAE logSNR [nats]")
     return figure
 
 
@@ -184,16 +190,16 @@ def speed_and_learning_rate(stage_one: Records, stage_two: Records) -> Figure:
         NothingToPlot: neither stage has training records.
     """
     figure, panels = _stage_panels(stage_one, stage_two, "train", "tokens_per_second", "learning_rate")
-    for records, speed_axes, rate_axes in panels:
+    for records, (speed_axes, rate_axes) in panels:
         _training(speed_axes, records, "tokens_per_second", "tokens per second", OTHER, "-")
         speed_axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         steps, rates = _series(records, "train", "learning_rate")
         rate_axes.plot(steps, rates, color=OTHER, marker="." if steps.size == 1 else None)
         rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
-    for axes in panels[0][1:]:
+    for axes in panels[0][1]:
         axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # last, for it fixes the top of the whole row
-    panels[0][1].set_ylabel("Tokens/s")
-    panels[0][2].set_ylabel("Learning rate")
+    panels[0][1][0].set_ylabel("Tokens/s")
+    panels[0][1][1].set_ylabel("Learning rate")
     return figure
 
 
@@ -253,8 +259,8 @@ def _panels(records: Records, stage: str, count: int) -> tuple[Figure, Sequence[
 
 def _stage_panels(
     stage_one: Records, stage_two: Records, kind: str, *keys: str
-) -> tuple[Figure, list[tuple[Records | Axes, ...]]]:
-    """A column for each stage that has `keys[0]`, a row for each key: [(records, axes of key 0, ...), ...]."""
+) -> tuple[Figure, list[tuple[Records, list[Axes]]]]:
+    """A column for each stage that has `keys[0]`, a row for each key: [(records, [axes of key 0, ...]), ...]."""
     stages = [
         (title, records)
         for title, records in zip(STAGES, (stage_one, stage_two), strict=True)
@@ -268,7 +274,7 @@ def _stage_panels(
     for (title, _), column in zip(stages, grid.T, strict=True):
         column[0].set_title(title)
         _step_axis(column[-1])
-    return figure, [(records, *column) for (_, records), column in zip(stages, grid.T, strict=True)]
+    return figure, [(records, list(column)) for (_, records), column in zip(stages, grid.T, strict=True)]
 
 
 def _step_axis(axes: Axes) -> None:

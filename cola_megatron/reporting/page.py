@@ -74,6 +74,7 @@ class _Picture:
 
     @property
     def base64(self) -> str:
+        assert self.png is not None, "asked for where it was drawn"
         return base64.b64encode(self.png).decode()
 
 

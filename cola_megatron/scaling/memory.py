@@ -181,7 +181,8 @@ def _reduction_copies(config: RunConfig, parts: Sequence[Part]) -> float:
     vectors = 1.0  # next to the matrices they have no size, but they are there
     rounded = 2 if config.parallel.gradient_reduction == "bf16" else 0
     tensors = [*([vectors, vae] if vae else []), *([dit, vectors] if dit else [])]
-    largest, joined = 0.0, []
+    largest = 0.0
+    joined: list[float] = []
     for size in [*tensors, float("inf")]:
         if sum(joined) > JOINED_REDUCTION or size == float("inf"):
             largest = max(largest, sum(joined) * (rounded + (FLOAT32 if len(joined) > 1 else 0)))

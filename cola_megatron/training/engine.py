@@ -6,12 +6,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
 
 from cola_megatron.checkpoint.pieces import frozen_weights
 from cola_megatron.config import RunConfig
+from cola_megatron.models.cola import Cola
 from cola_megatron.models.steps import Stage
-from cola_megatron.parallel import ProcessGroups, sum_partial_gradients
+from cola_megatron.parallel import ProcessGroups, marks_of, sum_partial_gradients
 from cola_megatron.parallel.deepspeed_grid import DeepSpeedGrid
 from cola_megatron.parallel.pipeline import Neighbours, SeedGradients, Tensors, one_forward_one_backward
 from cola_megatron.parallel.zero_optimizer import ZeroOptimizer
@@ -25,7 +25,7 @@ class Engine:
     The model must hold its starting weights, in float32 and on the device, when the engine takes it over.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig, groups: ProcessGroups):
+    def __init__(self, model: Cola, config: RunConfig, groups: ProcessGroups):
         import deepspeed  # slow to import, and only training needs it
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -48,7 +48,7 @@ class Engine:
         )
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> Cola:
         """The model, with its parameters in compute precision."""
         return self.deepspeed.module
 
@@ -105,7 +105,7 @@ class Engine:
 
         def accepts_norm(norm: float) -> bool:
             metrics["gradient_norm"] = norm
-            return accepts({**metrics, "learning_rate": rate})
+            return accepts is None or accepts({**metrics, "learning_rate": rate})
 
         self.optimizer.ask_before_update(accepts_norm if accepts is not None else None)
         if self.config.parallel.zero_stage == 0:
@@ -122,16 +122,17 @@ class Engine:
 
     def _update_without_zero(self) -> float:
         """Clips and updates where there is no ZeRO; returns the norm before."""
-        norm, adam = self._clip_without_zero(), self.optimizer.adam
+        norm = self._clip_without_zero()
         if not self.optimizer.refuses(norm):
             self.deepspeed.step()
             return norm
         self.skipped_updates += 1
-        adam.step = lambda *arguments, **options: None  # DeepSpeed still counts the step and clears the gradients
+        adam = vars(self.optimizer.adam)
+        adam["step"] = lambda *arguments, **options: None  # DeepSpeed still counts the step and clears the gradients
         try:
             self.deepspeed.step()
         finally:
-            del adam.step
+            del adam["step"]
         return norm
 
     def _neighbours(self, stage: Stage) -> Neighbours:
@@ -153,7 +154,7 @@ class Engine:
         gradients = [(parameter, parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
         squares = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         for parameter, gradient in gradients:
-            if parameter.tensor_model_parallel or self.groups.tensor_parallel_rank == 0:
+            if marks_of(parameter).partition_dim is not None or self.groups.tensor_parallel_rank == 0:
                 squares += gradient.square().sum()
         torch.distributed.all_reduce(squares, group=self.groups.replica_group)
         norm = float(squares.sqrt())

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Collection, Generator, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,8 @@ class BatchLoader(Iterator[dict[str, torch.Tensor]]):
         workers = training.loader_workers
         self._batches, self._groups = batches, groups
         self._waited, self._delivered = 0.0, 0
-        self._skipped, self._bad_shards, self._named = 0, {}, set(known_bad)
+        self._skipped, self._named = 0, set(known_bad)
+        self._bad_shards: dict[str, str] = {}
         loader = DataLoader(
             _ErrorsAsItems(batches),
             batch_size=None,
@@ -102,7 +104,7 @@ class BatchLoader(Iterator[dict[str, torch.Tensor]]):
 
     def _warn_of_bad_shards(self) -> None:
         """Names each shard once in the output of the job; all ranks call it."""
-        of_ranks = [{}] * self._groups.world_size
+        of_ranks: list[dict[str, str]] = [{}] * self._groups.world_size
         dist.all_gather_object(of_ranks, self._bad_shards)
         for shard, problem in {shard: problem for bad in of_ranks for shard, problem in bad.items()}.items():
             if shard not in self._named and self._groups.is_main:
@@ -112,7 +114,7 @@ class BatchLoader(Iterator[dict[str, torch.Tensor]]):
 
 def _items(loader: DataLoader) -> Generator[MicroBatch | UserError, None, None]:
     """The items of a loader, whose processes start with the first request and end with the last or a `close`."""
-    iterator = iter(loader)
+    iterator: Any = iter(loader)  # torch does not tell what kind it is: one with processes, or one without
     try:
         yield from iterator
     finally:

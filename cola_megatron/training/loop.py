@@ -116,7 +116,8 @@ class _Run:
         hang: HangWatch,
         divergence: Divergence,
     ):
-        self.divergence, self.bad_step = divergence, None
+        self.divergence = divergence
+        self.bad_step: int | None = None
         self.roll_backs = read_roll_backs(config.run_folder)
         self.config, self.groups, self.engine = config, groups, engine
         self.train_shards, self.held_out_shards = train_shards, held_out_shards
@@ -177,7 +178,7 @@ class _Run:
             if self.saved_at != self.step and self.bad_step is None:
                 self._save()
         if self.bad_step is not None:
-            from_main(groups, self._note_roll_back)
+            from_main(groups, functools.partial(self._note_roll_back, self.bad_step))
             return None
         return self._finish()
 
@@ -225,11 +226,11 @@ class _Run:
                 "training.divergence, or start again under another name= with a lower training.optimizer.learning_rate"
             )
 
-    def _note_roll_back(self) -> None:
+    def _note_roll_back(self, bad_step: int) -> None:
         folders = step_folders(self.config.run_folder)
         to = step_of(folders[-1]) if folders else 0
-        add_roll_back(self.config.run_folder, self.bad_step, to)
-        logger.warning("back to step %d; the %d batches from there are left out", to, self.bad_step - to)
+        add_roll_back(self.config.run_folder, bad_step, to)
+        logger.warning("back to step %d; the %d batches from there are left out", to, bad_step - to)
 
     def _measure_if_due(self) -> None:
         training = self.config.training

@@ -35,7 +35,7 @@ def load_starting_weights(model: Cola, config: RunConfig, groups: ProcessGroups)
     if isinstance(source, CheckpointModel):
         _check_finished(config, source)
     _check_same(config, source)
-    networks = [(model.vae, "vae."), (model.reference, "vae.encoder.")]
+    networks: list[tuple[nn.Module | None, str]] = [(model.vae, "vae."), (model.reference, "vae.encoder.")]
     if source.has_prior:
         networks.append((model.dit, "dit."))
     for module, prefix in networks:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from data_prep.clean.rules import LanguageRule, LengthRule, LineRule, Removed, Rule, UnicodeRule, URLRule
 from data_prep.clean.settings import CleaningSettings
 from data_prep.documents import Document
@@ -82,5 +84,6 @@ def _published_rules(settings: CleaningSettings) -> dict[str, Rule]:
     from data_prep.clean.words import word_tokenizer
 
     words = word_tokenizer(settings.word_language)
-    makers = dict(zip(sections, (c4_rule, fineweb_rule, gopher_quality_rule, RepetitionRule), strict=True))
-    return {section: makers[section](getattr(settings, section), words) for section in wanted}
+    makers: tuple[Callable[..., Rule], ...] = (c4_rule, fineweb_rule, gopher_quality_rule, RepetitionRule)
+    maker_of = dict(zip(sections, makers, strict=True))
+    return {section: maker_of[section](getattr(settings, section), words) for section in wanted}

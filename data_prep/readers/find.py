@@ -93,8 +93,8 @@ def _matching_files(store: Store, pattern: str, wanted: str) -> list[tuple[str, 
             found |= dict(_files_in_folder(store, location, wanted))
         elif wanted not in ("auto", "huggingface"):
             found[location] = wanted
-        elif format_of(location) in _formats(wanted):
-            found[location] = format_of(location)
+        elif (format := format_of(location)) is not None and format in _formats(wanted):
+            found[location] = format
     return sorted(found.items())
 
 

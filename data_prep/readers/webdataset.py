@@ -88,8 +88,7 @@ def _fields(sample: _Sample, source: SourceSettings) -> dict[str, Any]:
     """The fields in use, and the names of the members beside them."""
     fields: dict[str, Any] = dict.fromkeys(sample.names)
     for name in (source.text_field, source.url_field):
-        content = None if name is None else sample.contents.get(_extension(name))
-        if content is None:
+        if name is None or (content := sample.contents.get(_extension(name))) is None:
             continue
         if _extension(name) == name:
             fields[name] = decode(content)

@@ -74,7 +74,7 @@ class Pipeline:
 
     def dry_run(self) -> str:
         """All scripts, one after another."""
-        texts = []
+        texts: list[str] = []
         if self.recipe is not None:
             plan = make_plan(self.recipe)
             texts += prep_slurm.scripts(plan, work_folder_of(self.recipe.output), self._arrays()).values()
