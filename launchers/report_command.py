@@ -25,7 +25,8 @@ def report(
     Example: `cola report runs/first/stage2 --export runs/first/export`
     """
     from cola_megatron import ColaDLM
-    from cola_megatron.checkpoint.checkpoint import read_config, require_checkpoint
+    from cola_megatron.checkpoint.find import require_checkpoint
+    from cola_megatron.checkpoint.state_file import read_config
     from cola_megatron.config import ConfigError
     from cola_megatron.held_out.measure_checkpoint import measure_checkpoint
     from cola_megatron.records.run_folder import CONFIG, SUMMARY

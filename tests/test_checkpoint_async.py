@@ -15,8 +15,10 @@ import pytest
 
 from cola_megatron.checkpoint import folder as checkpoints_folder
 from cola_megatron.checkpoint import writer as checkpoint_writer
-from cola_megatron.checkpoint.checkpoint import newest_checkpoint, read_weights, require_checkpoint
-from cola_megatron.checkpoint.sharded_tensors import CheckpointError, DamagedCheckpoint, write_pieces
+from cola_megatron.checkpoint.errors import CheckpointError, DamagedCheckpoint
+from cola_megatron.checkpoint.find import newest_checkpoint, require_checkpoint
+from cola_megatron.checkpoint.load import read_weights
+from cola_megatron.checkpoint.sharded_tensors import write_pieces
 from cola_megatron.checkpoint.writer import Saved
 from cola_megatron.config import RunConfig, load_config
 from cola_megatron.records.metrics import read_metrics

@@ -10,16 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cola_megatron.checkpoint.checkpoint import (
-    CheckpointError,
-    load_optimizer,
-    load_weights,
-    newest_checkpoint,
-    read_state,
-    read_weights,
-)
+from cola_megatron.checkpoint.errors import CheckpointError
+from cola_megatron.checkpoint.find import newest_checkpoint
+from cola_megatron.checkpoint.load import load_optimizer, load_weights, read_weights
 from cola_megatron.checkpoint.reshard import reshard
 from cola_megatron.checkpoint.sharded_tensors import StoredTensors
+from cola_megatron.checkpoint.state_file import read_state
 from cola_megatron.checkpoint.writer import save_checkpoint
 from cola_megatron.config import RunConfig, load_config
 from cola_megatron.errors import UserError

@@ -9,7 +9,8 @@ import torch
 from typer.testing import CliRunner
 
 from cola_megatron import ColaDLM
-from cola_megatron.checkpoint.checkpoint import newest_checkpoint, read_weights
+from cola_megatron.checkpoint.find import newest_checkpoint
+from cola_megatron.checkpoint.load import read_weights
 from cola_megatron.config import ConfigError
 from cola_megatron.errors import UserError
 from cola_megatron.training.loop import train

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from cola_megatron.checkpoint.checkpoint import newest_checkpoint
+from cola_megatron.checkpoint.find import newest_checkpoint
 from cola_megatron.interop.export_checkpoint import export_checkpoint
 from cola_megatron.interop.import_published import import_published
 from cola_megatron.training.loop import train

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from cola_megatron.checkpoint.checkpoint import CheckpointError
+from cola_megatron.checkpoint.errors import CheckpointError
 from cola_megatron.config import RunConfig, load_config
 from cola_megatron.data import ShardError, TokenShards
 from cola_megatron.errors import UserError

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cola_megatron.checkpoint.checkpoint import newest_checkpoint, read_state, read_weights
+from cola_megatron.checkpoint.find import newest_checkpoint
+from cola_megatron.checkpoint.load import read_weights
+from cola_megatron.checkpoint.state_file import read_state
 from cola_megatron.config import RunConfig
 from cola_megatron.config.training import DivergenceConfig
 from cola_megatron.data import TokenShards, training_samples

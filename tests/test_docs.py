@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from cola_megatron.checkpoint.checkpoint import FREE_KEYS
+from cola_megatron.checkpoint.compatible import FREE_KEYS
 from cola_megatron.config import Section
 from cola_megatron.config.facts import OURS, Origin
 from cola_megatron.config.types import Int

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cola_megatron.checkpoint.checkpoint import read_state, read_weights
+from cola_megatron.checkpoint.load import read_weights
 from cola_megatron.checkpoint.reshard import reshard
+from cola_megatron.checkpoint.state_file import read_state
 from cola_megatron.compare_models import compare_models
 from cola_megatron.config import ConfigError
 from cola_megatron.interface import ColaDLM

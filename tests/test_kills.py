@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cola_megatron.checkpoint.checkpoint import CheckpointError, newest_checkpoint, read_weights
+from cola_megatron.checkpoint.errors import CheckpointError
+from cola_megatron.checkpoint.find import newest_checkpoint
+from cola_megatron.checkpoint.load import read_weights
 from cola_megatron.config import RunConfig, dump_config
 from cola_megatron.errors import ExitCode
 from cola_megatron.records.metrics import read_metrics

@@ -9,8 +9,10 @@ import pytest
 from safetensors.torch import load_file
 
 from cola_megatron import ColaDLM
-from cola_megatron.checkpoint.checkpoint import newest_checkpoint, read_config, read_state, read_weights, write_state
+from cola_megatron.checkpoint.find import newest_checkpoint
+from cola_megatron.checkpoint.load import read_weights
 from cola_megatron.checkpoint.reshard import reshard
+from cola_megatron.checkpoint.state_file import read_config, read_state, write_state
 from cola_megatron.config import ConfigError, load_config, stored_tree
 from cola_megatron.config.changes import SCHEMA_KEY, schema_after
 from cola_megatron.config.history import CHANGES

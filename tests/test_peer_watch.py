@@ -16,7 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cola_megatron.checkpoint.checkpoint import newest_checkpoint, read_weights
+from cola_megatron.checkpoint.find import newest_checkpoint
+from cola_megatron.checkpoint.load import read_weights
 from cola_megatron.config import RunConfig, dump_config
 from cola_megatron.errors import ExitCode
 from cola_megatron.parallel import PeerWatch, initialize_parallel

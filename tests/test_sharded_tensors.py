@@ -7,14 +7,8 @@ import pytest
 import torch
 
 from cola_megatron.checkpoint import sharded_tensors
-from cola_megatron.checkpoint.sharded_tensors import (
-    CheckpointError,
-    Piece,
-    StoredTensors,
-    rectangles,
-    write_index,
-    write_pieces,
-)
+from cola_megatron.checkpoint.errors import CheckpointError
+from cola_megatron.checkpoint.sharded_tensors import Piece, StoredTensors, rectangles, write_index, write_pieces
 
 
 def test_large_tensors_are_cut_into_pieces_and_files(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cola_megatron.checkpoint.checkpoint import newest_checkpoint
+from cola_megatron.checkpoint.find import newest_checkpoint
 from cola_megatron.config import RunConfig, dump_config, load_config
 from cola_megatron.records.metrics import read_metrics
 from cola_megatron.training.loop import train

@@ -7,7 +7,9 @@ import shutil
 import pytest
 import torch
 
-from cola_megatron.checkpoint.checkpoint import CheckpointError, newest_checkpoint, read_weights
+from cola_megatron.checkpoint.errors import CheckpointError
+from cola_megatron.checkpoint.find import newest_checkpoint
+from cola_megatron.checkpoint.load import read_weights
 from cola_megatron.config import ConfigError, load_config
 from cola_megatron.errors import UserError
 from cola_megatron.records.metrics import read_metrics

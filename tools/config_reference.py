@@ -11,14 +11,14 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cola_megatron.config import RunConfig, load_config, preset_names
-from cola_megatron.config.base import Section
 from cola_megatron.config.facts import Origin, is_free, origin_of
 from cola_megatron.config.walk import sections_in, tags_of
 
@@ -67,7 +67,7 @@ class Part(NamedTuple):
 
     name: str
     """Dotted; empty for the top level."""
-    kind: type[Section]
+    kind: type[BaseModel]
     is_free: bool
     chosen_by: str | None = None
     """`key=value` that chooses it, where it is one of a tagged union."""
@@ -118,7 +118,7 @@ def rows(part: Part) -> list[Row]:
     return found
 
 
-def values_of(annotation: Any, metadata: list[Any] = ()) -> str:
+def values_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """The values that a field takes, in words."""
     kind = get_origin(annotation)
     if kind is Literal:
@@ -148,7 +148,7 @@ def page() -> str:
     for part in parts():
         heading = f"`{part.name}`" if part.name else "Top level"
         heading += f" with `{part.chosen_by}`" if part.chosen_by else ""
-        title = " ".join(inspect.getdoc(part.kind).split())
+        title = " ".join((inspect.getdoc(part.kind) or "").split())
         lines = [
             f"## {heading}",
             "",
@@ -198,7 +198,7 @@ def _literal(value: Any) -> str:
     return f"`{text}`"
 
 
-def _flat(metadata: list[Any]) -> Iterator[Any]:
+def _flat(metadata: Sequence[Any]) -> Iterator[Any]:
     for entry in metadata:
         yield from _flat(entry.metadata) if isinstance(entry, FieldInfo) else [entry]
 

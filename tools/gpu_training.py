@@ -16,12 +16,8 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cola_megatron.checkpoint.checkpoint import (
-    check_checkpoint,
-    load_optimizer,
-    load_weights,
-    read_weights,
-)
+from cola_megatron.checkpoint.compatible import check_checkpoint
+from cola_megatron.checkpoint.load import load_optimizer, load_weights, read_weights
 from cola_megatron.checkpoint.writer import save_checkpoint
 from cola_megatron.config import RunConfig
 from cola_megatron.models.cola import Cola

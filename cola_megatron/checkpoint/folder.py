@@ -10,7 +10,8 @@ checkpoints/
 import shutil
 from pathlib import Path
 
-from cola_megatron.checkpoint.sharded_tensors import CheckpointError, flush
+from cola_megatron.checkpoint.errors import CheckpointError
+from cola_megatron.checkpoint.sharded_tensors import flush
 from cola_megatron.config import CheckpointConfig
 
 UNFINISHED, UNWANTED, DAMAGED = ".saving_", ".deleting_", "damaged_"

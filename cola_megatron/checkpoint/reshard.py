@@ -9,23 +9,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from cola_megatron.checkpoint.checkpoint import (
-    STATE,
-    TENSORS,
-    open_tensors,
-    read_state,
-    require_checkpoint,
-    write_state,
-)
-from cola_megatron.checkpoint.sharded_tensors import (
-    Box,
-    CheckpointError,
-    Piece,
-    StoredTensors,
-    Written,
-    write_index,
-    write_pieces,
-)
+from cola_megatron.checkpoint.errors import CheckpointError
+from cola_megatron.checkpoint.find import require_checkpoint
+from cola_megatron.checkpoint.sharded_tensors import Box, Piece, StoredTensors, Written, write_index, write_pieces
+from cola_megatron.checkpoint.state_file import STATE, TENSORS, open_tensors, read_state, write_state
 from cola_megatron.config import stored_config, stored_tree
 from cola_megatron.errors import UserError
 

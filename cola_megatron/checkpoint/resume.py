@@ -4,9 +4,10 @@ import logging
 from functools import partial
 from pathlib import Path
 
-from cola_megatron.checkpoint.checkpoint import check_checkpoint, open_tensors, read_state
+from cola_megatron.checkpoint.compatible import check_checkpoint
+from cola_megatron.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from cola_megatron.checkpoint.folder import checkpoints_folder, move_aside, set_aside, step_folders, step_of
-from cola_megatron.checkpoint.sharded_tensors import CheckpointError, DamagedCheckpoint
+from cola_megatron.checkpoint.state_file import open_tensors, read_state
 from cola_megatron.config import RunConfig
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.consensus import from_main, together

@@ -19,8 +19,8 @@ from typing import NamedTuple, TypedDict
 import torch
 from safetensors import SafetensorError, safe_open
 
+from cola_megatron.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from cola_megatron.checkpoint.tensor_files import write_tensors
-from cola_megatron.errors import UserError
 
 INDEX = "index.json"
 PIECE_BYTES = 16 * 2**20
@@ -30,25 +30,6 @@ FILE_BYTES = 256 * 2**20
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and shape of a rectangle."""
-
-
-class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that is missing, damaged, or of another config; one line with the cure."""
-
-
-class DamagedCheckpoint(CheckpointError):
-    """Files of a checkpoint are missing, cut short, unreadable or not what was written.
-
-    Its only argument is the reason; the message adds the cure for those who asked for this very checkpoint.
-    """
-
-    def __str__(self) -> str:
-        return f"{self.reason}; use another checkpoint of the run, or bring this one back from a copy"
-
-    @property
-    def reason(self) -> str:
-        """What is wrong, without the cure."""
-        return self.args[0]
 
 
 class Piece(NamedTuple):

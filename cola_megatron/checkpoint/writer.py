@@ -20,11 +20,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from cola_megatron.checkpoint.checkpoint import TENSORS, write_state
+from cola_megatron.checkpoint.errors import CheckpointError
 from cola_megatron.checkpoint.folder import begin_folder, complete_folder, folder_of, prune, unfinished_folder
 from cola_megatron.checkpoint.pieces import TrainingState, frozen_pieces, trained_pieces
-from cola_megatron.checkpoint.sharded_tensors import CheckpointError, Piece, Written, write_index, write_pieces
+from cola_megatron.checkpoint.sharded_tensors import Piece, Written, write_index, write_pieces
 from cola_megatron.checkpoint.staging import StagingBuffers
+from cola_megatron.checkpoint.state_file import TENSORS, write_state
 from cola_megatron.config import RunConfig, stored_tree
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.consensus import any_rank, together

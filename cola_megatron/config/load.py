@@ -1,6 +1,5 @@
 """From a preset or a YAML file and dotted overrides to a checked config."""
 
-from importlib import resources
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -44,8 +43,8 @@ def load_tree(kind: type[Config], path: Path, overrides: list[str] | tuple[str, 
     return resolve_tree(kind, tree)
 
 
-def _presets():
-    return resources.files("cola_megatron.config") / "presets"
+def _presets() -> Path:
+    return Path(__file__).parent / "presets"
 
 
 def _apply(kind: type[BaseModel], tree: dict[str, Any], override: str) -> None:

@@ -80,7 +80,8 @@ def below(annotation: Any, part: str | int) -> list[Any]:
 def place_of(kind: Kind, location: Sequence[str | int]) -> Place:
     """What pydantic's place of an error in a tree of this kind means."""
     key: list[str] = []
-    section, here = None, [kind]
+    section: Kind | None = None
+    here: list[Any] = [kind]
     for part in location:
         members = [each for annotation in here for each in sections_in(annotation)]
         if len(members) > 1:

@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cola_megatron.checkpoint.checkpoint import CheckpointError, read_config, require_checkpoint
+from cola_megatron.checkpoint.errors import CheckpointError
+from cola_megatron.checkpoint.find import require_checkpoint
+from cola_megatron.checkpoint.state_file import read_config
 from cola_megatron.config import ConfigError
 from cola_megatron.data import TokenShards
 from cola_megatron.evaluation.errors import EvaluationError

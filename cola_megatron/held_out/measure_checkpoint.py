@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from cola_megatron.checkpoint.checkpoint import read_weights, require_checkpoint
+from cola_megatron.checkpoint.find import require_checkpoint
+from cola_megatron.checkpoint.load import read_weights
 from cola_megatron.config import ConfigError, resolve_config
 from cola_megatron.data import PreparedFolder, ShardError
 from cola_megatron.data.run_shards import open_shards

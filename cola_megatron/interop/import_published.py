@@ -8,9 +8,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cola_megatron.checkpoint.checkpoint import TENSORS, write_state
 from cola_megatron.checkpoint.pieces import WEIGHTS
 from cola_megatron.checkpoint.sharded_tensors import Piece, write_index, write_pieces
+from cola_megatron.checkpoint.state_file import TENSORS, write_state
 from cola_megatron.config import RunConfig, dump_config, load_config, resolve_config, stored_tree
 from cola_megatron.errors import UserError
 from cola_megatron.interop.published import TOKENIZER, PublishedModel

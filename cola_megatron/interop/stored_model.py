@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from cola_megatron.checkpoint.checkpoint import open_tensors, read_config, read_state, require_checkpoint
+from cola_megatron.checkpoint.find import require_checkpoint
 from cola_megatron.checkpoint.pieces import WEIGHTS
+from cola_megatron.checkpoint.state_file import open_tensors, read_config, read_state
 from cola_megatron.config import ModelConfig, RunConfig
 from cola_megatron.data import tokenizer_file
 from cola_megatron.interop.published import TOKENIZER, Forms, PublishedModel, is_published

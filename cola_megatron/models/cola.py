@@ -4,7 +4,8 @@ Shapes: B batch, W views of each sample stacked along the batch (the text, then 
 C latent channels, N blocks, H hidden.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -44,6 +45,12 @@ class Cola(PipelinedModel):
             if config.stage == 2 and config.training.vae_update.mode == "frozen":
                 self.vae.requires_grad_(False)
         self.keep_own_stage()
+
+    @property
+    def prior(self) -> DiT:
+        """The DiT of stage 2."""
+        assert self.dit is not None, "stage 1 has no prior"
+        return self.dit
 
     @property
     def batch_names(self) -> set[str]:
@@ -91,7 +98,7 @@ class Cola(PipelinedModel):
         """Token ids under the name `tokens`, `views` of each sample -> mean, logvar."""
         encoder, recompute = self.vae.encoder, self.config.training.activation_checkpointing and gradient
         yield self._text_context("encoder_context", encoder, views)
-        mode = (lambda run: run) if gradient else torch.no_grad()
+        mode: Callable[[Callable[..., Any]], Callable[..., Any]] = (lambda run: run) if gradient else torch.no_grad()
         part = "vae.encoder."
         embed = [encoder.embedding, encoder.patch]
         yield Step(f"{tokens} -> hidden", mode(encoder.embed), part=f"{part}embed", modules=embed)
@@ -131,7 +138,7 @@ class Cola(PipelinedModel):
 
     def flow_steps(self) -> Iterator[Step]:
         """two_copies (`[clean copy | noisy copy]`), its times and its context -> velocity of every position."""
-        dit, recompute = self.dit, self.config.training.activation_checkpointing
+        dit, recompute = self.prior, self.config.training.activation_checkpointing
         yield Step("distinct_times -> time_hidden", dit.embed_time, part="dit.time", modules=[dit.time_embedding])
         yield Step("two_copies -> flow_hidden", dit.embed, part="dit.embed", modules=[dit.input])
         for block in dit.blocks:
@@ -212,7 +219,7 @@ class Cola(PipelinedModel):
 
     def _noise_steps(self) -> Iterator[Step]:
         """latents -> `[clean copy | noisy copy]`; the rest follows from the batch alone."""
-        dit, length, clean_length = self.dit, self.config.latent_length, self.clean_length
+        dit, length, clean_length = self.prior, self.config.latent_length, self.clean_length
         has_dropout = self.config.objective.flow.context_dropout > 0
 
         def noise(
@@ -224,7 +231,7 @@ class Cola(PipelinedModel):
             zt_SBC = torch.where(at_zero_BS.t()[..., None], stop_gradient(z0_SBC), zt_SBC)
             return torch.cat((stop_gradient(z0_SBC[:clean_length]), zt_SBC))
 
-        def times(time_BN: torch.Tensor, at_zero_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def times(time_BN: torch.Tensor, at_zero_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
             table = two_copy_times(time_BN, length, clean_length, at_zero_BS)
             return table.times_T, dit.local_index(table.index_SB)
 

@@ -139,4 +139,5 @@ def loss_weights(config: RunConfig, train_vae: bool = True) -> dict[str, float]:
 
 def with_loss(terms: Terms, weights: Mapping[str, float]) -> Terms:
     """The terms, and under `loss` their weighted sum."""
-    return {"loss": sum(weight * terms[name] for name, weight in weights.items()), **terms}
+    loss = sum((weight * terms[name] for name, weight in weights.items()), torch.zeros(()))
+    return {"loss": loss, **terms}

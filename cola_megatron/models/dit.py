@@ -4,7 +4,7 @@ Shapes: S positions (clean copy, then noisy copy, in training), B batch, C laten
 times, N blocks.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -87,7 +87,7 @@ class DiTBlock(nn.Module):
         self,
         x_SBH: torch.Tensor,
         silu_time_T1H: torch.Tensor,
-        index_SB: torch.Tensor,
+        index_SB: torch.Tensor | None,
         context: AttentionContext,
         tables: tuple[torch.Tensor, ...] | None = None,
     ) -> torch.Tensor:
@@ -185,7 +185,7 @@ class DiT(nn.Module):
         self,
         x_SBH: torch.Tensor,
         silu_time_T1H: torch.Tensor,
-        index_SB: torch.Tensor,
+        index_SB: torch.Tensor | None,
         table_TH: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(S, B, H) -> v (S, B, C), float32."""
@@ -199,7 +199,7 @@ class DiT(nn.Module):
     def modulations(self, times_T: torch.Tensor) -> Modulations:
         """Everything that depends on the time alone, for a solver that meets the same times again and again."""
         silu_time_T1H = self.embed_time(times_T)
-        blocks = tuple(block.tables(silu_time_T1H) for block in self.blocks)
+        blocks = tuple(cast(DiTBlock, block).tables(silu_time_T1H) for block in self.blocks)
         return Modulations(silu_time_T1H, blocks, self.output_shift_scale(silu_time_T1H))
 
     def forward(
@@ -238,7 +238,8 @@ class DiT(nn.Module):
         clean_length, length = len(clean_SBC), len(noisy_SBC)
         times = two_copy_times(times_BN, length, clean_length, at_zero_BS)
         context = self.two_copy_context(length, clean_length, context_dropped_BN, noisy_SBC.device, documents_BS)
-        return self(torch.cat((clean_SBC, noisy_SBC)), times, context)[clean_length:]
+        velocity_SBC: torch.Tensor = self(torch.cat((clean_SBC, noisy_SBC)), times, context)
+        return velocity_SBC[clean_length:]
 
 
 def two_copy_times(

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,18 +24,21 @@ class PipelinedModel(nn.Module):
     parameters of its own stage only, under the names that they have in the whole model.
     """
 
-    batch_names: set[str]
-
     def __init__(self, groups: ProcessGroups, split: Sequence[int] | None):
         super().__init__()
         self.groups, self.split = groups, split
-        self._chains: dict[tuple, tuple[Stage, list[str]]] = {}
+        self._chains: dict[tuple[tuple[str, bool], ...], tuple[Stage, list[str]]] = {}
 
-    def steps(self, **mode: bool) -> list[Step]:
+    @property
+    def batch_names(self) -> set[str]:
+        """What every stage finds in its micro-batch."""
+        raise NotImplementedError
+
+    def steps(self, *arguments: Any, **mode: Any) -> list[Step]:
         """One training pass in order."""
         raise NotImplementedError
 
-    def weights(self, **mode: bool) -> dict[str, float]:
+    def weights(self, *arguments: Any, **mode: Any) -> dict[str, float]:
         """Weight of each term of `steps(**mode)` in the loss."""
         raise NotImplementedError
 
@@ -93,7 +97,7 @@ class PipelinedModel(nn.Module):
             self._chains[key] = (stage, [name.removeprefix(LOSS) for name in names])
         return self._chains[key]
 
-    def under_construction(self) -> contextlib.AbstractContextManager:
+    def under_construction(self) -> contextlib.AbstractContextManager[Any]:
         """Where the networks are built: without memory if most of them belong to other stages."""
         return contextlib.nullcontext() if self.split is None else torch.device("meta")
 

@@ -32,7 +32,7 @@ class Step:
     def __init__(
         self,
         signature: str,
-        run: Callable,
+        run: Callable[..., Any],
         *,
         part: str = "",
         modules: Iterable[nn.Module] = (),
@@ -60,7 +60,8 @@ class Step:
             inputs = [state[name] for name in self.reads]
         if self.recompute and torch.is_grad_enabled():
             # Nothing random happens inside a layer, so there is no generator state to keep.
-            return checkpoint(self._run, *inputs, use_reentrant=False, preserve_rng_state=False)
+            outputs: dict[str, Any] = checkpoint(self._run, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return outputs
         return self._run(*inputs)
 
     def _run(self, *inputs: Any) -> dict[str, Any]:
@@ -159,7 +160,8 @@ def needs_batch_alone(steps: Iterable[Step], batch: Iterable[str]) -> list[Step]
 
 def _live_at(steps: Sequence[Step], cut: int, free_names: set[str]) -> tuple[str, ...]:
     """Names written before step `cut` that a step from there on reads."""
-    written, needed = {name for step in steps[:cut] for name in step.writes}, set()
+    written: set[str] = {name for step in steps[:cut] for name in step.writes}
+    needed: set[str] = set()
     for step in reversed(steps[cut:]):
         needed = (needed - set(step.writes)) | set(step.reads)
     return tuple(sorted((written & needed) - free_names))

@@ -127,11 +127,11 @@ class TextEncoder(TextStack):
         if self.groups.sequence_parallel:
             x_SBH = gather_from_sequence_parallel_region(x_SBH, tensor_parallel_output_grad=False)
         out = self.head(x_SBH).float()
-        if not self.config.variational:
-            return Posterior(self.mean_norm(out), None)
-        mean, logvar = out.chunk(2, dim=-1)
+        mean, logvar = out.chunk(2, dim=-1) if self.config.variational else (out, None)
         if self.mean_norm is not None:
             mean = self.mean_norm(mean)
+        if logvar is None:
+            return Posterior(mean, None)
         if self.config.fixed_logsnr is not None:
             # log(mean_C mu^2 / sigma^2) = fixed_logsnr; the noise level is a setting, so no gradient flows through it.
             power = mean.detach().square().mean(-1, keepdim=True)

@@ -5,8 +5,10 @@ step. No layout, micro-batch size, order of evaluation or resume can change a dr
 """
 
 import hashlib
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cola_megatron.config import FlowConfig, RunConfig, TimeConfig
 
@@ -18,7 +20,7 @@ def generator(seed: int, purpose: str, sample_index: int, step: int) -> np.rando
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, sample_index, step]))
 
 
-def sample_draws(config: RunConfig, sample_index: int, step: int) -> dict[str, np.ndarray]:
+def sample_draws(config: RunConfig, sample_index: int, step: int) -> dict[str, NDArray[Any]]:
     """Everything random that one sample needs in one step.
 
     Returns:
@@ -32,7 +34,9 @@ def sample_draws(config: RunConfig, sample_index: int, step: int) -> dict[str, n
 
     latents, channels = config.latent_length, config.model.vae.latent_dim
     has_mask_view = config.objective.vae.mask_weight > 0
-    draws = {"posterior_noise": stream("posterior").standard_normal((1 + has_mask_view, latents, channels), np.float32)}
+    draws: dict[str, NDArray[Any]] = {
+        "posterior_noise": stream("posterior").standard_normal((1 + has_mask_view, latents, channels), np.float32)
+    }
     if has_mask_view:
         draws["masked"] = draw_mask(stream("mask"), config.data.sequence_length, config.objective.vae.mask_ratio)
     if config.stage == 2:
@@ -45,23 +49,24 @@ def sample_draws(config: RunConfig, sample_index: int, step: int) -> dict[str, n
     return draws
 
 
-def draw_mask(random: np.random.Generator, length: int, ratio: float) -> np.ndarray:
+def draw_mask(random: np.random.Generator, length: int, ratio: float) -> NDArray[Any]:
     """Exactly round(ratio * length), at least one, of `length` positions."""
     masked = np.zeros(length, dtype=bool)
     masked[random.permutation(length)[: max(1, round(ratio * length))]] = True
     return masked
 
 
-def draw_times(random: np.random.Generator, config: TimeConfig, blocks: int) -> np.ndarray:
+def draw_times(random: np.random.Generator, config: TimeConfig, blocks: int) -> NDArray[Any]:
     """t = sigmoid(loc + scale n), or uniform; (blocks,) or (1,), float32 in [0, 1]."""
     count = blocks if config.per == "block" else 1
     if config.distribution == "uniform":
         return random.random(count, dtype=np.float32)
     normal = random.standard_normal(count)
-    return (1.0 / (1.0 + np.exp(-(config.loc + config.scale * normal)))).astype(np.float32)
+    times: NDArray[Any] = 1.0 / (1.0 + np.exp(-(config.loc + config.scale * normal)))
+    return times.astype(np.float32)
 
 
-def draw_clean_prefixes(random: np.random.Generator, config: FlowConfig, blocks: int, block_size: int) -> np.ndarray:
+def draw_clean_prefixes(random: np.random.Generator, config: FlowConfig, blocks: int, block_size: int) -> NDArray[Any]:
     """Positions that a chosen block keeps clean: its first k latents, k uniform in 1 .. block_size - 1; (S,)."""
     if block_size == 1:
         return np.zeros(blocks, dtype=bool)  # a block of one latent has no proper prefix

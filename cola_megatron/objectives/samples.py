@@ -4,17 +4,19 @@ Shapes: B batch, L tokens, S latents, P tokens per latent.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cola_megatron.config import RunConfig
 from cola_megatron.objectives.randomness import sample_draws
 
 
 def training_sample(
-    config: RunConfig, tokens_L: np.ndarray, padding_id: int, end_of_text_id: int, sample_index: int, step: int
-) -> dict[str, np.ndarray]:
+    config: RunConfig, tokens_L: NDArray[Any], padding_id: int, end_of_text_id: int, sample_index: int, step: int
+) -> dict[str, NDArray[Any]]:
     """The fields of one sample in one step.
 
     Args:
@@ -27,7 +29,7 @@ def training_sample(
     return {**positions(tokens_L, padding_id, end_of_text_id), **sample_draws(config, sample_index, step)}
 
 
-def positions(tokens_L: np.ndarray, padding_id: int, end_of_text_id: int) -> dict[str, np.ndarray]:
+def positions(tokens_L: NDArray[Any], padding_id: int, end_of_text_id: int) -> dict[str, NDArray[Any]]:
     """`tokens`; `counted`: False for padding; `documents`: the number, from 0, of the document of each token.
 
     All are (L,). A document ends with its end-of-text token; padding belongs to none of them.
@@ -47,7 +49,8 @@ def latent_positions(batch: Mapping[str, torch.Tensor], config: RunConfig) -> tu
 
 def latents_that_count(counted_BL: torch.Tensor, patch_size: int) -> torch.Tensor:
     """(B, L) -> (B, S): a latent counts if any of its tokens does."""
-    return counted_BL.unflatten(1, (-1, patch_size)).any(-1)
+    patches_BSP: torch.Tensor = counted_BL.unflatten(1, (-1, patch_size))
+    return patches_BSP.any(-1)
 
 
 def latents_to_documents(documents_BL: torch.Tensor, patch_size: int) -> torch.Tensor:

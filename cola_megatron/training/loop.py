@@ -7,8 +7,8 @@ import logging
 import time
 from dataclasses import replace
 
-from cola_megatron.checkpoint.checkpoint import divergence_of, load_optimizer, load_weights
 from cola_megatron.checkpoint.folder import step_folders, step_of
+from cola_megatron.checkpoint.load import divergence_of, load_optimizer, load_weights
 from cola_megatron.checkpoint.resume import resume_from
 from cola_megatron.checkpoint.writer import CheckpointWriter, Saved
 from cola_megatron.config import RunConfig

@@ -6,7 +6,7 @@ The encoder of either is also the frozen reference.
 import torch
 from torch import nn
 
-from cola_megatron.checkpoint.checkpoint import load_weights
+from cola_megatron.checkpoint.load import load_weights
 from cola_megatron.config import ConfigError, DiTConfig, RunConfig, VAEConfig
 from cola_megatron.interop.published import PublishedModel
 from cola_megatron.interop.stored_model import CheckpointModel, ModelSource, open_model_source

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from tools.environment.project import SetupError, check_python
 
@@ -83,7 +84,7 @@ class Environment:
         """
         command = [str(self.python), "-P", "-m", "pip", *arguments]
         output: list[str] = []
-        pipes = {
+        pipes: dict[str, Any] = {
             "env": os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"},
             "stdin": subprocess.DEVNULL,
             "stdout": subprocess.PIPE,
