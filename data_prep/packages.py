@@ -20,5 +20,5 @@ def require(package: str, why: str) -> ModuleType:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise DataPrepError(
-            f"{package} is not installed, and {why}: pip install 'cola-megatron[prep]', or make setup EXTRAS=prep"
+            f"{package} is not installed, and {why}: make setup EXTRAS=prep"
         ) from error
