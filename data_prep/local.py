@@ -35,7 +35,8 @@ def start_workers() -> multiprocessing.context.ForkServerContext:
     Not from this one, which may hold threads of libraries, and their locks. It starts at the first call, and by itself.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_prep.steps"])
+    # In a wheel, importing the command makes this package importable there.
+    context.set_forkserver_preload(["cola_megatron.command", "data_prep.steps"])
     forkserver.ensure_running()
     return context
 

@@ -19,6 +19,4 @@ def require(package: str, why: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
-        raise DataPrepError(
-            f"{package} is not installed, and {why}: pip install 'cola-megatron[prep]', or make setup EXTRAS=prep"
-        ) from error
+        raise DataPrepError(f"{package} is not installed, and {why}: make setup EXTRAS=prep") from error

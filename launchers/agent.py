@@ -90,7 +90,7 @@ def run_processes(command: Sequence[str], processes: int, node: Node) -> int:
     others = _OtherNodes(node)
     with _handing_on_signals(), others:
         try:
-            elastic_launch(config, sys.executable)("-m", "launchers.cli", *command)
+            elastic_launch(config, sys.executable)("-m", "cola_megatron", *command)
         except ChildFailedError as error:
             # While this error is held, so is the store: other nodes can still read it.
             return others.tell(_decisive(error.failures, others.failed))

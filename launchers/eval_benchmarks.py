@@ -123,7 +123,7 @@ def lm_eval(
     noise_seed: int = NOISE_SEED,
     as_json: bool = typer.Option(False, "--json", help="JSON instead of a table."),
 ) -> None:
-    """Run tasks of lm-eval's catalogue (`pip install 'cola-megatron[eval]'`). Nothing is downloaded unasked.
+    """Run tasks of lm-eval's catalogue (`make setup EXTRAS=eval`). Nothing is downloaded unasked.
 
     Example: `cola eval lm-eval runs/quickstart/export --tasks triviaqa --limit 20`
     """

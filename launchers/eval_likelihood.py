@@ -91,7 +91,7 @@ def robustness(
     limit: int = LIMIT,
     batch_size: int = BATCH_SIZE,
     tensor_parallel_size: int = TENSOR_PARALLEL_SIZE,
-    figure: Path = typer.Option(None, help="PNG file to write (`pip install 'cola-megatron[report]'`)."),
+    figure: Path = typer.Option(None, help="PNG file to write (`make setup EXTRAS=report`)."),
     as_json: bool = AS_JSON,
 ) -> None:
     """Share of tokens that the decoder still reads from latents noised to flow time t, and its cross entropy.

@@ -18,7 +18,7 @@ def train(
     Under torchrun every process runs this same command.
 
     Examples: `cola train tiny stage=1 name=first data.path=data/corpus` and then
-    `torchrun --nproc-per-node 8 -m launchers.cli train base name=second data.path=data/corpus
+    `torchrun --nproc-per-node 8 -m cola_megatron train base name=second data.path=data/corpus
     training.stage_one=runs/first`
     """
     from cola_megatron.config import load_config

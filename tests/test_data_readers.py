@@ -293,7 +293,7 @@ def test_a_format_without_its_package_names_the_extra(
     path = put(tmp_path / name, "x")
     monkeypatch.setitem(sys.modules, package, None)
     said = message(lambda: find_parts(source(path), WHOLE))
-    assert f"{package} is not installed, and {path} needs it: pip install 'cola-megatron[prep]'" in said
+    assert f"{package} is not installed, and {path} needs it: make setup EXTRAS=prep" in said
 
 
 class FailingFileSystem(MemoryFileSystem):

@@ -176,7 +176,7 @@ def test_without_lm_eval_one_line_names_the_extra(tmp_path):
     code = f"import sys; sys.modules['lm_eval'] = None; import {ADAPTER}"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "UserError: lm-eval is not installed" in ended.stderr
-    assert "pip install 'cola-megatron[eval]'" in ended.stderr
+    assert "make setup EXTRAS=eval" in ended.stderr
 
 
 # ---- generators of text ---------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ The end-to-end tests run the real script with the real pip against a folder of t
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import time
 import tomllib
 import zipfile
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -23,20 +25,28 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from cola_megatron.preflight import installation
 from tools import setup_environment
 from tools.environment import packages, project
+from tools.environment.packages import Torch
 from tools.environment.project import Options, SetupError, fingerprint, read_project
 from tools.environment.virtual_environment import STAMP_NAME, Environment, reason
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT, GROUPS = PYPROJECT["project"], PYPROJECT["dependency-groups"]
 BASE = [Requirement(text) for text in PROJECT["dependencies"]]
 EXTRAS = {
     extra: [Requirement(text) for text in requirements]
     for extra, requirements in PROJECT["optional-dependencies"].items()
 }
-# Two majors are in use: 5 beside datatrove, 4.57 where mosaicml-streaming brings it (docs/install.md).
-NOT_PINNED = {"transformers"}
+WITHOUT_DEPENDENCIES = [Requirement(text) for text in GROUPS["without-dependencies"]]
+# What mosaicml-streaming declares and we leave out: imports that cola_megatron.data makes harmless, and what it imports
+# only for a path of that store. matplotlib it imports nowhere that we reach.
+NOT_FOR_STREAMING = {
+    *("torchvision", "transformers", "matplotlib", "google-cloud-storage", "paramiko", "oci"),
+    *("azure-storage-blob", "azure-storage-file-datalake", "azure-identity"),
+}
 
 
 def pinned() -> dict[str, Version]:
@@ -57,17 +67,24 @@ def pinned() -> dict[str, Version]:
 
 def test_every_direct_dependency_is_pinned_inside_its_range():
     versions = pinned()
-    for requirement in BASE + [requirement for group in EXTRAS.values() for requirement in group]:
+    build = [Requirement(text) for text in PYPROJECT["build-system"]["requires"]]
+    for requirement in [*BASE, *WITHOUT_DEPENDENCIES, *build, *itertools.chain(*EXTRAS.values())]:
+        assert versions[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+
+
+def test_what_streaming_declares_is_a_base_dependency_of_ours_or_left_out_by_name():
+    base = {canonicalize_name(requirement.name): pinned()[canonicalize_name(requirement.name)] for requirement in BASE}
+    declared = [Requirement(text) for text in metadata.requires("mosaicml-streaming")]
+    for requirement in (each for each in declared if each.marker is None or each.marker.evaluate({"extra": ""})):
         name = canonicalize_name(requirement.name)
-        if name not in NOT_PINNED:
-            assert versions[name] in requirement.specifier, requirement
+        assert name in NOT_FOR_STREAMING or base[name] in requirement.specifier, requirement
 
 
-def test_what_streaming_needs_is_pinned_and_not_a_base_dependency():
-    base = {canonicalize_name(requirement.name) for requirement in BASE}
-    for name in packages.STREAMING_NEEDS:
-        assert name in pinned()
-        assert name not in base
+def test_the_package_installed_alone_is_named_alike_wherever_a_user_meets_it():
+    texts = tuple(str(requirement) for requirement in WITHOUT_DEPENDENCIES)
+    assert texts == installation.INSTALLED_ALONE
+    for file in ("cola_megatron/data/streaming_backend.py", "docs/install.md"):
+        assert f"pip install --no-deps {' '.join(texts)}" in (ROOT / file).read_text(encoding="utf-8")
 
 
 def test_the_package_named_apex_is_never_required():
@@ -201,6 +218,23 @@ def test_a_stamp_without_its_python_does_not_count(bare):
     assert not bare.is_current("digest", ())
 
 
+@pytest.mark.parametrize(
+    ("nvcc", "torch", "expected"),
+    [
+        (False, Torch("torch==2.13.0", is_present=False, is_cuda=True), "there is no nvcc (PATH, CUDA_HOME, "),
+        (True, Torch("torch==2.13.0+cpu", is_present=True, is_cuda=False), "torch==2.13.0+cpu is a CPU build here"),
+    ],
+)
+def test_an_extra_that_cannot_be_compiled_is_refused_by_name(bare, monkeypatch, nvcc, torch, expected):
+    monkeypatch.setattr(packages, "has_nvcc", lambda: nvcc)
+    packages.check_compiled_extra(bare, Options(bare.path, ("dev",)), torch)
+    with pytest.raises(SetupError) as error:
+        packages.check_compiled_extra(bare, Options(bare.path, ("gpu",)), torch)
+    assert str(error.value).startswith("the gpu extra compiles FlashAttention")
+    assert str(error.value).endswith("or leave gpu out of EXTRAS")
+    assert expected in str(error.value)
+
+
 def test_the_fingerprint_follows_each_input(tmp_path, monkeypatch):
     inputs = [ROOT / "pyproject.toml", ROOT / "constraints.txt", *project.SOURCES]
     copies = [Path(shutil.copy(path, tmp_path)) for path in inputs]
@@ -274,12 +308,12 @@ def tiny(tmp_path, monkeypatch) -> TinyCheckout:
     checkout = TinyCheckout(tmp_path / "checkout", tmp_path / "index")
     checkout.root.mkdir()
     checkout.index.mkdir()
-    for name in (*packages.STREAMING_NEEDS, "pytest"):
-        write_wheel(checkout.index, name, "1.0")
-    for torch in ("2.11.0+cu130", "2.13.0+cpu", "2.13.9"):
+    for torch in ("2.11.0a0+vendor", "2.13.0+cpu", "2.13.9"):
         write_wheel(checkout.index, "torch", torch)
     write_wheel(checkout.index, "asks-for-torch", "1.0", ("torch",))
-    write_wheel(checkout.index, packages.STREAMING, "0.13.0", ("torchvision", "oci"))
+    write_wheel(checkout.index, "pytest", "1.0")
+    write_wheel(checkout.index, "flash-attn", "2.8", ("torch",))
+    write_wheel(checkout.index, "needs-too-much", "0.13.0", ("torchvision", "oci"))
     wheel = write_wheel(checkout.root, "tiny-project", "0.1.0")
     (checkout.root / "backend.py").write_text(BACKEND.format(wheel=wheel), encoding="utf-8")
     (checkout.root / "pyproject.toml").write_text(
@@ -287,9 +321,11 @@ def tiny(tmp_path, monkeypatch) -> TinyCheckout:
         'requires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
         "[project]\n"
         'name = "tiny-project"\nversion = "0.1.0"\n'
-        'dependencies = ["torch>=2.11,<2.14", "asks-for-torch", "mosaicml-streaming==0.13.0"]\n'
+        'dependencies = ["torch>=2.11,<2.14", "asks-for-torch"]\n'
         "[project.optional-dependencies]\n"
-        'dev = ["pytest"]\nreport = []\n',
+        'dev = ["pytest"]\nreport = []\ngpu = ["flash-attn"]\n'
+        "[dependency-groups]\n"
+        'without-dependencies = ["needs-too-much==0.13.0"]\n',
         encoding="utf-8",
     )
     checkout.write("torch==2.13.0\nasks-for-torch==1.0  # a remark\n")
@@ -303,10 +339,10 @@ def tiny(tmp_path, monkeypatch) -> TinyCheckout:
 
 def test_setup_installs_once_then_follows_changes_and_leaves_no_stamp_after_a_failure(tiny, capsys):
     assert tiny.set_up("--extras", "report") == 0
-    expected = dict.fromkeys(packages.STREAMING_NEEDS, "1.0") | {
+    expected = {
         "torch": "2.13.0+cpu",
         "asks-for-torch": "1.0",
-        "mosaicml-streaming": "0.13.0",
+        "needs-too-much": "0.13.0",
         "tiny-project": "0.1.0",
     }
     assert tiny.installed() == expected
@@ -315,6 +351,13 @@ def test_setup_installs_once_then_follows_changes_and_leaves_no_stamp_after_a_fa
     start = time.monotonic()
     assert tiny.set_up("--extras", "report") == 0
     assert time.monotonic() - start < 0.5
+    assert capsys.readouterr().out == ""
+
+    # An extra that cannot be built here: refused by name before anything changes.
+    assert tiny.set_up("--extras", "gpu") == 1
+    assert "setup failed: the gpu extra compiles FlashAttention" in capsys.readouterr().err
+    assert tiny.installed() == expected
+    assert tiny.set_up("--extras", "report") == 0
     assert capsys.readouterr().out == ""
 
     # A pin that cannot be had: one line that names the step and the package, and no stamp.
@@ -349,9 +392,9 @@ def test_setup_resumes_a_cut_off_one_and_keeps_a_fitting_torch(tiny, capsys):
     environment = Environment(tiny.venv)
     assert packages.resolves_to_cuda(environment, "torch==2.13.9")
     assert not packages.resolves_to_cuda(environment, "torch==2.13.0")
-    environment.pip("the test", "install", "torch==2.11.0+cu130")
+    environment.pip("the test", "install", "torch==2.11.0a0+vendor")
     assert tiny.set_up() == 0
-    assert tiny.installed()["torch"] == "2.11.0+cu130"
+    assert tiny.installed()["torch"] == "2.11.0a0+vendor"
 
     assert tiny.set_up("--system-site-packages") == 1
     assert "was made without --system-site-packages" in capsys.readouterr().err

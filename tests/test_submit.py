@@ -113,7 +113,7 @@ def test_apptainer_starts_every_process(tmp_path: Path) -> None:
     container = '{"kind": "apptainer", "image": "/images/cola.sif", "mounts": ["/data:/data"]}'
     site = load_site("plain", [f"container={container}"])
     script = training_script(site, Shape(2, 8), "x", tmp_path, tmp_path)
-    assert "apptainer exec --nv --bind /data:/data /images/cola.sif python -m launchers.cli launch" in script
+    assert "apptainer exec --nv --bind /data:/data /images/cola.sif python -m cola_megatron launch" in script
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------

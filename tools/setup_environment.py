@@ -2,11 +2,10 @@
 
     python3 -m tools.setup_environment --venv .venv --extras dev,report
 
-Two things make a plain `pip install -e .` a bad start, and this script exists for them. A package that asks for
-torch before we do brings the newest CUDA build, gigabytes that a machine without a GPU cannot use: so torch comes
-first, and everything after it is held to that very build. And mosaicml-streaming declares torchvision,
-transformers < 5 and four cloud SDKs that local training never calls: so it comes without its dependencies, plus the
-few it really imports. docs/install.md is the same story for users.
+A plain `pip install -e .` is a bad start, and this script exists for it: whoever asks for torch loosely gets the newest
+CUDA build, gigabytes that a machine without a GPU cannot use, so everything is held to one torch: the one that is
+there, or the pinned one. And mosaicml-streaming has to come without its dependencies (pyproject.toml says why).
+docs/install.md is the same story for users.
 
 A stamp in the environment holds a hash of all that decides its contents, and the extras it has. It is removed before
 anything changes and written last, so a setup that failed or was interrupted is never taken for a finished one.
@@ -26,7 +25,7 @@ if __name__ == "__main__" and not __package__:
     # Run as a file, Python looks for `tools` beside this file.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tools.environment.packages import install, step
+from tools.environment.packages import check_compiled_extra, choose_torch, install, step
 from tools.environment.project import Options, Project, SetupError, check_python, fingerprint, read_project
 from tools.environment.virtual_environment import Environment
 
@@ -36,7 +35,7 @@ def set_up(project: Project, options: Options) -> bool:
 
     Raises SetupError with one line for the user where a step fails. No stamp is left then.
     """
-    environment = Environment(options.venv, options.verbose)
+    environment = Environment(options.venv)
     digest = fingerprint(project, options)
     if environment.is_current(digest, options.extras):
         return False
@@ -50,8 +49,11 @@ def set_up(project: Project, options: Options) -> bool:
         try:
             with step("virtual environment"):
                 environment.create(options.system_site_packages)
+            environment.log.unlink(missing_ok=True)
+            torch = choose_torch(environment, project)
+            check_compiled_extra(environment, options, torch)
             environment.stamp.unlink(missing_ok=True)
-            install(environment, project, options)
+            install(environment, project, options, torch)
             environment.finish(digest, options.extras)
         except OSError as error:
             raise SetupError(f"cannot write {error.filename or options.venv}: {error.strerror}") from error
@@ -91,13 +93,12 @@ def parse(arguments: list[str] | None, project: Project) -> Options:
         action="store_true",
         help="let the environment see this Python's own packages, to use a torch that is installed there",
     )
-    parser.add_argument("--verbose", action="store_true", help="show pip's output (it goes to the log in any case)")
     given = parser.parse_args(arguments)
     extras = tuple(dict.fromkeys(filter(None, (name.strip() for name in given.extras.split(",")))))
     unknown = [name for name in extras if name not in project.extras]
     if unknown:
         parser.error(f"unknown extra {', '.join(unknown)}: choose from {', '.join(sorted(project.extras))}")
-    return Options(given.venv.absolute(), extras, given.system_site_packages, given.verbose)
+    return Options(given.venv.absolute(), extras, given.system_site_packages)
 
 
 def main(arguments: list[str] | None = None, root: Path | None = None) -> int:

@@ -24,6 +24,8 @@ from types import ModuleType
 # torch looks for neither package after its own import: imported first, it cannot meet a placeholder.
 import torch  # noqa: F401
 
+from cola_megatron.errors import UserError
+
 __all__ = ["FileInfo", "MDSReader", "MDSWriter", "compress", "decompress"]
 
 logger = logging.getLogger(__name__)
@@ -100,7 +102,7 @@ def _import_streaming() -> None:
     """Import streaming, with placeholders for whichever of its two heavy needs cannot be imported.
 
     Raises:
-        ImportError: streaming itself, or one of its small needs, is not installed.
+        UserError: streaming itself, or one of its small needs, is not installed.
     """
     if "streaming" in sys.modules:
         return
@@ -111,9 +113,9 @@ def _import_streaming() -> None:
         try:
             importlib.import_module("streaming")
         except ModuleNotFoundError as error:
-            raise ImportError(
-                f"mosaicml-streaming cannot be imported: {error}; pip install --no-deps mosaicml-streaming==0.13.0 "
-                "and pip install Brotli python-snappy zstd xxhash catalogue tqdm filelock Pillow"
+            raise UserError(
+                f"mosaicml-streaming cannot be imported: {error}; make setup, or "
+                "pip install --no-deps mosaicml-streaming==0.13.0 (docs/install.md)"
             ) from error
 
 

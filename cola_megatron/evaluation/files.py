@@ -114,7 +114,7 @@ def _pyarrow(path: Path) -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise EvaluationError(f"{path}: reading it needs pyarrow: pip install 'cola-megatron[eval]'") from None
+        raise EvaluationError(f"{path}: reading it needs pyarrow: make setup EXTRAS=eval") from None
     return pyarrow
 
 

@@ -29,7 +29,7 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable, make_table
 except ImportError as error:
-    raise UserError(f"lm-eval is not installed ({error}): pip install 'cola-megatron[eval]'") from error
+    raise UserError(f"lm-eval is not installed ({error}): make setup EXTRAS=eval") from error
 
 # lm-eval's own default, for requests that name no length.
 DEFAULT_NEW_TOKENS = 256

@@ -12,6 +12,8 @@ from cola_megatron.preflight.check import Check, Status
 
 PACKAGE = "cola-megatron"
 CORE = ("torch", "deepspeed", "megatron-core", "numpy", "mosaicml-streaming")
+# Not among the requirements of our metadata: pyproject.toml says why, in [dependency-groups].
+INSTALLED_ALONE = ("mosaicml-streaming==0.13.0",)
 # Package, a module that only the real one has, what it is good for.
 ACCELERATORS = (
     ("flash-attn", "flash_attn", "flash_attn.flash_attn_interface"),
@@ -38,10 +40,8 @@ def _python() -> Check:
 
 
 def _package(name: str) -> Check:
-    wanted = next(
-        (need for need in map(Requirement, metadata.requires(PACKAGE) or []) if need.name == name and not need.marker),
-        None,
-    )
+    needs = map(Requirement, (*(metadata.requires(PACKAGE) or []), *INSTALLED_ALONE))
+    wanted = next((need for need in needs if need.name == name and not need.marker), None)
     found = _version(name)
     if found is None:
         return Check(name, Status.FAILED, "not installed", "`make setup` installs what is needed (docs/install.md)")

@@ -122,7 +122,7 @@ def _draw(report: Report) -> list[_Picture]:
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        raise UserError("the report needs matplotlib: pip install 'cola-megatron[report]'") from error
+        raise UserError("the report needs matplotlib: make setup EXTRAS=report") from error
 
     stage_one, stage_two = (_read(stage) for stage in (report.stage_one, report.stage_two))
 

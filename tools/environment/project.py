@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 SUPPORTED_PYTHONS = ((3, 11), (3, 12))
-
-COMPARISONS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operator.gt, "<": operator.lt}
 
 HERE = Path(__file__).resolve().parent
 # The setup itself: what one version of it installed, another need not.
@@ -29,7 +26,6 @@ class Options:
     venv: Path
     extras: tuple[str, ...] = ()
     system_site_packages: bool = False
-    verbose: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +36,7 @@ class Project:
     dependencies: tuple[str, ...]
     extras: dict[str, tuple[str, ...]]
     build_requires: tuple[str, ...]
+    without_dependencies: tuple[str, ...]
 
     @property
     def constraints(self) -> Path:
@@ -80,6 +77,7 @@ def read_project(root: Path) -> Project:
         dependencies=tuple(table["project"]["dependencies"]),
         extras={name: tuple(requirements) for name, requirements in extras.items()},
         build_requires=tuple(table["build-system"]["requires"]),
+        without_dependencies=tuple(table["dependency-groups"]["without-dependencies"]),
     )
 
 
@@ -91,31 +89,18 @@ def requirement_name(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", name.group()).lower()
 
 
-def release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, without trailing zeros: '2.13.0+cpu' -> (2, 13)."""
-    numbers = re.match(r"\d+(\.\d+)*", version.strip())
-    if numbers is None:
-        raise ValueError(f"not a version: {version!r}")
-    parts = [int(part) for part in numbers.group().split(".")]
-    while parts and parts[-1] == 0:
-        parts.pop()
-    return tuple(parts)
-
-
 def fits(version: str, requirement: str) -> bool:
-    """Whether a version lies in a requirement's bounds (>=, >, <, <=, ==), by release numbers alone.
+    """Whether a version lies in a requirement of the form name>=A,<B, by release numbers alone.
 
     Vendors' builds such as 2.11.0a0+nv count as their release: they are what the machine's owner chose.
-    Raises ValueError for another operator.
+    Raises ValueError for another form.
     """
-    bounds = re.sub(r"^[A-Za-z0-9._-]+(\[.*?\])?", "", requirement.split(";")[0].strip())
-    for bound in filter(None, (part.strip() for part in bounds.split(","))):
-        sign = re.match(r">=|<=|==|>|<", bound)
-        if sign is None:
-            raise ValueError(f"cannot compare versions by {bound!r}")
-        if not COMPARISONS[sign.group()](release(version), release(bound[sign.end() :])):
-            return False
-    return True
+    bounds, release_of = re.search(r">=([\d.]+),<([\d.]+)$", requirement), re.match(r"[\d.]*\d", version)
+    if bounds is None or release_of is None:
+        raise ValueError(f"cannot compare {version!r} with {requirement!r}")
+    (low, high), release = bounds.groups(), release_of.group()
+    numbers = [tuple(map(int, text.split("."))) for text in (low, release, high)]
+    return numbers[0] <= numbers[1] < numbers[2]
 
 
 def fingerprint(project: Project, options: Options) -> str:

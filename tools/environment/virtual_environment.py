@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from tools.environment.project import SetupError, check_python
 
@@ -17,12 +16,11 @@ LOG_NAME = "setup.log"
 class Environment:
     """A virtual environment on disk and the pip inside it."""
 
-    def __init__(self, path: Path, verbose: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.python = path / "bin" / "python"
         self.log = path / LOG_NAME
         self.stamp = path / STAMP_NAME
-        self.verbose = verbose
 
     def stamped(self) -> tuple[str, frozenset[str]]:
         """The fingerprint and the extras of the last finished setup; an empty fingerprint where there is none."""
@@ -49,12 +47,11 @@ class Environment:
         Raises SetupError where the folder is something else, was made with the other choice of
         `system_site_packages`, holds an unsupported Python, or Python cannot make environments.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise SetupError(f"{self.path} is a file: remove it, or name another place with --venv")
         if self._has_pip():
             self._check(system_site_packages)
             return
-        if self.path.is_dir() and any(self.path.iterdir()) and not self._settings():
+        is_precious = not self.path.is_dir() or any(self.path.iterdir())
+        if self.path.exists() and is_precious and not self._settings():
             raise SetupError(f"{self.path} is not a virtual environment: remove it, or name another place with --venv")
         # --clear: whatever is here has no working pip, so an earlier try was cut off or its Python is gone.
         command = [sys.executable, "-m", "venv", "--clear", str(self.path)]
@@ -78,35 +75,27 @@ class Environment:
         return answer.stdout.strip() or None
 
     def pip(self, step: str, *arguments: str) -> None:
-        """Run pip, its output going to the log (and the screen if verbose).
+        """Run pip, its output going to the log.
 
         Raises SetupError naming `step` and pip's own reason where pip fails.
         """
         command = [str(self.python), "-P", "-m", "pip", *arguments]
-        output: list[str] = []
-        pipes: dict[str, Any] = {
-            "env": os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"},
-            "stdin": subprocess.DEVNULL,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.STDOUT,
-            "text": True,
-            "errors": "replace",
-        }
-        with self.log.open("a", encoding="utf-8") as log, subprocess.Popen(command, **pipes) as process:
-            log.write(f"$ pip {' '.join(arguments)}\n")
-            for line in process.stdout or ():
-                output.append(line)
-                log.write(line)
-                if self.verbose:
-                    print(line, end="", flush=True)
-        if process.returncode != 0:
-            raise SetupError(f"pip failed at {step}: {reason(''.join(output))} (all of it: {self.log})")
+        settings = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
+        with self.log.open("a+", encoding="utf-8", errors="replace") as log:
+            print(f"$ pip {' '.join(arguments)}", file=log, flush=True)
+            start = log.tell()
+            done = subprocess.run(
+                command, env=settings, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, check=False
+            )
+            if done.returncode != 0:
+                log.seek(start)
+                raise SetupError(f"pip failed at {step}: {reason(log.read())} (all of it: {self.log})")
 
     def _settings(self) -> dict[str, str]:
         """pyvenv.cfg's keys and values; empty where the folder is no virtual environment."""
         try:
             lines = (self.path / "pyvenv.cfg").read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         return {key.strip(): value.strip() for key, _, value in (line.partition("=") for line in lines)}
 
