@@ -89,7 +89,16 @@ class Cluster:
         self._child("slurmctld", "slurmctld", "-D", "-c", "-f", str(self.folder / "slurm.conf"))
         for node in range(1, self.nodes + 1):
             self.start_node(f"n{node}")
-        self.wait_for(lambda: set(self.states().values()) == {"idle"}, "all nodes idle")
+        self.wait_for(self._idle, "all nodes idle")
+
+    def clear(self) -> None:
+        """Ends what the test before left; returns when nothing runs and every node is idle."""
+        if self.commands("squeue", "--noheader"):
+            self.commands("scancel", "--user=root", check=False)
+        self.wait_for(lambda: not self.commands("squeue", "--noheader") and self._idle(), "all nodes idle")
+
+    def _idle(self) -> bool:
+        return set(self.states().values()) == {"idle"}
 
     def start_node(self, node: str) -> None:
         """Starts the slurmd of a node."""
@@ -137,14 +146,14 @@ class Cluster:
         words = self.commands("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def run_to_the_end(self, job: str, seconds: float = 120) -> str:
+    def run_to_the_end(self, job: str, seconds: float = 400) -> str:
         """Waits until a job has ended for good, and lets it start at once after each requeue; returns its state."""
 
         def ended() -> bool:
             self.start_again(job)
             return self.job(job)["JobState"] in TERMINAL
 
-        self.wait_for(ended, f"the end of job {job}", seconds)
+        self.wait_for(ended, f"the end of job {job}", seconds, every=0.5)
         return self.job(job)["JobState"]
 
     def start_again(self, job: str) -> None:
@@ -153,13 +162,13 @@ class Cluster:
         if shown["JobState"] == "PENDING" and shown["Reason"] == "BeginTime":
             self.commands("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
-    def wait_for(self, true: Callable[[], bool], what: str, seconds: float = 30) -> None:
-        """Polls until something is so; fails the test after so many seconds."""
+    def wait_for(self, true: Callable[[], bool], what: str, seconds: float = 240, every: float = 0.1) -> None:
+        """Polls until something is so; fails the test after so many seconds, which are many for a busy machine."""
         until = time.monotonic() + seconds
         while not true():
             if time.monotonic() > until:
                 raise AssertionError(f"no {what} within {seconds:g} s; {self.states()}\n{self.commands('squeue')}")
-            time.sleep(0.1)
+            time.sleep(every)
 
     # ---- processes ---------------------------------------------------------------------------------------------------
 
