@@ -138,9 +138,9 @@ def _join_job(rank: int, world_size: int, port: int) -> None:
 
 
 def free_port() -> int:
-    """Outside the range from which the system hands out ports: until it is used, nothing takes it by chance."""
+    """None that the system hands out (from 32768), nor one of Slurm's jobs (from 20000): nobody takes it before us."""
     while True:
-        port = random.SystemRandom().randrange(20_100, 32_700)
+        port = random.SystemRandom().randrange(10_000, 18_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port

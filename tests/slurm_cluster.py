@@ -6,6 +6,7 @@ It needs root and Debian's slurm-wlm and munge. Its GPUs are copies of /dev/null
 import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import stat
@@ -22,6 +23,7 @@ CONFIGURATION = """
 ClusterName=test
 SlurmctldHost=localhost
 SlurmctldPort={port}
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -73,6 +75,8 @@ class Cluster:
         """Returns when every node is idle."""
         port = _free_ports(self.nodes + 1)
         values = {"port": port, "first": port + 1, "last": port + self.nodes, "nodes": self.nodes}
+        # Jobs take their ports from their numbers, and another test run's Slurm may be on this machine.
+        values["first_job"] = random.SystemRandom().randrange(1, 100_000)
         (self.folder / "slurm.conf").write_text(CONFIGURATION.format(folder=self.folder, **values).lstrip())
         for name in ("state", *(f"spool-n{node}" for node in range(1, self.nodes + 1))):
             (self.folder / name).mkdir()
@@ -261,7 +265,7 @@ def records(path: Path) -> list[dict]:
 
 def _free_ports(count: int) -> int:
     """The first of so many free ports in a row."""
-    for base in range(18000, 20000, 64):
+    for base in random.SystemRandom().sample(range(18000, 20000, 64), 31):
         with contextlib.ExitStack() as held:
             try:
                 for port in range(base, base + count):
