@@ -206,12 +206,14 @@ class Cluster:
 
     def step_daemons(self, node: str) -> list[psutil.Process]:
         """The slurmstepd processes of a node ("": of all), those of batch scripts among them."""
-        found = []
+        found, ours = [], f"SLURM_CONF={self.folder}/".encode()
+        tasks = {process.pid for process in self.processes(f"SLURMD_NODENAME={node}")} if node else set()
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if "slurmstepd" in process.name() and process.environ().get("SLURM_CONF", "").startswith(
-                    str(self.folder)
-                ):
+            with contextlib.suppress(psutil.Error, OSError):
+                # Its title is written over the start of its environment, and psutil reads to the first gap.
+                if "slurmstepd" not in process.name() or ours not in Path(f"/proc/{process.pid}/environ").read_bytes():
+                    continue
+                if not node or tasks.intersection(child.pid for child in process.children()):
                     found.append(process)
         return found
 
