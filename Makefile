@@ -1,17 +1,20 @@
 # Every target below `help` prepares its own environment: a bare Python 3.11 or 3.12 with venv, and pip's index, is enough.
-# Variables: PYTHON (which Python makes the environment), VENV (where it lives), EXTRAS, SETUP_FLAGS, PYTEST_FLAGS.
+# Variables: PYTHON (which Python makes the environment), VENV (where it lives), EXTRAS, SETUP_FLAGS, PYTEST_FLAGS,
+# JOBS (processes that run tests; 1: pytest alone, as --pdb wants it).
 
 PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= dev,report,prep
 SETUP_FLAGS ?=
 PYTEST_FLAGS ?=
+JOBS ?= 2
 
 # A PYTHON that the user named is the only one tried; our own default may give way to a fitting neighbour.
 PYTHONS := $(if $(filter file,$(origin PYTHON)),$(PYTHON) python3.11 python3.12,$(PYTHON))
 FITS := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 SAY := import platform; print("Python " + platform.python_version())
 PYTHON_IN_VENV := $(VENV)/bin/python
+WORKERS := $(if $(filter 1,$(JOBS)),,-n $(JOBS))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test test-all lint clean
@@ -34,10 +37,10 @@ quickstart: setup ## Train, generate and report on a small model, on this machin
 	$(VENV)/bin/cola quickstart
 
 test: setup ## Run the tests, without the slow ones
-	$(PYTHON_IN_VENV) -m pytest $(PYTEST_FLAGS)
+	$(PYTHON_IN_VENV) -m pytest $(WORKERS) $(PYTEST_FLAGS)
 
 test-all: setup ## Run every test
-	$(PYTHON_IN_VENV) -m pytest -m "slow or not slow" $(PYTEST_FLAGS)
+	$(PYTHON_IN_VENV) -m pytest -m "slow or not slow" $(WORKERS) $(PYTEST_FLAGS)
 
 lint: setup ## Check style and format with ruff, types with mypy
 	$(PYTHON_IN_VENV) -m ruff check .

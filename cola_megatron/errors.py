@@ -41,3 +41,12 @@ class UserError(Exception):
 
     exit_code = ExitCode.FAILED
     """What the process ends with."""
+
+
+class RendezvousFailed(UserError):
+    """The processes of a job did not find each other; one line with the address.
+
+    It is here so that `cola launch` need not load all of megatron-core for it, on every node.
+    """
+
+    exit_code = ExitCode.CRASHED  # another try uses another port, and other nodes perhaps

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from cola_megatron.errors import ExitCode
-from cola_megatron.parallel.rendezvous import RendezvousFailed
+from cola_megatron.errors import ExitCode, RendezvousFailed
 from slurm.supervise import decisive
 
 __all__ = ["Node", "run_processes"]

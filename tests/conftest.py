@@ -14,7 +14,22 @@ from pathlib import Path
 import pytest
 
 from cola_megatron.config import RunConfig, load_config
+from tests.slurm_cluster import Cluster, cluster
 from tests.support import TINY, make_text, prepared
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    from tests.workers import dealing
+
+    return dealing(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist
+        from tests.workers import longest_first
+
+        longest_first(items)
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +66,16 @@ def tiny(corpus: Path, tmp_path: Path):
         )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def slurm_daemons() -> Iterator[Cluster]:
+    with cluster(nodes=3) as running:
+        yield running
+
+
+@pytest.fixture
+def slurm(slurm_daemons: Cluster) -> Cluster:
+    """A real Slurm of three idle nodes, without jobs; skips the test where there is none on this machine."""
+    slurm_daemons.clear()
+    return slurm_daemons

@@ -1,8 +1,10 @@
 """Real multi-process runs: ranks are forked from a server that has imported the heavy libraries once."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import socket
 import sys
 import tempfile
@@ -15,8 +17,8 @@ from typing import Any
 
 from cola_megatron.errors import UserError
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.ranks_preload"])
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["tests.ranks_preload"])
 
 
 def run_ranks(function: Callable, world_size: int, *arguments: Any, timeout: float = 120.0) -> list[Any]:
@@ -25,9 +27,9 @@ def run_ranks(function: Callable, world_size: int, *arguments: Any, timeout: flo
     Raises:
         RuntimeError: a rank failed (with its traceback) or did not end in time.
     """
-    port, results = free_port(), _context.Queue()
+    port, results = free_port(), FORKED.Queue()
     ranks = [
-        _context.Process(target=_rank, args=(rank, world_size, port, results, function, arguments), daemon=False)
+        FORKED.Process(target=_rank, args=(rank, world_size, port, results, function, arguments), daemon=False)
         for rank in range(world_size)
     ]
     for process in ranks:
@@ -76,7 +78,7 @@ def ends_of_ranks(
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / f"rank_{rank}" for rank in range(world_size)]
         ranks = [
-            _context.Process(target=_mortal_rank, args=(rank, world_size, port, outputs[rank], function, arguments))
+            FORKED.Process(target=_mortal_rank, args=(rank, world_size, port, outputs[rank], function, arguments))
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -136,6 +138,9 @@ def _join_job(rank: int, world_size: int, port: int) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """None that the system hands out (from 32768), nor one of Slurm's jobs (from 20000): nobody takes it before us."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 18_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -6,6 +6,7 @@ It needs root and Debian's slurm-wlm and munge. Its GPUs are copies of /dev/null
 import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import stat
@@ -22,6 +23,7 @@ CONFIGURATION = """
 ClusterName=test
 SlurmctldHost=localhost
 SlurmctldPort={port}
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -73,6 +75,8 @@ class Cluster:
         """Returns when every node is idle."""
         port = _free_ports(self.nodes + 1)
         values = {"port": port, "first": port + 1, "last": port + self.nodes, "nodes": self.nodes}
+        # Jobs take their ports from their numbers, and another test run's Slurm may be on this machine.
+        values["first_job"] = random.SystemRandom().randrange(1, 100_000)
         (self.folder / "slurm.conf").write_text(CONFIGURATION.format(folder=self.folder, **values).lstrip())
         for name in ("state", *(f"spool-n{node}" for node in range(1, self.nodes + 1))):
             (self.folder / name).mkdir()
@@ -89,7 +93,16 @@ class Cluster:
         self._child("slurmctld", "slurmctld", "-D", "-c", "-f", str(self.folder / "slurm.conf"))
         for node in range(1, self.nodes + 1):
             self.start_node(f"n{node}")
-        self.wait_for(lambda: set(self.states().values()) == {"idle"}, "all nodes idle")
+        self.wait_for(self._idle, "all nodes idle")
+
+    def clear(self) -> None:
+        """Ends what the test before left; returns when nothing runs and every node is idle."""
+        if self.commands("squeue", "--noheader"):
+            self.commands("scancel", "--user=root", check=False)
+        self.wait_for(lambda: not self.commands("squeue", "--noheader") and self._idle(), "all nodes idle")
+
+    def _idle(self) -> bool:
+        return set(self.states().values()) == {"idle"}
 
     def start_node(self, node: str) -> None:
         """Starts the slurmd of a node."""
@@ -137,14 +150,14 @@ class Cluster:
         words = self.commands("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def run_to_the_end(self, job: str, seconds: float = 120) -> str:
+    def run_to_the_end(self, job: str, seconds: float = 400) -> str:
         """Waits until a job has ended for good, and lets it start at once after each requeue; returns its state."""
 
         def ended() -> bool:
             self.start_again(job)
             return self.job(job)["JobState"] in TERMINAL
 
-        self.wait_for(ended, f"the end of job {job}", seconds)
+        self.wait_for(ended, f"the end of job {job}", seconds, every=0.5)
         return self.job(job)["JobState"]
 
     def start_again(self, job: str) -> None:
@@ -153,13 +166,13 @@ class Cluster:
         if shown["JobState"] == "PENDING" and shown["Reason"] == "BeginTime":
             self.commands("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
-    def wait_for(self, true: Callable[[], bool], what: str, seconds: float = 30) -> None:
-        """Polls until something is so; fails the test after so many seconds."""
+    def wait_for(self, true: Callable[[], bool], what: str, seconds: float = 240, every: float = 0.1) -> None:
+        """Polls until something is so; fails the test after so many seconds, which are many for a busy machine."""
         until = time.monotonic() + seconds
         while not true():
             if time.monotonic() > until:
                 raise AssertionError(f"no {what} within {seconds:g} s; {self.states()}\n{self.commands('squeue')}")
-            time.sleep(0.1)
+            time.sleep(every)
 
     # ---- processes ---------------------------------------------------------------------------------------------------
 
@@ -193,12 +206,14 @@ class Cluster:
 
     def step_daemons(self, node: str) -> list[psutil.Process]:
         """The slurmstepd processes of a node ("": of all), those of batch scripts among them."""
-        found = []
+        found, ours = [], f"SLURM_CONF={self.folder}/".encode()
+        tasks = {process.pid for process in self.processes(f"SLURMD_NODENAME={node}")} if node else set()
         for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if "slurmstepd" in process.name() and process.environ().get("SLURM_CONF", "").startswith(
-                    str(self.folder)
-                ):
+            with contextlib.suppress(psutil.Error, OSError):
+                # Its title is written over the start of its environment, and psutil reads to the first gap.
+                if "slurmstepd" not in process.name() or ours not in Path(f"/proc/{process.pid}/environ").read_bytes():
+                    continue
+                if not node or tasks.intersection(child.pid for child in process.children()):
                     found.append(process)
         return found
 
@@ -252,7 +267,7 @@ def records(path: Path) -> list[dict]:
 
 def _free_ports(count: int) -> int:
     """The first of so many free ports in a row."""
-    for base in range(18000, 20000, 64):
+    for base in random.SystemRandom().sample(range(18000, 20000, 64), 31):
         with contextlib.ExitStack() as held:
             try:
                 for port in range(base, base + count):

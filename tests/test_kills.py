@@ -18,29 +18,35 @@ from cola_megatron.config import RunConfig, dump_config
 from cola_megatron.errors import ExitCode
 from cola_megatron.records.metrics import read_metrics
 from cola_megatron.training.loop import train
+from tests.commands import Command
 from tests.support import small_disk
 
+Started = subprocess.Popen | Command
 
-def start(config: RunConfig, tmp_path: Path) -> subprocess.Popen:
-    """`cola train` of this config in a process of its own."""
+
+def start(config: RunConfig, tmp_path: Path, anew: bool = False) -> Started:
+    """`cola train` of this config in a session of its own; `anew`: not forked, but from an interpreter's start."""
     file = tmp_path / f"{config.name}.yaml"
     file.write_text(dump_config(config))
+    if not anew:
+        return Command(("train", file))
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "launchers.cli", "train", str(file)],
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 60.0) -> None:
-    """Polls without rest: what it waits for may last milliseconds."""
+def wait_for(condition, process: Started, seconds: float = 60.0) -> None:
+    """Polls often, for what it waits for may last milliseconds, but leaves the core to the process."""
     began = time.monotonic()
     while not condition():
+        time.sleep(0.0005)
         if process.poll() is not None or time.monotonic() - began > seconds:
             process.kill()
-            raise AssertionError(f"the process ended or hung first: {process.communicate()[0][-2000:]}")
+            raise AssertionError(f"the process ended or hung first: {process.communicate()}")
 
 
 def losses(config: RunConfig) -> list[tuple[int, float]]:
@@ -71,16 +77,16 @@ def test_a_kill_during_a_save_leaves_the_previous_checkpoint_good(tiny, tmp_path
     assert not list(folder.glob(".saving_*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_to_the_process_group_ends_the_step_saves_and_resumes(tiny, tmp_path, number):
+@pytest.mark.parametrize(("number", "anew"), [(signal.SIGTERM, True), (signal.SIGUSR1, False), (signal.SIGINT, False)])
+def test_a_signal_to_the_process_group_ends_the_step_saves_and_resumes(tiny, tmp_path, number, anew):
     """As schedulers send it: the loader's worker gets it too."""
     longer = ["training.steps=400", "training.log.every=1", "training.loader_workers=1"]
     config = tiny(1, *longer)
-    process = start(config, tmp_path)
+    process = start(config, tmp_path, anew)
     metrics = config.run_folder / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, process)
     os.killpg(process.pid, number)
-    output = process.communicate(timeout=60)[0]
+    output = "".join(process.communicate(timeout=60))
     assert process.returncode == ExitCode.STOPPED and "run again to go on" in output
     stopped_at = losses(config)[-1][0]
     assert newest_checkpoint(config.run_folder).name == f"step_{stopped_at:08d}" and stopped_at < 400
@@ -115,16 +121,20 @@ def remove_the_manifest(shards: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "named"),
-    [(remove_a_shard, "shard.00000.mds"), (flip_a_byte, "shard.00000.mds"), (remove_the_manifest, "manifest.json")],
+    ("damage", "named", "anew"),
+    [
+        (remove_a_shard, "shard.00000.mds", True),
+        (flip_a_byte, "shard.00000.mds", False),
+        (remove_the_manifest, "manifest.json", False),
+    ],
 )
-def test_damaged_shards_stop_a_run_before_its_first_step_with_one_line(tiny, corpus, tmp_path, damage, named):
+def test_damaged_shards_stop_a_run_before_its_first_step_with_one_line(tiny, corpus, tmp_path, damage, named, anew):
     shards = tmp_path / "shards"
     shutil.copytree(corpus, shards)
     damage(shards)
     config = tiny(1, f"data.path={shards}")
-    process = start(config, tmp_path)
-    output = process.communicate(timeout=60)[0]
+    process = start(config, tmp_path, anew)
+    output = process.communicate(timeout=60)[1]
     assert process.returncode == 1
     last = output.strip().splitlines()[-1]
     assert last.startswith("cola: ") and named in last and "cola prep" in last

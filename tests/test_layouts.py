@@ -16,7 +16,8 @@ from cola_megatron.config import RunConfig, load_config
 from tests.ranks import run_ranks
 from tests.support import TINY, random_batch
 
-STEPS = 20
+STEPS = 6  # past the warm-up: every sum and every update has been there several times
+LONG = 20
 FP32_GRADIENT = 1e-5  # of each tensor's norm: float32 sums in another order, a few units of 1e-7 each
 FP32_CURVE = 1e-4
 TENSOR, PIPELINE = "parallel.tensor_parallel_size", "parallel.pipeline_parallel_size"
@@ -43,7 +44,7 @@ LAYOUTS = {
 
 
 def tiny_config(overrides: list[str]) -> RunConfig:
-    common = ["training.micro_batch_size=2", f"training.steps={STEPS}", "parallel.reduce_bucket_size=20000"]
+    common = ["training.micro_batch_size=2", f"training.steps={LONG}", "parallel.reduce_bucket_size=20000"]
     return load_config("tiny", [*TINY, *common, *overrides])
 
 
@@ -104,19 +105,27 @@ def run_layout(ranks: int, overrides: list[str], steps: int = STEPS) -> tuple[li
 
 
 @functools.cache
-def one_process(*overrides: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    return run_layout(1, list(overrides))
+def one_process(*overrides: str, steps: int = STEPS) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    return run_layout(1, list(overrides), steps)
 
 
 def relative(found: float, expected: float) -> float:
     return abs(found - expected) / abs(expected)
 
 
+def whole_loss(stage: int) -> tuple[str, ...]:
+    """Stage 2 with everything in it: mask view, reference encoder, dropped contexts, clean prefixes."""
+    return f"stage={stage}", "training.precision=fp32", "training.vae_update.from_scratch=false"
+
+
+def assert_same_curve(metrics: list[dict], expected: list[dict]) -> None:
+    assert max(relative(mine["loss"], one["loss"]) for mine, one in zip(metrics, expected, strict=True)) <= FP32_CURVE
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loss_and_every_gradient_equal_those_of_one_process(layout, stage):
-    # Stage 2 with everything in it: mask view, reference encoder, dropped contexts, clean prefixes.
-    common = (f"stage={stage}", "training.precision=fp32", "training.vae_update.from_scratch=false")
+    common = whole_loss(stage)
     ranks, overrides = LAYOUTS[layout]
     expected, gradients = one_process(*common)
     metrics, found = run_layout(ranks, [*common, *overrides])
@@ -125,7 +134,27 @@ def test_loss_and_every_gradient_equal_those_of_one_process(layout, stage):
     assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
         assert (found[name] - gradient).norm() <= FP32_GRADIENT * gradient.norm(), name
-    assert max(relative(mine["loss"], one["loss"]) for mine, one in zip(metrics, expected, strict=True)) <= FP32_CURVE
+    assert_same_curve(metrics, expected)
+
+
+LONG_CURVES_OF_EVERY_DAY = [("PP 2", 2), ("DP 2, ZeRO 3", 2)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "stage"),
+    [
+        pytest.param(layout, stage, marks=[] if (layout, stage) in LONG_CURVES_OF_EVERY_DAY else pytest.mark.slow)
+        for layout in LAYOUTS
+        for stage in (1, 2)
+    ],
+)
+def test_a_long_curve_is_that_of_one_process(layout, stage):
+    ranks, overrides = LAYOUTS[layout]
+    metrics, _ = run_layout(ranks, [*whole_loss(stage), *overrides], LONG)
+    assert_same_curve(metrics, one_process(*whole_loss(stage), steps=LONG)[0])
+
+
+TWO_INTERVALS = 8  # of two joint and three frozen steps, but for the last two
 
 
 @pytest.mark.parametrize(
@@ -140,8 +169,8 @@ def test_a_vae_that_is_trained_at_intervals_follows_the_same_curve(layout):
         "training.vae_update.frozen_steps=3",
     )
     ranks, overrides = LAYOUTS[layout]
-    metrics, _ = run_layout(ranks, [*common, *overrides])
-    for mine, one in zip(metrics, one_process(*common)[0], strict=True):
+    metrics, _ = run_layout(ranks, [*common, *overrides], TWO_INTERVALS)
+    for mine, one in zip(metrics, one_process(*common, steps=TWO_INTERVALS)[0], strict=True):
         assert mine.keys() == one.keys()
         assert relative(mine["loss"], one["loss"]) <= FP32_CURVE
         assert relative(mine["gradient_norm"], one["gradient_norm"]) <= 10 * FP32_CURVE
@@ -174,8 +203,8 @@ def test_bf16_differs_by_rounding_alone(layout):
     """
     common = ("training.precision=bf16", "parallel.zero_stage=1")
     ranks, overrides = LAYOUTS[layout]
-    metrics, _ = run_layout(ranks, [*common, *overrides], 6)
-    for step, (mine, one) in enumerate(zip(metrics, one_process(*common)[0], strict=False)):
+    metrics, _ = run_layout(ranks, [*common, *overrides], 3)
+    for step, (mine, one) in enumerate(zip(metrics, one_process(*common, steps=3)[0], strict=True)):
         assert all(torch.isfinite(torch.tensor(list(mine.values()))))
         assert relative(mine["loss"], one["loss"]) <= BF16 * (step + 1), step
 
@@ -187,7 +216,7 @@ def test_gradients_that_are_reduced_in_float32_are_those_of_one_process(override
     The reduction in bfloat16 rounds it to 2^-9, which is seen here too.
     """
     common = ("training.precision=bf16", *overrides)
-    _, expected = one_process(*common)
+    _, expected = one_process(*common, steps=1)
     errors = {}
     for kind in ("fp32", "bf16"):
         _, found = run_layout(2, [*common, f"parallel.gradient_reduction={kind}"], 1)

@@ -406,7 +406,7 @@ def test_setup_resumes_a_cut_off_one_and_keeps_a_fitting_torch(tiny, capsys):
 def make(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
     """Run make in the repository without the flags of a make that runs these tests."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    for name in ("PYTHON", "VENV", "EXTRAS", "SETUP_FLAGS", "PYTEST_FLAGS"):
+    for name in ("PYTHON", "VENV", "EXTRAS", "SETUP_FLAGS", "PYTEST_FLAGS", "JOBS"):
         inherited.pop(name, None)
     command = ["make", "--no-print-directory", *arguments, *(f"{name}={value}" for name, value in variables.items())]
     return subprocess.run(command, cwd=ROOT, env=inherited, capture_output=True, text=True, check=False)

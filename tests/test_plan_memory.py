@@ -185,30 +185,36 @@ def check_peaks(world_size: int, cases: list[list[str]]) -> None:
             assert estimated == pytest.approx(measured, rel=0.15), case
 
 
-def test_memory_of_replicas():
-    bf16, recompute = "training.precision=bf16", "training.activation_checkpointing=true"
-    exact = "parallel.gradient_reduction=fp32"
-    cases = [
-        ["parallel.zero_stage=0"],
-        ["parallel.zero_stage=1", recompute],
-        ["parallel.zero_stage=1", bf16],
-        ["parallel.zero_stage=2", bf16],
-        ["parallel.zero_stage=1", bf16, exact],
-        ["parallel.zero_stage=2", bf16, exact],
-        ["parallel.zero_stage=3", bf16, exact],
-        ["parallel.zero_stage=3", bf16, recompute],
-        ["parallel.zero_stage=1", bf16, "parallel.offload_optimizer=true"],
-    ]
-    check_peaks(2, cases)
+BF16, RECOMPUTED = "training.precision=bf16", "training.activation_checkpointing=true"
+EXACT = "parallel.gradient_reduction=fp32"
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "overrides"),
+    [
+        (0, []),
+        (1, [RECOMPUTED]),
+        (1, [BF16]),
+        (2, [BF16, EXACT]),
+        (3, [BF16, RECOMPUTED]),
+        (1, [BF16, "parallel.offload_optimizer=true"]),
+        # Each stage and each option is above; these are the other pairs.
+        pytest.param(2, [BF16], marks=pytest.mark.slow),
+        pytest.param(1, [BF16, EXACT], marks=pytest.mark.slow),
+        pytest.param(3, [BF16, EXACT], marks=pytest.mark.slow),
+    ],
+)
+def test_memory_of_replicas(zero_stage, overrides):
+    check_peaks(2, [[f"parallel.zero_stage={zero_stage}", *overrides]])
 
 
 def test_memory_under_tensor_parallelism():
     two = "parallel.tensor_parallel_size=2"
-    check_peaks(2, [[two], [two, "parallel.sequence_parallel=true", "training.precision=bf16"]])
+    check_peaks(2, [[two], [two, "parallel.sequence_parallel=true", BF16]])
 
 
 def test_memory_of_pipeline_stages():
-    check_peaks(2, [["parallel.pipeline_parallel_size=2", "training.precision=bf16"]])
+    check_peaks(2, [["parallel.pipeline_parallel_size=2", BF16]])
 
 
 def allocated_and_followed() -> tuple[int, int]:

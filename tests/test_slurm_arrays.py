@@ -3,29 +3,15 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from cola_megatron.config import dump_config
-from tests.slurm_cluster import Cluster, cluster
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Cluster]:
-    with cluster(nodes=2) as running:
-        yield running
+from tests import commands
+from tests.slurm_cluster import Cluster
 
 
 def cola(slurm: Cluster, *arguments: object) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "launchers.cli", *map(str, arguments)],
-        env=slurm.environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = commands.cola(*arguments, env=slurm.environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -55,7 +41,7 @@ def test_one_run_of_four_fails_and_is_rerun_alone(slurm: Cluster, tiny, corpus: 
         together.add(sum(state == "running" for state in states.values()))
         return states == {"a": "finished", "b": "finished", "c": "failed", "d": "finished"}
 
-    slurm.wait_for(ended, "end of the array", 120)
+    slurm.wait_for(ended, "end of the array", 400, every=1.0)
     assert max(together) <= 2
     shown = cola(slurm, "status", folder)
     (line,) = [line for line in shown.splitlines() if str(folder / "c") in line]
@@ -67,12 +53,7 @@ def test_one_run_of_four_fails_and_is_rerun_alone(slurm: Cluster, tiny, corpus: 
     slurm.run_to_the_end(f"{again['job']}_0")
     assert all(run["state"] == "finished" for run in json.loads(cola(slurm, "status", folder, "--json")))
     assert "2/2" in cola(slurm, "status", folder / "c")
-    refused = subprocess.run(
-        [sys.executable, "-m", "launchers.cli", "submit", "array", "--again", str(folder)],
-        env=slurm.environment,
-        capture_output=True,
-        text=True,
-    )
+    refused = commands.cola("submit", "array", "--again", folder, env=slurm.environment)
     assert refused.returncode == 2 and "every run has finished" in refused.stderr
 
 
@@ -80,7 +61,7 @@ def test_what_waits_is_shown_and_cancelled(slurm: Cluster, tiny, tmp_path: Path)
     (tmp_path / "config.yaml").write_text(dump_config(tiny(1)))
     (tmp_path / "site.yaml").write_text("partition: main\ngpus_per_node: 0\nexclusive: false\npreflight: false\n")
     blocker = slurm.commands(
-        "sbatch", "--parsable", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=sleep 60"
+        "sbatch", "--parsable", "--exclusive", "--nodes=3", "--output=/dev/null", "--wrap=sleep 60"
     )
     slurm.wait_for(lambda: slurm.job(blocker)["JobState"] == "RUNNING", "the job in the way")
     words = ["submit", tmp_path / "config.yaml", "--site", tmp_path / "site.yaml", "--json"]

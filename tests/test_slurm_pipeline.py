@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,13 @@ from launchers.prep_recipes import from_file
 from launchers.slurm.pipeline import Pipeline, plan_pipeline
 from launchers.slurm.render import Shape
 from launchers.slurm.site import load_site
-from tests.slurm_cluster import Cluster, cluster
+from tests.slurm_cluster import Cluster
 from tests.support import TINY
 
 SMALL = [setting for setting in TINY if not setting.startswith(("training.vae_update", "training.steps"))]
 SITE = "partition: main\ngpus_per_node: 0\nexclusive: false\npause_seconds: 0.5\n"
 # An item of LAMBADA as `cola eval run` reads it.
 ITEMS = [{"id": number, "prompt": "the prior writes latent blocks of", "ground_truth": "noise"} for number in range(2)]
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Cluster]:
-    with cluster(nodes=2) as running:
-        yield running
 
 
 @pytest.fixture
@@ -94,7 +87,7 @@ def test_the_whole_chain_from_one_command(slurm: Cluster, tmp_path: Path, recipe
         *("prep-tokenizer", "prep-tokenize", "prep-merge", "stage1", "stage2", "export", "evaluate", "report")
     ]
     for name, part in parts.items():
-        state = slurm.run_to_the_end(part["job"], 200)
+        state = slurm.run_to_the_end(part["job"])
         logs = [path.read_text() for path in Path(part["log"]).parent.glob(Path(part["log"]).name)]
         assert state == "COMPLETED", f"{name}: {logs}"
     folder = tmp_path / "runs" / "first"

@@ -5,10 +5,8 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -18,8 +16,9 @@ from cola_megatron.checkpoint.find import newest_checkpoint
 from cola_megatron.config import RunConfig, dump_config, load_config
 from cola_megatron.records.metrics import read_metrics
 from cola_megatron.training.loop import train
+from tests.commands import cola
 from tests.ranks import run_ranks
-from tests.slurm_cluster import TERMINAL, Cluster, cluster, records
+from tests.slurm_cluster import TERMINAL, Cluster, records
 from tests.support import TINY
 
 STEPS = 60
@@ -28,7 +27,7 @@ LONG = [
     f"training.steps={STEPS}",
     "training.checkpoint.every=10",
     "training.checkpoint.keep_last=3",
-    "parallel.peer_timeout_seconds=10",
+    "parallel.peer_timeout_seconds=30",
 ]
 # Each start of a job takes some ten seconds here, so one way of starting must do for the tests of every day.
 AGENT_SLOWLY, TASKS_SLOWLY = (pytest.param(launcher, marks=pytest.mark.slow) for launcher in ("agent", "tasks"))
@@ -40,12 +39,6 @@ preflight: false
 wait_seconds: 30
 pause_seconds: 0.5
 """
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Cluster]:
-    with cluster(nodes=3) as running:
-        yield running
 
 
 class Job:
@@ -61,14 +54,14 @@ class Job:
         return max((record["step"] for record in read_metrics(path)), default=0) if path.is_file() else 0
 
     def wait_for_step(self, step: int) -> None:
-        self.slurm.wait_for(lambda: self.step() >= step, f"step {step} of job {self.id}", 60)
+        self.slurm.wait_for(lambda: self.step() >= step, f"step {step} of job {self.id}")
 
     def wait_for_checkpoint(self, step: int) -> None:
         def there() -> bool:
             newest = newest_checkpoint(self.config.run_folder)
             return newest is not None and int(newest.name.removeprefix("step_")) >= step
 
-        self.slurm.wait_for(there, f"checkpoint {step} of job {self.id}", 60)
+        self.slurm.wait_for(there, f"checkpoint {step} of job {self.id}")
 
     def events(self, kind: str) -> list[dict]:
         return [event for event in records(self.folder / "events.jsonl") if event["event"] == kind]
@@ -90,13 +83,7 @@ def submit(slurm: Cluster, tiny, tmp_path: Path) -> Callable[..., Job]:
         (tmp_path / "config.yaml").write_text(dump_config(config))
         (tmp_path / "site.yaml").write_text(SITE + site)
         command = ["submit", str(tmp_path / "config.yaml"), "--site", str(tmp_path / "site.yaml"), "--nodes", "2"]
-        done = subprocess.run(
-            [sys.executable, "-m", "launchers.cli", *command, *options, "--json"],
-            env=slurm.environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = cola(*command, *options, "--json", env=slurm.environment)
         assert done.returncode == 0, done.stderr
         return Job(slurm, config, json.loads(done.stdout))
 
@@ -185,7 +172,7 @@ def test_a_node_that_goes_down(submit, undisturbed, slurm: Cluster) -> None:
     job = submit()
     job.wait_for_checkpoint(20)
     slurm.kill_node("n2")
-    slurm.wait_for(lambda: slurm.states()["n2"].rstrip("*") in ("down", "idle"), "the node down", 60)
+    slurm.wait_for(lambda: slurm.states()["n2"].rstrip("*") in ("down", "idle"), "the node down")
     slurm.start_node("n2")
     # The first failure may be noticed before Slurm knows that the node is down.
     assert_nothing_lost(job, undisturbed, tries=(2, 3))
@@ -217,7 +204,7 @@ def test_a_run_that_would_fail_again_is_not_tried_again(submit, slurm: Cluster, 
 def test_tries_without_progress_are_bounded(submit, slurm: Cluster) -> None:
     job = submit("training.checkpoint.every=1000", options=("--set", "tries=2"))
     for _ in range(2):
-        slurm.wait_for(lambda: len(slurm.ranks()) == 2, "two ranks", 60)
+        slurm.wait_for(lambda: len(slurm.ranks()) == 2, "two ranks")
         rank = slurm.ranks()[0]
         rank.kill()
         psutil.wait_procs([rank], 10)
@@ -261,14 +248,9 @@ def test_a_node_that_never_answers_is_left_out(submit, undisturbed, slurm: Clust
 def test_a_cancelled_job_stays_cancelled(submit, slurm: Cluster) -> None:
     job = submit("training.steps=100000", "training.checkpoint.every=100000")
     job.wait_for_step(3)
-    done = subprocess.run(
-        [sys.executable, "-m", "launchers.cli", "cancel", str(job.config.run_folder)],
-        env=slurm.environment,
-        capture_output=True,
-        text=True,
-    )
+    done = cola("cancel", job.config.run_folder, env=slurm.environment)
     assert done.returncode == 0 and job.id in done.stdout
-    slurm.wait_for(lambda: slurm.job(job.id)["JobState"] == "CANCELLED", "the end of the job", 60)
+    slurm.wait_for(lambda: slurm.job(job.id)["JobState"] == "CANCELLED", "the end of the job")
     slurm.wait_for(lambda: not slurm.ranks(), "the end of its ranks")
     assert newest_checkpoint(job.config.run_folder) is not None, "it saved before it ended"
 

@@ -22,8 +22,9 @@ from launchers.slurm.array import configs_of
 from launchers.slurm.render import Shape, training_script
 from launchers.slurm.site import load_site, site_names
 from slurm import supervise
+from tests.commands import cola
 from tests.ranks import free_port
-from tests.slurm_cluster import Cluster, cluster
+from tests.slurm_cluster import Cluster
 from tests.support import TINY, small_disk
 
 STORED = Path(__file__).parent / "data" / "slurm"
@@ -39,12 +40,6 @@ def on_a_login_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "config.yaml").write_text(dump_config(config))
     (tmp_path / "site.yaml").write_text(CPU_SITE)
     return tmp_path
-
-
-def cola(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "launchers.cli", *map(str, arguments)], capture_output=True, text=True, env=env
-    )
 
 
 def one_line(done: subprocess.CompletedProcess) -> str:
@@ -176,12 +171,6 @@ def test_a_full_disk_is_one_line(on_a_login_node: Path) -> None:
         done = cola("submit", "config.yaml", f"runs_folder={disk}", "--site", "site.yaml")
     assert done.returncode == 1
     assert "No space left on device" in one_line(done)
-
-
-@pytest.fixture(scope="module")
-def slurm():
-    with cluster(nodes=2) as running:
-        yield running
 
 
 @pytest.mark.parametrize(

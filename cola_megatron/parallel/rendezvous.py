@@ -5,13 +5,7 @@ import re
 from collections.abc import Mapping
 
 from cola_megatron.config import ConfigError
-from cola_megatron.errors import ExitCode, UserError
-
-
-class RendezvousFailed(UserError):
-    """The processes of a job did not find each other; one line with the address."""
-
-    exit_code = ExitCode.CRASHED  # another try uses another port, and other nodes perhaps
+from cola_megatron.errors import RendezvousFailed
 
 
 def place_from_srun(environment: Mapping[str, str]) -> dict[str, str]:
