@@ -407,7 +407,8 @@ def test_unusual_documents_end_in_a_verdict(text):
 )
 def test_a_missing_package_is_named_with_the_cure(package, section, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(DataPrepError, match=rf"{package} is not installed.*cleaning\.{section}.*make setup EXTRAS=prep"):
+    said = rf"{package} is not installed.*cleaning\.{section}.*make setup EXTRAS=prep"
+    with pytest.raises(DataPrepError, match=said):
         clean("text", **{section: {}})
 
 
