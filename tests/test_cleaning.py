@@ -407,13 +407,14 @@ def test_unusual_documents_end_in_a_verdict(text):
 )
 def test_a_missing_package_is_named_with_the_cure(package, section, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(DataPrepError, match=rf"{package} is not installed.*cleaning\.{section}.*pip install"):
+    said = rf"{package} is not installed.*cleaning\.{section}.*make setup EXTRAS=prep"
+    with pytest.raises(DataPrepError, match=said):
         clean("text", **{section: {}})
 
 
 def test_a_missing_language_model_is_named_with_the_cure(monkeypatch):
     monkeypatch.setattr("data_prep.clean.rules.find_spec", lambda name: None)
-    with pytest.raises(DataPrepError, match=r"pip install 'cola-megatron\[prep\]', or name a file"):
+    with pytest.raises(DataPrepError, match="make setup EXTRAS=prep, or name a file"):
         clean("text", language={})
 
 

@@ -245,7 +245,7 @@ def test_long_chains_become_one_group(monkeypatch):
 
 def test_a_missing_package_is_named_with_the_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "xxhash", None)
-    with pytest.raises(DataPrepError, match=r"xxhash is not installed.*deduplication\.near.*pip install"):
+    with pytest.raises(DataPrepError, match=r"xxhash is not installed.*deduplication\.near.*make setup EXTRAS=prep"):
         signed([])
     Signatures(DeduplicationSettings()).add("exact duplicates need no package")
 
