@@ -11,11 +11,12 @@ def plan(
         None, help="section.key=value; a layout key given here (parallel.tensor_parallel_size=2) is kept."
     ),
     gpus: int = typer.Option(..., min=1, help="GPUs of the job."),
-    gpu: str = typer.Option("h100", help="a100, h100, h200 or b200."),
+    gpu: str = typer.Option("h100", help="A GPU of the table in docs/planning.md: a100, h100, h200, b200, ..."),
     gpu_memory: float = typer.Option(None, min=1, help="GiB of one GPU, where it is not the data sheet's."),
     gpus_per_node: int = typer.Option(8, min=1, help="GPUs that share NVLink."),
     tokens: float = typer.Option(None, min=1, help="Length of the run in tokens, instead of training.steps."),
     eflops: float = typer.Option(None, help="Length of the run in model EFLOPs (1e18 FLOPs as this project counts)."),
+    nominal_eflops: float = typer.Option(None, help="Length of the run on the paper's axis, 6 N D in 1e18 FLOPs."),
     top: int = typer.Option(10, min=1, help="Rows of the table."),
     mfu: float = typer.Option(None, help="Measured share of the peak for all computation, instead of the model's."),
     assume: list[str] = typer.Option(None, help="Another efficiency, as link=0.6; `--json` lists them."),
@@ -38,16 +39,20 @@ def plan(
     config = load_config(source, overrides or [])
     if gpu not in GPUS:
         raise ConfigError(f"--gpu {gpu}: not in the table of {', '.join(GPUS)}; docs/planning.md says how to add one")
-    if tokens is not None and eflops is not None:
-        raise ConfigError("--tokens and --eflops are two lengths of one run; give one of them")
-    if eflops is not None and not 0 < eflops < 1e9:
-        raise ConfigError(f"--eflops {eflops}: must be above 0 and below 1e9")
+    lengths = {"--tokens": tokens, "--eflops": eflops, "--nominal-eflops": nominal_eflops}
+    given = [name for name, value in lengths.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} are two lengths of one run; give one of them")
+    for name in ("--eflops", "--nominal-eflops"):
+        value = lengths[name]
+        if value is not None and not 0 < value < 1e9:
+            raise ConfigError(f"{name} {value}: must be above 0 and below 1e9")
     efficiency = efficiency_with([*(assume or []), *([] if mfu is None else [f"mfu={mfu}"])])
     memory = GPUS[gpu].memory_bytes if gpu_memory is None else gpu_memory * GIB
     cluster = Cluster(gpus, GPUS[gpu], memory, gpus_per_node, efficiency)
     held = [key for key in (override.partition("=")[0] for override in overrides or []) if key in CHOICES]
     layouts, refused = rank(config, cluster, held)
-    run = budget(config, tokens, eflops)
+    run = budget(config, tokens, eflops, nominal_eflops)
     if as_json:
         print_json(as_tree(config, cluster, run, layouts[:top], refused))
     else:

@@ -9,7 +9,7 @@ from cola_megatron.scaling.budget import Budget
 from cola_megatron.scaling.flops import training_flops_per_sample
 from cola_megatron.scaling.hardware import GIB
 from cola_megatron.scaling.parts import chain_parts
-from cola_megatron.scaling.plan import Cluster, Layout
+from cola_megatron.scaling.plan import Cluster, Layout, batch_limit
 from launchers.output import print_table
 
 
@@ -33,6 +33,10 @@ def print_plan(
         rest.append(f"{refused} combinations need more than {cluster.usable_memory / GIB:.1f} GiB")
     if rest:
         print(f"  {'; '.join(rest)}")
+    print(f"  days and GPU-hours are of stage {config.stage} alone: the other stage is a run of its own")
+    limit = batch_limit(config, cluster)
+    if limit is not None:
+        print(f"  {limit}")
     _print_details(layouts[0])
 
 
@@ -47,6 +51,7 @@ def as_tree(
         "run": asdict(run),
         "parts": [asdict(part) | {"flops_per_sample": part.flops} for part in chain_parts(config)],
         "refused_for_memory": refused,
+        "batch_limit": batch_limit(config, cluster),
         "layouts": [_layout_tree(layout, run) for layout in layouts],
     }
 
@@ -84,7 +89,8 @@ def _layout_tree(layout: Layout, run: Budget) -> dict[str, Any]:
 def _length_rows(run: Budget) -> list[tuple[str, str]]:
     rows = [
         ("steps, tokens", f"{run.steps:,}, {run.tokens:,}"),
-        ("model EFLOPs", f"{run.model_flops / 1e18:,.4g} (counted: both copies, both views, VAE)"),
+        ("model EFLOPs", f"{run.model_flops / 1e18:,.4g}"),
+        *((f"  {name}", f"{flops / 1e18:,.4g}") for name, flops in run.parts.items()),
     ]
     if run.nominal_flops is not None:
         rows.append(("nominal EFLOPs", f"{run.nominal_flops / 1e18:,.4g} (6 N D, the axis of the paper's figures)"))
@@ -107,7 +113,7 @@ def _row(layout: Layout, run: Budget) -> dict[str, str]:
         "MFU": f"{layout.mfu:.1%}",
         "sent": f"{layout.times[0].sent / GIB:.3g}",
         "days": f"{_days(layout, run):,.3g}",
-        "GPU-hours": f"{_gpu_hours(layout, run):,.0f}",
+        "GPU-hours": _rounded(_gpu_hours(layout, run)),
     }
 
 
@@ -161,6 +167,11 @@ def _trains_vae(layout: Layout) -> bool:
 
 def _days(layout: Layout, run: Budget) -> float:
     return run.steps * layout.step_seconds / 86_400
+
+
+def _rounded(hours: float) -> str:
+    """Whole hours where there are many, else what there is of one."""
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"
 
 
 def _gpu_hours(layout: Layout, run: Budget) -> float:

@@ -62,5 +62,10 @@ def _accuracies(folder: Path) -> list[tuple[str, str]]:
     from cola_megatron.evaluation.results import read_results
 
     return [
-        (f"accuracy, {name}", f"{100 * result.interval.value:.2f}%") for name, result in read_results(folder).items()
+        (
+            f"accuracy, {name}",
+            f"{result.interval.value:.1%} of {len(result.items):,} items "
+            f"(95%: {result.interval.low:.1%} to {result.interval.high:.1%})",
+        )
+        for name, result in read_results(folder).items()
     ]

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ def write_folder(
     held_out: dict[str, int] | None = None,
     per_shard: int = PER_SHARD,
     tokenizer: Path | None = None,
+    make: Callable[[str, str, int], np.ndarray] = sequence,
 ) -> Path:
     """A folder with so many sequences of each source, ten in a shard."""
     splits = {"train": sources, "held_out": held_out or dict.fromkeys(sources, 12)}
@@ -46,7 +47,7 @@ def write_folder(
             part = folder / split / source / "00000"
             part.mkdir(parents=True)
             write = _write_mds if shard_format == "mds" else _write_tars
-            rows = [sequence(split, source, number) for number in range(count)]
+            rows = [make(split, source, number) for number in range(count)]
             index += write(part, f"{source}/00000/", rows, compression, per_shard)
         key = {"version": 2, "shards": index} if shard_format == "mds" else {"wids_version": 1, "shardlist": index}
         (folder / split / "index.json").write_text(json.dumps(key))

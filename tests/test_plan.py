@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 from cola_megatron.config import ConfigError, load_config
 from cola_megatron.models.cola import Cola
 from cola_megatron.parallel import initialize_parallel
+from cola_megatron.scaling.budget import budget
 from cola_megatron.scaling.hardware import GIB, GPUS, Efficiency, efficiency_with
 from cola_megatron.scaling.parts import chain_parts
-from cola_megatron.scaling.plan import Cluster, PlanError, layouts_of, plan
+from cola_megatron.scaling.plan import Cluster, PlanError, batch_limit, layouts_of, plan
 from cola_megatron.scaling.split import pipeline_split
 from launchers.cli import app, main
 
@@ -107,7 +108,16 @@ def test_measured_utilisation_replaces_the_model_of_the_computation():
 
 def test_the_command_prints_table_and_details():
     printed = cola("plan", "paper-2b", "--gpus", 1024, "--top", 3, "--eflops", 2000)
-    for word in ("model EFLOPs    2,000", "nominal EFLOPs", "GPU-hours", "overrides", "stage 0 holds", "slower ones"):
+    for word in (
+        "model EFLOPs              2,000",
+        "prior, both copies",
+        "of stage 2 alone",
+        "nominal EFLOPs",
+        "GPU-hours",
+        "overrides",
+        "stage 0 holds",
+        "slower ones",
+    ):
         assert word in printed
     assert "Example" in cola("plan", "--help")
 
@@ -146,6 +156,32 @@ def test_nothing_fits_names_what_is_least():
         plan(load_config("paper-2b"), cluster(1, gigabytes=4))
     with pytest.raises(ConfigError, match="no such assumption"):
         efficiency_with(["light=1"])
+
+
+def test_the_parts_of_the_model_flops_add_up_to_them_in_every_mode():
+    for overrides in ([], ["training.vae_update.mode=interval"], ["training.vae_update.mode=frozen"], ["stage=1"]):
+        run = budget(load_config("paper-2b", overrides), tokens=1e9)
+        assert sum(run.parts.values()) == pytest.approx(run.model_flops, rel=1e-12), overrides
+    assert set(run.parts) == {"VAE on the text", "VAE on the masked view"}
+
+
+def test_a_budget_on_the_nominal_axis():
+    assert budget(load_config("paper-2b"), nominal=77.8567).steps == 10_000
+    with pytest.raises(ConfigError, match="stage 1 has none"):
+        budget(load_config("paper-2b", ["stage=1"]), nominal=1)
+
+
+def test_the_batch_is_named_where_it_is_the_limit():
+    config = load_config("paper-2b")
+    assert batch_limit(config, cluster(128)) is None
+    assert "at most 128 replicas on 512 GPUs; training.global_batch_size=1536 would" in batch_limit(
+        config, cluster(512)
+    )
+
+
+def test_a_number_of_gpus_that_fits_no_batch_is_refused_for_the_batch():
+    with pytest.raises(ConfigError, match=r"global_batch_size=1408 cannot be cut over 3000 replicas"):
+        plan(load_config("paper-2b"), cluster(3000))
 
 
 def test_the_page_has_the_tables_of_the_code():

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-__all__ = ["BlockOrder", "GlobalOrder", "InOrder", "SampleOrder", "permuted"]
+__all__ = ["BlockOrder", "GlobalOrder", "SampleOrder", "permuted"]
 
 ROUNDS = 8
 
@@ -144,21 +144,6 @@ class BlockOrder:
             self._laid_out = epoch, shards, np.cumsum(self.sizes[shards])
         _, shards, ends = self._laid_out
         return shards, ends, int(np.searchsorted(ends, offset, side="right")) // self.block_shards
-
-
-class InOrder:
-    """An endless sequence without a shuffle: 0, 1, ..., and again."""
-
-    def __init__(self, num_samples: int) -> None:
-        self.num_samples = num_samples
-
-    def sample_ids(self, start: int, count: int) -> np.ndarray:
-        """Sample numbers at positions start ... start + count, int64 (count,)."""
-        return (start % self.num_samples + np.arange(count, dtype=np.int64)) % self.num_samples
-
-    def block(self, position: int) -> tuple[int, int]:
-        """The whole epoch."""
-        return position // self.num_samples * self.num_samples, self.num_samples
 
 
 def permuted(size: int, key: str, offset: int, count: int) -> np.ndarray:

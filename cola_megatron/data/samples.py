@@ -9,12 +9,15 @@ import numpy as np
 
 from cola_megatron.data.manifest import BadShardError, ShardError
 from cola_megatron.data.mixture import MixedStream, Mixture, epoch_counts, stream_seed
-from cola_megatron.data.order import BlockOrder, GlobalOrder, InOrder, SampleOrder
+from cola_megatron.data.order import BlockOrder, GlobalOrder, SampleOrder
 from cola_megatron.data.shards import TokenShards, TokenStream
 
 __all__ = ["Sample", "SampleSequence", "held_out_samples", "training_samples"]
 
 REPLACEMENTS = 100
+
+HELD_OUT_SEED = 0
+"""Of the order of held-out samples: no run's own."""
 
 
 class Sample(NamedTuple):
@@ -93,6 +96,12 @@ def training_samples(
 
 
 def held_out_samples(shards: TokenShards, skip_bad: bool = False) -> SampleSequence:
-    """The samples of a measurement: every stream from its beginning, mixed by size; all once before any comes again."""
-    mixed = [MixedStream(InOrder(len(stream)), stream.first, len(stream)) for stream in shards.streams]
+    """The samples of a measurement: those of every stream in a fixed random order, mixed by size.
+
+    The first N are spread over the split, the same ones in every run; all come once before any comes again.
+    """
+    mixed = [
+        MixedStream(GlobalOrder(len(stream), stream_seed(HELD_OUT_SEED, stream.name)), stream.first, len(stream))
+        for stream in shards.streams
+    ]
     return SampleSequence(shards, Mixture(mixed, None), skip_bad)

@@ -16,7 +16,7 @@ from cola_megatron.checkpoint.errors import CheckpointError
 from cola_megatron.checkpoint.find import require_checkpoint
 from cola_megatron.checkpoint.state_file import read_config
 from cola_megatron.config import ConfigError
-from cola_megatron.data import TokenShards
+from cola_megatron.data import TokenShards, held_out_samples
 from cola_megatron.evaluation.errors import EvaluationError
 from cola_megatron.evaluation.files import read_rows
 from cola_megatron.evaluation.statistics import Interval, ratio_interval
@@ -36,7 +36,7 @@ class Texts(NamedTuple):
 
 
 def held_out_texts(source: Path, data: Path | None, limit: int | None) -> Texts:
-    """The first held-out sequences of a prepared folder, by default that of the run.
+    """Held-out sequences of a prepared folder, by default that of the run: those that training measures on, and more.
 
     Raises:
         ConfigError: `source` has no checkpoint that can be read, or names no data. ShardError: the data cannot be read.
@@ -51,7 +51,7 @@ def held_out_texts(source: Path, data: Path | None, limit: int | None) -> Texts:
         raise ConfigError(f"{source} names no data: give --data FOLDER or --file FILE")
     shards = TokenShards(folder, "held_out")
     count = len(shards) if limit is None else min(limit, len(shards))
-    return Texts([shards[index].tolist() for index in range(count)], None)
+    return Texts([sample.tokens.tolist() for sample in held_out_samples(shards).read(0, count)], None)
 
 
 def texts_of_file(file: Path, field: str, context_field: str | None, limit: int | None) -> Texts:

@@ -1,6 +1,8 @@
 """The last words on a run: continuations of held-out texts, measurements, and the page that shows them."""
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,15 +67,49 @@ def continue_held_out(
 
 
 def summary_table(summary: dict[str, float]) -> list[tuple[str, str]]:
-    """What a run came to, as (what, value)."""
+    """What a run came to, as (what, value); a stage 1 has no prior to speak of."""
+    table = [("held-out reconstruction accuracy", f"{summary['reconstruction_accuracy']:.4f}")]
+    if "flow_matching_loss" in summary:
+        table += prior_table(summary)
     return [
-        ("held-out reconstruction accuracy", f"{summary['reconstruction_accuracy']:.4f}"),
-        ("flow-matching loss", f"{summary['flow_matching_loss']:.4f}"),
-        ("loss of the best constant predictor", f"{summary['constant_predictor_loss']:.4f}"),
+        *table,
         ("tokens seen", f"{summary['tokens']:,}"),
         ("model FLOPs", f"{summary['model_flops']:.3e}"),
         ("training time", f"{summary['seconds']:,.0f} s"),
     ]
+
+
+def prior_table(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The prior's loss between what it must be held against, at the same fixed times and noise; and what it means."""
+
+    def figure(name: str) -> str:
+        error = metrics.get(f"{name}_standard_error")
+        return f"{metrics[name]:.4f}" + (f" ± {1.96 * error:.4f}" if error is not None else "")
+
+    rows = [
+        ("flow-matching loss, uniform t", "flow_matching_loss"),
+        ("  with the context of another text", "flow_matching_loss_shuffled_context"),
+        ("  without context, every block alone", "flow_matching_loss_without_context"),
+        ("  best linear denoiser of one latent", "linear_predictor_loss"),
+        ("  best constant", "constant_predictor_loss"),
+        ("gain from context", "context_gain"),
+        ("  in nats per latent", "context_information"),
+    ]
+    found = [(what, figure(name)) for what, name in rows if name in metrics]
+    return [*found, ("what the prior has learned", prior_in_words(metrics))]
+
+
+def prior_in_words(metrics: Mapping[str, float]) -> str:
+    """One sentence that the losses allow."""
+    gain, error = metrics["context_gain"], metrics.get("context_gain_standard_error", math.inf)
+    if metrics["flow_matching_loss"] >= metrics["linear_predictor_loss"]:
+        return "nothing yet: a linear function of one noisy latent, blind to the text, predicts as well"
+    if gain < 1.96 * error:
+        return "the shape of single blocks; the text before a block helps by no more than chance"
+    alone = metrics["flow_matching_loss_without_context"] - metrics["flow_matching_loss"]
+    beyond = metrics["linear_predictor_loss"] - metrics["flow_matching_loss"]
+    share = f", {alone / beyond:.0%} of what it gains over the linear denoiser" if alone <= beyond else ""
+    return f"to use the text before a block: it lowers the loss by {gain:.3f}{share}"
 
 
 def write_page(

@@ -202,7 +202,7 @@ def layouts_of(config: RunConfig, cluster: Cluster, held: set[str]) -> Iterator[
                     found = True
                     yield Layout(chosen, replicas, splits[place], cluster)
             except ConfigError as error:
-                reason = error
+                reason = reason or error  # the first is of the simplest layout: it says what a person needs
     if not found:
         raise reason or ConfigError(
             f"no layout of {cluster.gpus} GPUs keeps {' '.join(sorted(held))}; free one of them"
@@ -265,6 +265,22 @@ def _indivisible(config: RunConfig, replicas: int, cluster: Cluster) -> ConfigEr
     return ConfigError(
         f"training.global_batch_size={batch} cannot be cut over {replicas} replicas ({cluster.gpus} GPUs); "
         f"use training.global_batch_size={max(1, round(batch / replicas)) * replicas}, or another number of GPUs"
+    )
+
+
+def batch_limit(config: RunConfig, cluster: Cluster) -> str | None:
+    """Where the global batch keeps plain data parallelism from using all GPUs: what it allows, and what would do.
+
+    None where it divides by the number of GPUs.
+    """
+    batch, gpus = config.training.global_batch_size, cluster.gpus
+    if batch % gpus == 0:
+        return None
+    replicas = max(size for size in _divisors(batch) if size <= gpus and gpus % size == 0)
+    fitting = max(1, round(batch / gpus)) * gpus
+    return (
+        f"the global batch is a limit: {batch:,} sequences divide over at most {replicas:,} replicas on {gpus:,} GPUs; "
+        f"training.global_batch_size={fitting} would use all of them as replicas"
     )
 
 
