@@ -11,7 +11,12 @@ ON_SLURM = ("test_slurm_survival", "test_slurm_arrays", "test_slurm_pipeline", "
 # runs all tests, so that what a module prepares is prepared once.
 DEALT_SINGLY = ("test_layouts", "test_training", "test_kills", "test_plan_memory", "test_peer_watch")
 # What lasts longest begins first, or the other workers would wait for it at the end.
-FIRST = (*ON_SLURM, *DEALT_SINGLY, "test_checkpoint_layouts", "test_checkpoint_async", "test_divergence", "test_hangs")
+FIRST = (
+    *ON_SLURM,
+    *DEALT_SINGLY,
+    *("test_data_kills", "test_gpu_check", "test_checkpoint_layouts", "test_checkpoint_async", "test_divergence"),
+    *("test_packaging", "test_prep_slurm", "test_interchange_memory", "test_hangs", "test_doctor"),
+)
 
 
 class Dealing(LoadScopeScheduling):
