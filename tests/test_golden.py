@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cola_megatron.inference.generate import block_noise
-from cola_megatron.inference.solvers import euler, solve, uniform_grid
+from cola_megatron.inference.guided_sampling import sample_text
+from cola_megatron.inference.settings import FlowSettings
 from cola_megatron.interface import ColaDLM
 from cola_megatron.models.dit import two_copy_times
 
@@ -101,24 +101,15 @@ def test_generation_is_the_published_one(model: ColaDLM, index: int) -> None:
     assert texts == RUNS[index]["texts"]
 
 
-def test_generation_is_the_velocity_integrated_without_caches(model: ColaDLM) -> None:
-    """From `velocity` alone: prompts of 28 and 44 latents, a batch of different lengths."""
+def test_generation_is_guided_sampling_as_it_is_defined(model: ColaDLM) -> None:
+    """Prompts of 28 and 44 latents, whole blocks, generated in one batch with caches."""
     run = {"steps": 8, "guidance_scale": 3.0, "max_new_tokens": 12, "repetition_penalty": 1.0}
     samples = [1, 2]
-    _, latents, _ = generate(model, run, samples)
-    times = uniform_grid(run["steps"], torch.device("cpu"))
+    ids, latents, _ = generate(model, run, samples)
+    settings = FlowSettings(noise_seed=GENERATION["noise_seed"], temperature=0.0, **run)
     for column, sample in enumerate(samples):
         prompt = model.tokenizer.encode(PROMPTS[sample], add_special_tokens=False).ids
-        known_SC = model.vae.to_prior(model.encode(prompt)[0])
-        for block, drawn_SC in enumerate(latents[:, column]):
-
-            def velocity(z_SC: torch.Tensor, step: int, known_SC: torch.Tensor = known_SC) -> torch.Tensor:
-                whole_1SC, alone_1SC = torch.cat((known_SC, z_SC))[None], z_SC[None]
-                in_context = model.velocity(whole_1SC, whole_1SC, times[step : step + 1])[0, -BLOCK_SIZE:]
-                alone = model.velocity(alone_1SC, alone_1SC, times[step : step + 1])[0]
-                return alone + run["guidance_scale"] * (in_context - alone)
-
-            noise_SC = block_noise(GENERATION["noise_seed"], sample, block, (BLOCK_SIZE, known_SC.shape[1]))
-            expected_SC = solve(euler, velocity, noise_SC, times)
-            torch.testing.assert_close(drawn_SC, expected_SC, rtol=0.0, atol=RELATIVE * expected_SC.abs().max().item())
-            known_SC = torch.cat((known_SC, drawn_SC))
+        expected_ids, expected_SC = sample_text(model.vae, model.dit, prompt, settings, sample)
+        drawn_SC = latents[:, column].flatten(0, 1)
+        torch.testing.assert_close(drawn_SC, expected_SC, rtol=0.0, atol=RELATIVE * expected_SC.abs().max().item())
+        assert ids[column].tolist() == expected_ids

@@ -218,7 +218,7 @@ def test_only_guided_evaluations_have_unconditional_rows(model, monkeypatch, opt
 
 
 def test_sessions_answer_in_requests_indices(model):
-    settings = generate.GenerationSettings(steps=2, max_new_tokens=8)
+    settings = generate.FlowSettings(steps=2, max_new_tokens=8)
     requests = [Request(list(range(100, 100 + 4 * n)), n, 4 * n) for n in (3, 1, 2)]
     session = model._flow.start(requests, settings, 0)
     seen = []

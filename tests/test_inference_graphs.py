@@ -12,8 +12,9 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cola_megatron.inference import graphs
-from cola_megatron.inference.generate import FlowGenerator, GenerationSettings
+from cola_megatron.inference.generate import FlowGenerator
 from cola_megatron.inference.protocol import Request
+from cola_megatron.inference.settings import FlowSettings
 from cola_megatron.interface import ColaDLM
 
 FOLDER = Path(__file__).parent / "data" / "reference_tiny"
@@ -44,7 +45,7 @@ def model() -> ColaDLM:
 
 
 def tokens(generator: FlowGenerator, **options) -> dict[int, list[int]]:
-    settings = GenerationSettings(**{"steps": 4, "max_new_tokens": 24} | options)
+    settings = FlowSettings(**{"steps": 4, "max_new_tokens": 24} | options)
     requests = [Request(list(range(100, 100 + n)), n, 24 - 4 * (n % 3)) for n in LENGTHS]
     session, found = generator.start(requests, settings, 2), {}
     while session.running:
@@ -68,7 +69,7 @@ def test_replayed_steps_give_the_same_tokens(model, monkeypatch, options):
 def test_one_recording_serves_all_blocks_of_a_width(model):
     tracer = Tracer()
     session = FlowGenerator(model.vae, model.dit, tracer).start(
-        [Request(list(range(100, 108)), 0)], GenerationSettings(steps=4, max_new_tokens=32), 2
+        [Request(list(range(100, 108)), 0)], FlowSettings(steps=4, max_new_tokens=32), 2
     )
     while session.running:
         list(session.advance())

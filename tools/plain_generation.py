@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from cola_megatron.inference.generate import block_noise
+from cola_megatron.inference.noise import block_noise
 from cola_megatron.inference.sampling import choose_tokens, penalize_repetition
 from cola_megatron.inference.settings import FlowSettings
 from cola_megatron.layers.attention import attend

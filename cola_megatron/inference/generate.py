@@ -1,5 +1,7 @@
 """Block-wise generation by flow: encode the prompts, draw latent blocks, decode each (paper section 2.3).
 
+The definition that it computes is in `guided_sampling.py`; here are batches, caches, and prompts of any length.
+
 Shapes: B running samples, S latents of one block, C latent channels, T = S * P tokens of one block, V vocabulary.
 """
 
@@ -12,29 +14,19 @@ from cola_megatron.inference.decoder import BlockDecoder, encode_prompts
 from cola_megatron.inference.fast_forward import prepare
 from cola_megatron.inference.first_block import FirstBlock, PromptLayout, lay_out
 from cola_megatron.inference.graphs import Recorder
+from cola_megatron.inference.noise import REPAINT_DRAWS, TOKEN_DRAWS, block_noise, generator_of
 from cola_megatron.inference.prior import BlockPrior, TimeGrid
 from cola_megatron.inference.protocol import Request, TokenBlock, TokenPreview
 from cola_megatron.inference.sampling import choose_tokens, penalize_repetition
-from cola_megatron.inference.settings import MAX_NOISE_SEED, MAX_SAMPLE_ID, FlowSettings
-from cola_megatron.inference.settings import FlowSettings as GenerationSettings
+from cola_megatron.inference.settings import FlowSettings
 from cola_megatron.models.dit import DiT
 from cola_megatron.models.text_vae import TextVAE
-
-__all__ = ["MAX_NOISE_SEED", "MAX_SAMPLE_ID", "FlowGenerator", "FlowSession", "GenerationSettings", "block_noise"]
-
-# Added to the seed of a block's noise for its other draws, so that they are independent of it.
-TOKEN_DRAWS, REPAINT_DRAWS = 5_000_000_000_000, 7_000_000_000_000
-
-
-def block_noise(seed: int, sample_id: int, block: int, shape: tuple[int, int]) -> torch.Tensor:
-    """The noise of one block, a function of (seed, sample id, block) alone: a sample does not depend on its batch."""
-    return torch.randn(shape, generator=_generator(seed, sample_id, block))
 
 
 class FlowGenerator:
     """Cola DLM as a family: begins sessions.
 
-    The networks are prepared for inference (`frozen.py`); they must be in evaluation mode, without gradients.
+    The networks are prepared for inference (`fast_forward.py`); they must be in evaluation mode, without gradients.
 
     Args:
         recorder: see `graphs.py`.
@@ -203,7 +195,7 @@ class FlowSession:
 
     def _generators(self, draws: int) -> list[torch.Generator]:
         seed, block = self.settings.noise_seed, self.block
-        return [_generator(seed, sample.sample_id, block, draws) for sample in self._samples]
+        return [generator_of(seed, sample.sample_id, block, draws) for sample in self._samples]
 
 
 def _in_order(
@@ -219,7 +211,3 @@ def _in_order(
         layout = lay_out(request.token_ids, settings.first_block, block_size, patch_size, unit, padding_id)
         samples.append(_Sample(index, request.sample_id, -(-tokens // (block_size * patch_size)), layout))
     return sorted(samples, key=lambda sample: sample.layout.whole)
-
-
-def _generator(seed: int, sample_id: int, block: int, draws: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed + sample_id * 1_000 + block * 10_000_000 + draws)

@@ -5,7 +5,7 @@ import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# So that every seed of a block (see `generate.block_noise`) fits a torch.Generator.
+# So that every seed of a block (see `noise.block_noise`) fits a torch.Generator.
 MAX_NOISE_SEED, MAX_SAMPLE_ID = 2**62, 2**52
 GREEDY_BELOW = 1e-5
 
