@@ -234,7 +234,9 @@ def test_a_run_is_trained_and_measured_alike(tiny, layout):
     for found in run_ranks(train_quietly, ranks, together):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            assert found[name] == pytest.approx(value, rel=1e-3), name
+            # What the context brings is a difference of two losses, which are what is alike to a thousandth.
+            of_losses = expected["flow_matching_loss"] if name.startswith("context_") else 0.0
+            assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-3 * of_losses), name
 
 
 def train_quietly(config: RunConfig) -> dict[str, float]:
