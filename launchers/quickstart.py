@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from cola_megatron.training.loop import Summary
 
 NAME = "quickstart"
-STAGE_ONE_STEPS, STAGE_TWO_STEPS = 200, 250
+STAGE_ONE_STEPS, STAGE_TWO_STEPS = 400, 1_600
+RECIPE = (
+    "model.vocab_size=1024",
+    "model.dit.block_size=4",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=8",
+)
+"""What makes a prior that reads its context out of minutes on two cores (docs/quickstart.md): short blocks, which leave
+more to be said by the text before them, and many small steps instead of few large ones."""
 PROMPT_TOKENS, NEW_TOKENS, SAMPLES = 48, 48, 4
 GUIDANCE_SCALE = 3.0
 SUMMARISED = (
@@ -118,8 +126,10 @@ def stage_config(layout: Layout, stage: int) -> RunConfig:
         f"training.steps={steps}",
         f"training.schedule.decay_steps={steps}",
         "training.schedule.warmup_steps=25",
-        "training.evaluation.every=50",
-        "training.checkpoint.every=50",
+        "training.evaluation.every=200",
+        "training.checkpoint.every=200",
+        "training.log.every=20",
+        *RECIPE,
     ]
     if stage == 2:
         overrides.append(f"training.stage_one={layout.stage_one}")
@@ -134,7 +144,7 @@ def _prepare(layout: Layout) -> None:
     from data_prep.prepare import prepare
     from launchers.prep_recipes import from_options
 
-    config = load_config("tiny")
+    config = load_config("tiny", RECIPE)
     recipe = from_options(
         ["embedded"],
         layout.data,
