@@ -35,7 +35,7 @@ def records_of(steps: int, loss: float = 1.5) -> list[dict]:
         )
         if step % 10 == 0:
             measured = {HEADLINE: loss + 1 / step, f"{HEADLINE}_standard_error": 0.01, OWN_TIMES: loss - 0.1}
-            bins = {f"{HEADLINE}_bin_0": loss}
+            bins = {f"{HEADLINE}_bin_0": loss, "samples": 8.0}
             records.append({"kind": "evaluation", "step": step, **measured, **bins, "seconds": 2.0 * step})
     return records
 
@@ -72,6 +72,7 @@ def test_the_table_has_what_the_runs_came_to(make_run):
     assert rows["steps"] == ["20 of 20", "15 of 20"]
     assert rows["tokens"] == [f"{20 * 8 * 32:,}", f"{15 * 8 * 32:,}"]
     assert rows["measured at step"] == ["20", "10"]
+    assert rows["on held-out sequences"] == ["8", "8"]
     assert rows["flow matching loss, equally spaced t"] == ["1.5500 ± 0.0196", "1.3000 ± 0.0196"]
     assert rows["flow matching loss, the run's own t"] == ["1.4000", "1.1000"]
     assert not any("bin" in name or "standard error" in name for name in rows)

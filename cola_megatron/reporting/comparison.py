@@ -12,6 +12,7 @@ from cola_megatron.reporting.compared_runs import HEADLINE, OWN_TIMES, ComparedR
 
 ABSENT = "-"
 _ERROR = "_standard_error"
+_SAMPLES = "samples"  # of a measurement: how many sequences it was made on; old records do not say
 # The name of a run and its folder differ always.
 _IDENTITY = ("name", "runs_folder")
 _ORDER = (
@@ -51,6 +52,10 @@ def table(runs: Sequence[ComparedRun]) -> list[list[str]]:
         ["model FLOPs of this stage", *(f"{run.flops_of_step(run.step):.3e}" for run in runs)],
         ["training time [s]", *(f"{run.seconds:,.0f}" for run in runs)],
         ["measured at step", *(ABSENT if run.measured_at is None else f"{run.measured_at:,}" for run in runs)],
+        [
+            "on held-out sequences",
+            *(f"{run.measured[_SAMPLES]:,.0f}" if _SAMPLES in run.measured else ABSENT for run in runs),
+        ],
     ]
     return rows + [[_in_words(name), *(_measured(run, name) for run in runs)] for name in metric_names(runs)]
 
@@ -58,7 +63,7 @@ def table(runs: Sequence[ComparedRun]) -> list[list[str]]:
 def metric_names(runs: Sequence[ComparedRun]) -> list[str]:
     """The held-out metrics that a run's last measurement has, in the order of the table; no bins."""
     found = dict.fromkeys(name for run in runs for name in run.measured if "_bin_" not in name)
-    names = [name for name in found if not name.endswith(_ERROR)]
+    names = [name for name in found if not name.endswith(_ERROR) and name != _SAMPLES]
     return sorted(names, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), names.index(name)))
 
 
@@ -93,6 +98,8 @@ def notes(runs: Sequence[ComparedRun]) -> list[str]:
         found.append("data or training.evaluation.samples differ: held-out metrics may be of different texts")
     if len({run.measured_at for run in runs if run.measured_at is not None}) > 1:
         found.append("the last measurements are of different steps: the curves show them at equal ones")
+    if len({run.measured.get(_SAMPLES) for run in runs if run.measured_at is not None} - {None}) > 1:
+        found.append("the last measurements are of different numbers of held-out sequences")
     if any(f"{name}{_ERROR}" in run.measured for run in runs for name in run.measured):
         found.append("\u00b1: 95% interval of the mean over held-out sequences, not over training runs")
     return found
