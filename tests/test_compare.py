@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from cola_megatron.config import ConfigError, RunConfig, dump_config, load_config
+from cola_megatron.errors import UserError
 from cola_megatron.reporting import comparison
 from cola_megatron.reporting.compared_runs import HEADLINE, OWN_TIMES, read_runs
 from launchers.cli import app
@@ -198,6 +200,29 @@ def test_runs_are_told_apart_without_colour_and_the_legend_lies_on_nothing(make_
         assert not box.overlaps(axes.get_tightbbox())
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= -1
     assert [text.get_text() for text in legend.get_texts()] == [folder.name for folder in many]
+
+
+@pytest.mark.filterwarnings("error")
+def test_curves_of_old_losses_are_named_and_apart(make_run, coarse_pictures):
+    from cola_megatron.reporting.compare_figures import CURVES, overlaid
+
+    runs = read_runs([OLD / "stage2", make_run("today")])
+    shown = {
+        curve.key: [text.get_text() for text in overlaid(runs, curve, "flops").legends[0].get_texts()]
+        for curve in CURVES
+        if curve.key in (HEADLINE, OWN_TIMES)
+    }
+    assert shown == {HEADLINE: ["today"], OWN_TIMES: ["stage2 (old records)", "today"]}
+
+
+def test_without_matplotlib_one_line_names_the_extra_and_the_way_around(make_run, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("cola_megatron.reporting.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="make setup EXTRAS=report, or give --no-page"):
+        cola("compare", make_run("one"), make_run("two"), "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "steps" in cola("compare", tmp_path / "runs" / "one", tmp_path / "runs" / "two", "--no-page")
 
 
 @pytest.mark.filterwarnings("error")

@@ -105,7 +105,7 @@ def overlaid(runs: Sequence[ComparedRun], curve: Curve, against: Against) -> Fig
     having = [(number, run) for number, run in enumerate(runs) if series(run.records, curve.kind, curve.key)[0].size]
     if not having:
         raise NothingToPlot("no run has it")
-    labels = [_label(run) for _, run in having]
+    labels = [_label(run, curve) for _, run in having]
     columns = min(len(labels), max(1, ROW_CHARACTERS // (max(map(len, labels)) + 8)))
     rows = -(-len(labels) // columns)
     figure = Figure(figsize=(WIDTH_INCHES, 2.9 + 0.2 * rows))
@@ -171,11 +171,11 @@ def _against(run: ComparedRun, steps: np.ndarray, against: Against) -> np.ndarra
     return np.array([run.flops_of_step(int(step)) for step in steps], float)
 
 
-def _label(run: ComparedRun) -> str:
-    """The run's name for a legend: without its middle where it is long, and no mathematics."""
+def _label(run: ComparedRun, curve: Curve) -> str:
+    """The run's name for a legend: without its middle where it is long, and no mathematics; old losses named so."""
     label = run.label
     if len(label) > LABEL_CHARACTERS:
         half = LABEL_CHARACTERS // 2 - 1
         label = f"{label[:half]}...{label[-half:]}"
     label = f"./{label}" if label.startswith("_") else label  # matplotlib leaves such names out
-    return label.replace("$", r"\$")
+    return label.replace("$", r"\$") + (" (old records)" if curve.key == OWN_TIMES and run.has_old_measurements else "")
