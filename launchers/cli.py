@@ -9,6 +9,7 @@ import traceback
 import typer
 
 from launchers import (
+    compare_command,
     config_command,
     convert_command,
     doctor_command,
@@ -46,6 +47,7 @@ app.add_typer(convert_command.app, name="convert")
 app.command("generate")(generate_command.generate)
 app.add_typer(eval_command.app, name="eval")
 app.command("report")(report_command.report)
+app.command("compare")(compare_command.compare)
 app.command("plan")(plan_command.plan)
 app.command("doctor")(doctor_command.doctor)
 

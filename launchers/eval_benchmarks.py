@@ -7,6 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from launchers.generation_options import (
+    FIRST_BLOCK,
+    GUIDANCE_INTERVAL,
+    GUIDANCE_SCALE,
+    NOISE_SEED,
+    PRECISION,
+    REPETITION_PENALTY,
+    SOLVER,
+    STEPS,
+    open_model,
+    require_guidance,
+    require_precision,
+)
 from launchers.output import print_json
 
 if TYPE_CHECKING:
@@ -15,10 +28,6 @@ if TYPE_CHECKING:
 
 MODEL = typer.Argument(..., help="Published folder, run folder or checkpoint folder.")
 BATCH_SIZE = typer.Option(20, min=1, help="Prompts that are continued at once; texts do not depend on it.")
-STEPS = typer.Option(16, help="Euler steps per block.")
-GUIDANCE_SCALE = typer.Option(7.0, help="1 is no guidance.")
-REPETITION_PENALTY = typer.Option(1.1, help="1 is none.")
-NOISE_SEED = typer.Option(66, help="Seed of the latent noise.")
 
 
 def score(
@@ -52,11 +61,15 @@ def run(
     limit: int = typer.Option(None, min=1, help="Only the first items of every task."),
     batch_size: int = BATCH_SIZE,
     steps: int = STEPS,
+    solver: str = SOLVER,
     guidance_scale: float = GUIDANCE_SCALE,
+    guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
+    first_block: str = FIRST_BLOCK,
     max_new_tokens: int = typer.Option(None, min=1, help="By default the task's own: 32."),
     temperature: float = typer.Option(0.0, min=0.0, help="0 is greedy."),
     repetition_penalty: float = REPETITION_PENALTY,
     noise_seed: int = NOISE_SEED,
+    precision: str = PRECISION,
     as_json: bool = typer.Option(False, "--json", help="The table as JSON."),
 ) -> None:
     """Evaluate a model on the published tasks: OUTPUT/TASK.json with every item, and a table.
@@ -64,12 +77,16 @@ def run(
     Under torchrun the items are shared out over the processes. Nothing is downloaded.
 
     Example: `cola eval run runs/quickstart/export --tasks lambada,squad --data benchmarks --output results --limit 20`
+
+    Example: `cola eval run exports/my-model --data benchmarks --output results/heun --solver heun --steps 8
+    --guidance-interval 0.2 0.8`
     """
     from cola_megatron.evaluation.harness import evaluate_task
     from cola_megatron.evaluation.items import read_items
     from cola_megatron.evaluation.tasks import tasks_named
     from cola_megatron.parallel import initialize_parallel
 
+    require_guidance(guidance_scale, guidance_interval)
     wanted = {}
     for task in tasks_named(tasks):
         decoding = replace(task.decoding, temperature=temperature)
@@ -78,8 +95,12 @@ def run(
         wanted[task.name] = (replace(task, decoding=decoding), read_items(data, task, limit))
     evaluated = open_for_evaluation(
         model,
+        precision,
         steps=steps,
+        solver=solver,
         guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
+        first_block=first_block,
         repetition_penalty=repetition_penalty,
         noise_seed=noise_seed,
     )
@@ -154,21 +175,23 @@ def lm_eval(
         print(results.table)
 
 
-def open_for_evaluation(source: Path, **settings: Any) -> "GeneratorModel":
+def open_for_evaluation(source: Path, precision: str = "fp32", **settings: Any) -> "GeneratorModel":
     """A folder's model as the harness sees it.
 
     Args:
+        precision: of weights and activations, fp32 or bf16.
         settings: fields of `FlowSettings`, and of `LikelihoodSettings` with `likelihood_` before their names. The seed
             is one for both.
 
     Raises:
-        ConfigError: a setting out of range.
+        ConfigError: a setting out of range. UserError: a model without a prior.
     """
     from cola_megatron.config import ConfigError
+    from cola_megatron.errors import UserError
     from cola_megatron.evaluation.model import GeneratorModel
     from cola_megatron.inference.settings import FlowSettings, LikelihoodSettings
-    from launchers.generate_command import open_model
 
+    require_precision(precision)
     prefix = "likelihood_"
     own = {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
     try:
@@ -176,7 +199,10 @@ def open_for_evaluation(source: Path, **settings: Any) -> "GeneratorModel":
         likelihood = LikelihoodSettings(**{"noise_seed": flow.noise_seed, **own})
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from None
-    return GeneratorModel(open_model(source), str(source), flow, asdict(likelihood))
+    model = open_model(source, precision)
+    if model.dit is None:
+        raise UserError(f"{source}: no prior, so it writes no text: it is of a stage-1 run; train stage 2 first")
+    return GeneratorModel(model, str(source), flow, asdict(likelihood))
 
 
 def _print_results(columns: "dict[str, dict[str, TaskResult]]", as_json: bool) -> None:

@@ -54,7 +54,7 @@ def likelihood(
     from cola_megatron.evaluation.records import write_json
     from cola_megatron.evaluation.results import format_table
     from cola_megatron.inference.settings import LikelihoodSettings
-    from launchers.generate_command import open_model
+    from launchers.generation_options import open_model
 
     with _wrong_use():
         settings = asdict(LikelihoodSettings(samples, steps, solver, divergence, noise_seed=noise_seed))
@@ -100,7 +100,7 @@ def robustness(
     """
     from cola_megatron.evaluation.likelihood import curve_rows, from_all_replicas, joined, own_part, progress_bar
     from cola_megatron.evaluation.results import format_table
-    from launchers.generate_command import open_model
+    from launchers.generation_options import open_model
 
     with _wrong_use():
         grid = [float(time) for time in times.split(",")]

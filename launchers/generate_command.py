@@ -9,20 +9,23 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from launchers.generate_prompts import Prompt, read_prompts
+from launchers.generation_options import (
+    FIRST_BLOCK,
+    GUIDANCE_INTERVAL,
+    GUIDANCE_SCALE,
+    NOISE_SEED,
+    PRECISION,
+    REPETITION_PENALTY,
+    SOLVER,
+    STEPS,
+    open_model,
+    require_guidance,
+    require_precision,
+)
 from launchers.output import print_json
 
 if TYPE_CHECKING:
     from cola_megatron import ColaDLM
-
-
-def open_model(source: Path, **options: Any) -> "ColaDLM":
-    """A model from a published folder, a run folder or a checkpoint folder; `options` are those of `ColaDLM`."""
-    from cola_megatron import ColaDLM
-    from cola_megatron.interop.published import VAE_FOLDER
-
-    if (source / VAE_FOLDER).is_dir():
-        return ColaDLM.from_published(source, **options)
-    return ColaDLM.from_checkpoint(source, **options)
 
 
 def generate(
@@ -37,29 +40,25 @@ def generate(
     output: Path = typer.Option(None, help="JSONL file to write, one object per prompt in their order."),
     as_json: bool = typer.Option(False, "--json", help="JSON with texts and token ids."),
     max_new_tokens: int = typer.Option(32, help="Rounded up to whole blocks."),
-    steps: int = typer.Option(16, help="Steps of the solver per block."),
-    solver: str = typer.Option("euler", help="euler, heun (two evaluations per step) or adams_bashforth."),
-    guidance_scale: float = typer.Option(7.0, help="1 is no guidance."),
-    guidance_interval: tuple[float, float] = typer.Option(
-        (0.0, 1.0), help="Flow times (1 is noise, 0 is clean) with guidance: low and high."
-    ),
+    steps: int = STEPS,
+    solver: str = SOLVER,
+    guidance_scale: float = GUIDANCE_SCALE,
+    guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
     temperature: float = typer.Option(0.0, help="0 is greedy."),
     top_k: int = typer.Option(0, help="Draw from the K most likely tokens; 0: all."),
     top_p: float = typer.Option(1.0, help="Draw from the most likely tokens that together reach P; 1: all."),
-    repetition_penalty: float = typer.Option(1.1, help="1 is none."),
+    repetition_penalty: float = REPETITION_PENALTY,
     stop: list[str] = typer.Option(None, help="End before this text; repeat for several."),
     end_of_text: list[str] = typer.Option(None, help="End before this token, such as '<|endoftext|>'; repeatable."),
-    noise_seed: int = typer.Option(66, help="Seed of all draws."),
-    first_block: str = typer.Option(
-        "clean_condition", help="For prompts that end inside a block; or partial_repaint, left_pad, right_pad."
-    ),
+    noise_seed: int = NOISE_SEED,
+    first_block: str = FIRST_BLOCK,
     repaint_until: float = typer.Option(0.0, help="partial_repaint: put the prompt back at flow times above this."),
     repaint_rounds: int = typer.Option(1, help="partial_repaint: how often each such step is done."),
     batch_size: int = typer.Option(32, min=1, help="Prompts that are continued at once; texts do not depend on it."),
     preview_every: int = typer.Option(
         2, min=0, help="--interactive: show the block every so many steps; 0: when done."
     ),
-    precision: str = typer.Option("fp32", help="Of weights and activations: fp32 or bf16."),
+    precision: str = PRECISION,
     tensor_parallel_size: int = typer.Option(1, min=1, help="Processes that share each matrix, under torchrun."),
 ) -> None:
     """Continue prompts with guided flow, block by block.
@@ -73,8 +72,8 @@ def generate(
     from cola_megatron.config import ConfigError
     from cola_megatron.inference.settings import FlowSettings
 
-    if precision not in ("fp32", "bf16"):
-        raise ConfigError(f"precision={precision} must be fp32 or bf16")
+    require_precision(precision)
+    require_guidance(guidance_scale, guidance_interval)
     prompts = [Prompt(text) for text in prompt or []] + (read_prompts(prompts_file) if prompts_file is not None else [])
     if interactive and (prompts or output is not None or tensor_parallel_size > 1):
         raise ConfigError(
@@ -101,7 +100,7 @@ def generate(
     }
     try:
         FlowSettings(**options)  # refuses what is out of range before a model is read
-        loaded = _open(model, precision, tensor_parallel_size)
+        loaded = open_model(model, precision, tensor_parallel_size=tensor_parallel_size)
         options["end_of_text"] = [_token_id(loaded, token) for token in end_of_text or []]
         if interactive:
             from launchers.generate_terminal import converse
@@ -111,13 +110,6 @@ def generate(
             _continue(loaded, prompts, options, batch_size, output, as_json)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-
-
-def _open(source: Path, precision: str, tensor_parallel_size: int) -> "ColaDLM":
-    import torch
-
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    return open_model(source, dtype=dtype, tensor_parallel_size=tensor_parallel_size)
 
 
 def _token_id(model: "ColaDLM", token: str) -> int:

@@ -204,6 +204,40 @@ def test_a_model_is_evaluated_on_all_tasks(trained, data, tmp_path):
         cola(*command, "--guidance-scale", 3)
 
 
+def test_how_to_generate_is_an_option_recorded_and_held_to(trained, data, tmp_path):
+    command = ["eval", "run", trained, "--data", data, "--tasks", "race", "--steps", 2]
+    chosen = ["--solver", "heun", "--guidance-interval", 0.2, 0.8, "--first-block", "left_pad", "--precision", "bf16"]
+    cola(*command, "--output", tmp_path / "chosen", *chosen)
+    model = read_results(tmp_path / "chosen")["race"].settings["model"]
+    assert {name: model[name] for name in ("solver", "guidance_interval", "first_block", "precision")} == {
+        "solver": "heun",
+        "guidance_interval": [0.2, 0.8],
+        "first_block": "left_pad",
+        "precision": "bf16",
+    }
+    cola(*command, "--output", tmp_path / "chosen", *chosen)
+    for change, complaint in (
+        (["--solver", "euler"], "solver=heun, not euler"),
+        (["--first-block", "right_pad"], "first_block=left_pad, not right_pad"),
+        (["--guidance-interval", 0.0, 0.8], r"guidance_interval=\[0.2, 0.8\], not \[0.0, 0.8\]"),
+        (["--precision", "fp32"], "precision=bf16, not fp32"),
+    ):
+        with pytest.raises(EvaluationError, match=rf"begun with model.{complaint}: give a new --output"):
+            cola(*command, "--output", tmp_path / "chosen", *chosen, *change)
+
+
+def test_an_evaluation_from_before_there_was_a_precision_goes_on(trained, data, tmp_path):
+    command = ["eval", "run", trained, "--data", data, "--tasks", "race", "--steps", 2, "--output", tmp_path / "old"]
+    cola(*command)
+    path = tmp_path / "old" / "race" / "settings.json"
+    settings = json.loads(path.read_text())
+    assert settings["model"].pop("precision") == "fp32"
+    path.write_text(json.dumps(settings))
+    cola(*command)
+    with pytest.raises(EvaluationError, match=r"begun with model.precision=fp32, not bf16"):
+        cola(*command, "--precision", "bf16")
+
+
 def test_other_weights_are_noticed(trained, tmp_path):
     from cola_megatron import ColaDLM
 
@@ -222,6 +256,15 @@ def test_wrong_use_is_named_before_anything_long(trained, data, tiny, tmp_path):
         cola(*command, "--tasks", "race,recipes")
     with pytest.raises(ConfigError, match="steps=0 must be at least 1"):
         cola(*command, "--steps", 0)
+    for options, complaint in (
+        (["--solver", "rk4"], "solver=rk4 must be one of euler, heun, adams_bashforth"),
+        (["--first-block", "any"], "first_block=any must be one of clean_condition"),
+        (["--precision", "fp8"], "precision=fp8 must be fp32 or bf16"),
+        (["--guidance-interval", 0.8, 0.2], "guidance_interval=0.8,0.2 must be low,high"),
+        (["--guidance-interval", 0.2, 0.8, "--guidance-scale", 1], "does nothing with guidance_scale=1"),
+    ):
+        with pytest.raises(ConfigError, match=complaint):
+            cola(*command, *options)
     (data / "race.jsonl").unlink()
     with pytest.raises(EvaluationError, match="holds no data for race"):
         cola(*command)
@@ -230,6 +273,7 @@ def test_wrong_use_is_named_before_anything_long(trained, data, tiny, tmp_path):
     train(first, progress=False)
     with pytest.raises(UserError, match="no prior"):
         cola("eval", "run", first.run_folder, "--data", data, "--output", tmp_path / "first", "--tasks", "squad")
+    assert not (tmp_path / "first").exists()
 
 
 def test_held_out_is_the_command_for_a_run_folder(trained):

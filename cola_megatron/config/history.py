@@ -27,4 +27,5 @@ CHANGES: tuple[Change, ...] = (
     Added("training.schedule.decay", "cosine"),  # schema 2
     Renamed("training.optimizer.clip", "training.optimizer.max_gradient_norm"),  # schema 3
     Removed("training.evaluation.time_bins", "there are 10; leave it out", reproduced=None),  # schema 4
+    Added("training.log.tensorboard", False),  # schema 5
 )

@@ -111,7 +111,7 @@ class DivergenceConfig(Section):
 
 
 class LogConfig(Section):
-    """Metrics go to metrics.jsonl always, and to wandb in the given mode."""
+    """Metrics go to metrics.jsonl always, to wandb in the given mode, and to TensorBoard where asked for."""
 
     every: Annotated[PositiveInt, OURS] = 10
     """Steps between records; the first and the last step always have one."""
@@ -121,6 +121,8 @@ class LogConfig(Section):
     """Project there."""
     wandb_group: Annotated[str | None, OURS] = None
     """Runs of one array or sweep share it."""
+    tensorboard: Annotated[bool, OURS] = False
+    """Also write event files for TensorBoard below the run folder; needs the extra `report`."""
 
 
 class TrainingConfig(Section):

@@ -69,10 +69,11 @@ class GeneratorModel:
         self._greedy = ("", 0, "")
 
     def describe(self) -> dict[str, Any]:
-        """The family, a fingerprint of the weights, and the settings."""
+        """The family, a fingerprint of the weights, their precision, and the settings."""
         asked_for = asdict(Decoding())
         settings = {name: value for name, value in asdict(self.settings).items() if name not in asked_for}
-        return {"family": type(self.generator).__name__, "weights": _fingerprint(self.generator), **settings}
+        weights = {"weights": _fingerprint(self.generator), **_precision(self.generator)}
+        return {"family": type(self.generator).__name__, **weights, **settings}
 
     def generate(self, prompts: Sequence[str], sample_ids: Sequence[int], decoding: Decoding) -> list[str]:
         """See `EvaluationModel`.
@@ -122,6 +123,14 @@ class GeneratorModel:
             (text,) = self.generate([context], [sample_id(context)], Decoding(max_new_tokens=tokens))
         self._greedy = (context, tokens, text)
         return text.startswith(continuation)
+
+
+def _precision(generator: Generator) -> dict[str, str]:
+    """{"precision": such as "fp32"}; nothing for a generator without weights of its own."""
+    modules = [module for module in vars(generator).values() if isinstance(module, torch.nn.Module)]
+    found = sorted({str(tensor.dtype) for module in modules for tensor in module.parameters()})
+    names = {"torch.float32": "fp32", "torch.bfloat16": "bf16"}
+    return {"precision": ", ".join(names.get(dtype, dtype) for dtype in found)} if found else {}
 
 
 def _fingerprint(generator: Generator) -> str:

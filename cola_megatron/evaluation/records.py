@@ -15,6 +15,8 @@ from cola_megatron.evaluation.scoring import Verdict
 
 Record = dict[str, Any]
 SETTINGS = "settings.json"
+ADDED = {"model.precision": "fp32"}
+"""Settings that evaluations of older versions did not name, with what they computed."""
 
 
 def make_record(item: Item, generation: str, verdict: Verdict) -> Record:
@@ -49,7 +51,8 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         begun = json.loads(path.read_text())
     except json.JSONDecodeError:
         raise EvaluationError(f"{path}: damaged; give a new --output folder") from None
-    then, now = _flat(begun), _flat(settings)
+    now = _flat(settings)
+    then = {name: value for name, value in ADDED.items() if name in now} | _flat(begun)
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) != now.get(name):
             raise EvaluationError(

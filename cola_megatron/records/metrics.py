@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl always, wandb in the configured mode."""
+"""Where the numbers of a run go: metrics.jsonl always, wandb and TensorBoard as configured."""
 
 import json
 import uuid
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cola_megatron.config import ConfigError, RunConfig
+from cola_megatron.records.tensorboard_log import TensorBoardLog
 
 
 class MetricsLog:
@@ -23,16 +24,21 @@ class MetricsLog:
         self._drop_after(resumed_at)
         self.file = self.path.open("a", buffering=1)  # a line is on its way to the disk when it ends
         self.wandb = _start_wandb(config)
+        self.tensorboard = TensorBoardLog(config, resumed_at) if config.training.log.tensorboard else None
 
     def write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
         """Records the values of a finished step (counted from 1)."""
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         if self.wandb is not None:
             self.wandb.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
+        if self.tensorboard is not None:
+            self.tensorboard.write(kind, step, values)
 
     def close(self) -> None:
-        """Flushes and ends the wandb run."""
+        """Flushes, and ends the wandb run."""
         self.file.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
 

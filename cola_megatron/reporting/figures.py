@@ -18,9 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
+from cola_megatron.reporting.curves import Records, logarithmic_where_wide, running_median
+from cola_megatron.reporting.curves import series as _series
+from cola_megatron.reporting.curves import step_axis as _step_axis
 from cola_megatron.reporting.figure_style import WIDTH_INCHES, NothingToPlot, styled
-
-Records = list[dict]
 
 RECONSTRUCTION, MASK, KL, FLOW_MATCHING, OTHER = "#0072B2", "#D55E00", "#00795A", "#882255", "#444444"
 STAGES = ("Stage 1: Text VAE", "Stage 2: VAE and prior")
@@ -30,8 +31,6 @@ ACCURACY_AT = (
     ("reconstruction_accuracy_t250", "t = 250 of 1000", "#0072B2", "--", "s"),
     ("reconstruction_accuracy_t500", "t = 500 of 1000", "#56B4E9", ":", "^"),
 )
-MEDIAN_OVER = 25
-"""At most this many records go into one point of a running median."""
 LATENT_SAMPLES = 3
 _CONSTANT_PREDICTOR: dict[str, Any] = {
     "color": "black",
@@ -292,28 +291,14 @@ def _stage_panels(
     return figure, [(records, list(column)) for (_, records), column in zip(stages, grid.T, strict=True)]
 
 
-def _step_axis(axes: Axes) -> None:
-    axes.set_xlabel("Training step")
-    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-
-
-def _series(records: Records, kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of the records that have the key."""
-    having = [record for record in records if record["kind"] == kind and key in record]
-    return np.array([record["step"] for record in having], int), np.array([record[key] for record in having], float)
-
-
 def _training(axes: Axes, records: Records, key: str, label: str, colour: str, line_style: str) -> None:
     """The values as recorded, pale, and their running median over them; nothing where the key is absent."""
     steps, values = _series(records, "train", key)
     if not steps.size:
         return
-    window = min(MEDIAN_OVER, steps.size // 20) // 2 * 2 + 1
-    if window > 1:
+    median = running_median(values)
+    if not np.array_equal(median, values, equal_nan=True):
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-    padded = np.pad(values, window // 2, mode="edge")
-    median = np.median(np.lib.stride_tricks.sliding_window_view(padded, window), axis=1)
     axes.plot(steps, median, color=colour, linestyle=line_style, label=label, marker="." if steps.size == 1 else None)
 
 
@@ -326,11 +311,7 @@ def _held_out(axes: Axes, records: Records, key: str, label: str, colour: str) -
 
 def _finish_loss_panel(axes: Axes, label: str, legend: bool = True) -> None:
     """Label and legend; a logarithmic axis where the values span much."""
-    values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [np.array([])])
-    values = values[np.isfinite(values)]
-    if values.size and values.min() > 0 and values.max() / values.min() > 30:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    logarithmic_where_wide(axes)
     axes.set_ylabel(label)
     if legend:
         _legend_below(axes)

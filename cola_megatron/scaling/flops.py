@@ -7,6 +7,8 @@ counted: it is a way of running, not of the model.
 `stage_costs` makes of it the costs by which a pipeline is balanced.
 """
 
+from collections.abc import Callable
+
 from cola_megatron.config import RunConfig
 from cola_megatron.scaling.hardware import GPUS, Efficiency
 from cola_megatron.scaling.parts import Part, chain_parts
@@ -21,6 +23,7 @@ __all__ = [
     "parameter_step_cost",
     "stage_costs",
     "training_flops",
+    "training_flops_by_step",
     "training_flops_per_sample",
     "vae_step_counts",
 ]
@@ -38,11 +41,18 @@ def training_flops_per_sample(config: RunConfig, train_vae: bool = True) -> floa
 
 def training_flops(config: RunConfig, steps: int) -> float:
     """FLOPs of the first `steps` optimiser steps, frozen steps counted as such."""
-    joint, frozen = vae_step_counts(config, steps)
-    per_sample = joint * training_flops_per_sample(config, True)
-    if frozen:
-        per_sample += frozen * training_flops_per_sample(config, False)
-    return config.training.global_batch_size * per_sample
+    return training_flops_by_step(config)(steps)
+
+
+def training_flops_by_step(config: RunConfig) -> Callable[[int], float]:
+    """`training_flops` of a config as a function of the steps, for many of them: the parts are counted once."""
+    joint_flops, frozen_flops = (training_flops_per_sample(config, train_vae) for train_vae in (True, False))
+
+    def flops(steps: int) -> float:
+        joint, frozen = vae_step_counts(config, steps)
+        return config.training.global_batch_size * (joint * joint_flops + frozen * frozen_flops)
+
+    return flops
 
 
 def vae_step_counts(config: RunConfig, steps: int) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from cola_megatron.records.run_folder import (
     read_history,
     write_summary,
 )
+from cola_megatron.records.tensorboard_log import require_tensorboard
 from cola_megatron.scaling.flops import training_flops
 from cola_megatron.training.bad_steps import (
     BAD_STEPS,
@@ -61,6 +62,7 @@ def train(config: RunConfig, progress: bool = True) -> Summary:
         RankLost: another rank died, failed or fell silent. Where a rank cannot raise, because it waits for the lost
             one, its process ends instead, with the same line and exit code.
     """
+    require_tensorboard(config)
     groups = initialize_run(config)
     hang = HangWatch(config.run_folder, config.training.hang_seconds, groups.rank, groups.world_size)
     with hang, PeerWatch(groups, config.parallel.peer_timeout_seconds, hang.write_stacks) as watch:
