@@ -182,7 +182,7 @@ def test_a_run_in_progress_without_a_checkpoint(runs: Path, tmp_path: Path):
     run = read_run(folder)
     report = report_of_run(run, seen(run, tmp_path))
     assert report.status.startswith("Stage 2, in progress (training): step 5 of 6; last sign of life 2026-")
-    assert any("1 lines cannot be read" in note and "line 2" in note for note in report.notes)
+    assert any("lines that cannot be read are left out, 1 in all: 2" in note for note in report.notes)
     assert any("no complete checkpoint yet" in note for note in report.notes)
     assert [record["step"] for record in report.stage_two.records if record["kind"] == "train"] == [1, 3, 4]
     assert values(report)["stage 2, stage2: tokens seen"] == f"{5 * 8 * 32:,}"

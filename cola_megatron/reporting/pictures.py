@@ -149,7 +149,9 @@ def draw(report: Report) -> list[Picture]:
 
 
 def _png(figure: Figure, dots_per_inch: int) -> bytes:
-    """The same bytes for the same figure: no version or time inside."""
+    """The same bytes for the same figure: no version or time inside. Nothing is cut off, as wide labels else may be."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dots_per_inch, metadata={"Software": None})
+    figure.savefig(
+        buffer, format="png", dpi=dots_per_inch, bbox_inches="tight", pad_inches=0.06, metadata={"Software": None}
+    )
     return buffer.getvalue()

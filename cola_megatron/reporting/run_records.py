@@ -96,7 +96,7 @@ def read_run(folder: Path) -> Run:
         records = [in_todays_names(record) for record in found]
         if damaged:
             lines = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
-            notes.append(f"{metrics}: {len(damaged)} lines cannot be read and are left out (line {lines})")
+            notes.append(f"{metrics}: lines that cannot be read are left out, {len(damaged)} in all: {lines}")
     else:
         notes.append(f"{metrics} does not exist: no curves")
     progress, manifest, summary = (_json(folder / name, notes) for name in (PROGRESS, MANIFEST, SUMMARY))

@@ -62,7 +62,13 @@ def held_out_rows(metrics: Mapping[str, float]) -> list[Row]:
     if dead is not None:
         rows.append(Row("dead directions of the latent", f"{dead:.0f}{_eigenvalues(metrics)}", _DEAD))
     if "samples" in metrics:
-        rows.append(Row("held-out sequences measured", f"{metrics['samples']:,.0f}", "spread evenly over the split"))
+        rows.append(
+            Row(
+                "held-out sequences measured",
+                f"{metrics['samples']:,.0f}",
+                "spread over the split; \u00b1 is a 95% interval over their draw",
+            )
+        )
     return rows
 
 
