@@ -22,6 +22,12 @@ def coarse_pictures(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("cola_megatron.reporting.figure_style.DOTS_PER_INCH", 50)
 
 
+@pytest.fixture
+def unrendered(monkeypatch: pytest.MonkeyPatch):
+    """For tests that do not look at the pictures: they are made, and not rendered."""
+    monkeypatch.setattr("cola_megatron.reporting.pictures._png", lambda figure, dots: b"")
+
+
 FIGURES = (
     "stage_one_losses",
     "stage_two_losses",
@@ -168,6 +174,7 @@ def test_the_page_has_each_figure_once_and_the_folder_has_the_same_pictures(tmp_
         assert text in page.text
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_the_page_needs_nothing_else(tmp_path: Path):
     page = Page(write_report(tmp_path / "report", report_of()))
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "base"}
@@ -184,6 +191,7 @@ def test_the_same_run_gives_the_same_bytes(tmp_path: Path):
     assert write_report(tmp_path / "a", report).read_bytes() == write_report(tmp_path / "b", report).read_bytes()
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_text_of_a_sample_is_shown_and_not_obeyed(tmp_path: Path):
     hostile = '</p><script>alert(1)</script> & "quoted" $x^$\n\n\tend'
     samples = [sample(hostile, hostile, hostile)]
@@ -193,6 +201,7 @@ def test_text_of_a_sample_is_shown_and_not_obeyed(tmp_path: Path):
     assert page.text.count(hostile) == 5  # title twice, prompt, continuation, truth; white space kept
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_characters_that_a_page_cannot_show_are_shown_as_pictures(tmp_path: Path):
     samples = [sample("a\x00b\x1b\x7f\x85", "c\ud800d", ""), sample("e", " \n ", "f")]
     page = Page(write_report(tmp_path / "report", report_of(samples=samples)))
@@ -201,6 +210,7 @@ def test_characters_that_a_page_cannot_show_are_shown_as_pictures(tmp_path: Path
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", page.source)
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_missing_measurements_leave_figures_out_and_the_page_says_so(tmp_path: Path):
     folder = tmp_path / "report"
     write_report(folder, report_of())
@@ -216,6 +226,7 @@ def test_missing_measurements_leave_figures_out_and_the_page_says_so(tmp_path: P
     assert {file.stem for file in (folder / "figures").iterdir()} == set(FIGURES) - left_out
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_one_stage_alone_can_have_measurements(tmp_path: Path):
     two = [record for record in records_of(2) if record["kind"] == "train"]
     page = Page(write_report(tmp_path / "report", report_of(two=two)))
@@ -263,12 +274,14 @@ def test_records_of_unusual_runs_are_survived(tmp_path: Path, one: list[dict], t
     assert page.left_out() == left_out
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_a_stage_that_a_run_does_not_have_is_no_gap_without_a_word(tmp_path: Path):
     page = Page(write_report(tmp_path / "report", report_of(stage_one=Stage(absent="there was no stage 1"))))
     assert page.left_out() == {"stage_one_losses"}
     assert "there was no stage 1" in page.text
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_the_page_explains_its_numbers_and_names_its_origin(tmp_path: Path):
     page = Page(write_report(tmp_path / "report", report_of(refresh_seconds=30.0)))
     for text in (

@@ -55,7 +55,7 @@ def observe(
     if checkpoint is None and export is None:
         why = f"{run.folder} has no complete checkpoint yet"
         return Observed(samples_absent=why, notes=[f"{why}: no samples, and no measurement of this report's own"])
-    folder = data or _own_data(run)
+    folder = data or run.data
     if folder is None:
         why = "the config of this run names no data; --data says where a prepared data set lies"
         return Observed(samples_absent=why, notes=[f"no samples and no measurements: {why}"])
@@ -77,11 +77,6 @@ def observe(
     samples = _tried("generation", generate, notes, insist=data is not None or export is not None)
     why = "" if samples is not None else notes[-1]
     return Observed(step, measured, samples or [], why, fitting.rows() if samples else [], notes)
-
-
-def _own_data(run: Run) -> str | None:
-    path = run.config.data.path
-    return path if path is None or "://" in str(path) else str(run.place(path))
 
 
 def _block(run: Run) -> int:

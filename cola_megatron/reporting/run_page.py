@@ -48,8 +48,8 @@ def report_of_run(
         Table("Model", model_rows(run.config)),
     ]
     places = [("run", str(run.folder)), *([("run of stage 1", str(first.folder))] if first else [])]
-    if run.config.data.path is not None:
-        places.append(("data", str(run.config.data.path)))
+    if run.data is not None:
+        places.append(("data", run.data))
     no_stage_one = [f"No curves and no cost of a stage 1: {why_not}."] if why_not and run.config.stage == 2 else []
     notes = [*run.notes, *(first.notes if first else []), *observed.notes]
     return Report(

@@ -78,7 +78,14 @@ class Run:
         here = self.folder.resolve()
         if path.is_absolute() or own.is_absolute() or here.parts[-len(own.parts) :] != own.parts:
             return path
-        return Path(*here.parts[: -len(own.parts)]) / path
+        found, working = Path(*here.parts[: -len(own.parts)]) / path, Path.cwd()
+        return found.relative_to(working) if found.is_relative_to(working) else found
+
+    @property
+    def data(self) -> str | None:
+        """Folder or URL of the prepared data that the config names."""
+        path = self.config.data.path
+        return path if path is None or "://" in path else str(self.place(path))
 
 
 def read_run(folder: Path) -> Run:
