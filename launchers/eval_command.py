@@ -1,5 +1,6 @@
 """`cola eval`: held-out measurements and likelihoods of a run, and benchmarks of a model or of generations."""
 
+import re
 from pathlib import Path
 
 import typer
@@ -51,4 +52,13 @@ def held_out(
     if as_json:
         print_json(metrics)
     else:
-        print_table([(name.replace("_", " "), f"{value:.4f}") for name, value in metrics.items()])
+        print_table(_rows(metrics))
+
+
+def _rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
+    """One line for each metric; what there is of every latent dimension stands in one line."""
+    lists: dict[str, list[str]] = {}
+    for name, value in metrics.items():
+        of_dimension = re.fullmatch(r"(posterior_.+)_\d+", name)
+        lists.setdefault(of_dimension[1] if of_dimension else name, []).append(f"{value:.4f}")
+    return [(name.replace("_", " "), " ".join(values)) for name, values in lists.items()]

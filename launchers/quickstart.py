@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cola_megatron.config import RunConfig, load_config
-from cola_megatron.reporting.run_page import ALL, Continuation, continue_held_out, summary_table, write_page
+from cola_megatron.reporting.continuations import Sampling, continue_held_out
+from cola_megatron.reporting.observed import ALL, Observed
+from cola_megatron.reporting.page import write_report
+from cola_megatron.reporting.report import Report, Sample
+from cola_megatron.reporting.run_page import report_of_run
+from cola_megatron.reporting.run_records import read_run
 from launchers.output import print_table
 
 if TYPE_CHECKING:
@@ -23,8 +28,7 @@ RECIPE = (
 )
 """What makes a prior that reads its context out of minutes on two cores (docs/quickstart.md): short blocks, which leave
 more to be said by the text before them, and many small steps instead of few large ones."""
-PROMPT_TOKENS, NEW_TOKENS, SAMPLES = 48, 48, 4
-GUIDANCE_SCALE = 3.0
+SAMPLING = Sampling(samples=4, prompt_tokens=48, new_tokens=48, guidance_scale=3.0)
 SUMMARISED = (
     "reconstruction_accuracy",
     "flow_matching_loss",
@@ -89,7 +93,7 @@ def run_quickstart(runs_folder: str | Path) -> dict[str, float]:
     second = _train(stage_config(layout, 2))
     _announce(4, "export to the published inference layout")
     model = _export(layout)
-    _announce(5, f"continue {SAMPLES} held-out texts, and measure on all of them")
+    _announce(5, f"continue {SAMPLING.samples} held-out texts, and measure on all of them")
     samples = _generate(model, layout)
     measured = _measure(layout)
     summary = {
@@ -99,20 +103,24 @@ def run_quickstart(runs_folder: str | Path) -> dict[str, float]:
         "seconds": first.seconds + second.seconds,
     }
     _announce(6, "write the report")
-    table = summary_table(summary)
     files = [
         ("model, published layout", str(layout.export)),
-        ("checkpoints and metrics", f"{layout.stage_one}, {layout.stage_two}"),
-        ("token shards, tokenizer", str(layout.data)),
         ("samples", str(layout.samples)),
         ("summary", str(layout.summary)),
     ]
-    stages = (layout.stage_one, layout.stage_two)
-    report = write_page(layout.folder, "cola_megatron quickstart", stages, samples, table, files)
+    observed = Observed(second.step, measured, samples, sampling=SAMPLING.rows())
+    report = report_of_run(read_run(layout.stage_two), observed, title="cola_megatron quickstart", files=files)
+    page = write_report(layout.folder, report)
     layout.summary.write_text(json.dumps(summary, indent=1) + "\n")
-    print_table(table, title="Quickstart")
-    print_table([("report", str(report)), *files], title="Where everything lies")
+    _print(report)
+    print_table([("report", str(page)), *report.files], title="Where everything lies")
     return summary
+
+
+def _print(report: Report) -> None:
+    """The tables of the page, without their explanations."""
+    for table in report.tables:
+        print_table([(row.what, row.value) for row in table.rows], title=table.title)
 
 
 def stage_config(layout: Layout, stage: int) -> RunConfig:
@@ -168,12 +176,10 @@ def _export(layout: Layout) -> "ColaDLM":
     return ColaDLM.from_published(layout.export)
 
 
-def _generate(model: "ColaDLM", layout: Layout) -> list[Continuation]:
-    found = continue_held_out(
-        model, layout.data, layout.samples, SAMPLES, PROMPT_TOKENS, NEW_TOKENS, guidance_scale=GUIDANCE_SCALE
-    )
+def _generate(model: "ColaDLM", layout: Layout) -> list[Sample]:
+    found = continue_held_out(model, layout.data, layout.samples, SAMPLING)
     for item in found:
-        print(f"  ...{item.prompt[-60:]!r} -> {item.text[:80]!r}")
+        print(f"  ...{item.prompt[-60:]!r} -> {item.continuation[:80]!r}")
     return found
 
 

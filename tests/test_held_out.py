@@ -176,3 +176,34 @@ def test_held_out_samples_are_spread_over_the_split(tmp_path):
     assert sorted(order) == list(range(400))
     # A quarter of the first 64 falls into each quarter of the split, give or take 4 standard deviations.
     assert max(abs(np.histogram(order[:64], bins=4, range=(0, 400))[0] - 16)) <= 4 * math.sqrt(64 * 3 / 16)
+
+
+def test_statistics_of_the_posterior_are_those_of_its_latents(shards, tmp_path):
+    """Against the same numbers from the latents themselves: encoded one text at a time, drawn anew."""
+    config = config_of(tmp_path, "stage=1", "training.vae_update.from_scratch=false")
+    groups = initialize_parallel()
+    model = Cola(config, groups)
+    initialize_parameters(model, 1, groups)
+    perturbed(model)
+    found = evaluate(model, shards, config, groups, posterior_statistics=True)
+    tokens = torch.from_numpy(np.stack([shards[index].astype(np.int64) for index in range(len(shards))]))
+    with torch.no_grad():
+        posterior = model.vae.encoder(tokens)
+    mean, variance = posterior.mean.flatten(0, 1).double(), posterior.gaussian()[1].exp().flatten(0, 1).double()
+    channels = range(config.model.vae.latent_dim)
+
+    def of_dimensions(name: str) -> list[float]:
+        return [found[f"posterior_{name}_{index}"] for index in channels]
+
+    assert of_dimensions("mean_square") == pytest.approx(mean.square().mean(0).tolist(), rel=1e-4)
+    assert of_dimensions("variance") == pytest.approx(variance.mean(0).tolist(), rel=1e-4)
+    kl = 0.5 * (mean.square() + variance - 1 - variance.log()).mean(0)
+    assert of_dimensions("kl") == pytest.approx(kl.tolist(), rel=1e-4, abs=1e-6)
+    covariance = torch.cov(mean.t(), correction=0) + variance.mean(0).diag()
+    assert of_dimensions("eigenvalue") == pytest.approx(
+        sorted(torch.linalg.eigvalsh(covariance).tolist())[::-1], rel=1e-4
+    )
+    assert sum(of_dimensions("signal")) == pytest.approx(torch.cov(mean.t(), correction=0).trace().item(), rel=1e-4)
+    # The means are normed over the channels: in one direction they hardly vary, whatever the text.
+    assert found["posterior_dead_directions"] >= 1
+    assert not any(name.startswith("posterior") for name in evaluate(model, shards, config, groups))

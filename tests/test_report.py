@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cola_megatron.errors import UserError
-from cola_megatron.reporting.page import Report, Sample, write_report
+from cola_megatron.reporting.page import write_report
+from cola_megatron.reporting.report import Report, Row, Sample, Stage, Table
 
 pytest.importorskip("matplotlib")
 
@@ -23,16 +22,27 @@ def coarse_pictures(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("cola_megatron.reporting.figure_style.DOTS_PER_INCH", 50)
 
 
+@pytest.fixture
+def unrendered(monkeypatch: pytest.MonkeyPatch):
+    """For tests that do not look at the pictures: they are made, and not rendered."""
+    monkeypatch.setattr("cola_megatron.reporting.pictures._png", lambda figure, dots: b"")
+
+
 FIGURES = (
     "stage_one_losses",
     "stage_two_losses",
-    "reconstruction_accuracy",
+    "prior_over_steps",
     "flow_matching_by_time",
+    "weighted_terms",
+    "gradient_norm",
+    "reconstruction_accuracy",
     "vae_logsnr",
+    "posterior_dimensions",
     "speed_and_learning_rate",
     "generated_latents",
 )
-FROM_EVALUATION = {"reconstruction_accuracy", "flow_matching_by_time", "vae_logsnr"}
+OF_THE_PRIOR = {"prior_over_steps", "flow_matching_by_time"}
+FROM_EVALUATION = OF_THE_PRIOR | {"reconstruction_accuracy", "vae_logsnr"}
 BINS = 10
 
 
@@ -67,7 +77,15 @@ def evaluation_record(stage: int, step: int) -> dict:
     }
     if stage == 2:
         bins = {f"flow_matching_loss_bin_{index}": 1.0 + index / BINS for index in range(BINS)}
-        record |= {"flow_matching_loss": 1.4, "constant_predictor_loss": 2.0} | bins
+        record |= {
+            "flow_matching_loss": 1.4,
+            "flow_matching_loss_standard_error": 0.01,
+            "flow_matching_loss_without_context": 1.5,
+            "flow_matching_loss_training_times": 1.45,
+            "linear_predictor_loss": 1.6,
+            "constant_predictor_loss": 2.0,
+            **bins,
+        }
     return record
 
 
@@ -78,10 +96,11 @@ def records_of(stage: int, steps: int = 100) -> list[dict]:
     return sorted(records, key=lambda record: record["step"])
 
 
-def write_records(folder: Path, records: list[dict]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return folder
+POSTERIOR = {
+    f"posterior_{name}_{index}": value / (1 + index)
+    for name, value in {"mean_square": 1.0, "variance": 0.1, "kl": 2.0, "eigenvalue": 1.1, "signal": 1.0}.items()
+    for index in range(4)
+}
 
 
 def sample(prompt: str = "Once upon", continuation: str = " a time", truth: str = " a midnight") -> Sample:
@@ -89,20 +108,30 @@ def sample(prompt: str = "Once upon", continuation: str = " a time", truth: str 
 
 
 def report_of(
-    tmp_path: Path,
     one: list[dict] | None = None,
     two: list[dict] | None = None,
     samples: list[Sample] | None = None,
     title: str = "A small run",
+    **others,
 ) -> Report:
-    return Report(
-        title,
-        [("Parameters", "1.9 M & more")],
-        write_records(tmp_path / "one", records_of(1) if one is None else one),
-        write_records(tmp_path / "two", records_of(2) if two is None else two),
-        [sample()] if samples is None else samples,
-        [("Stage 1", "/runs/<one>")],
-    )
+    weights = {"posterior": 0.001, "reconstruction": 1.0, "mask": 1.0}
+    told = {
+        "title": title,
+        "status": "Stage 2, finished at step 100 of 100.",
+        "notes": ["nothing is missing"],
+        "tables": [Table("Model", [Row("Parameters", "1.9 M & more", "counted <from> the config")])],
+        "stage_one": Stage(records_of(1) if one is None else one, weights),
+        "stage_two": Stage(records_of(2) if two is None else two, weights | {"flow_matching": 1.0, "reference": 0.01}),
+        "measured": POSTERIOR,
+        "measured_at": 100,
+        "samples": [sample()] if samples is None else samples,
+        "samples_absent": "there are no samples",
+        "sampling": [Row("guidance", "3")],
+        "about": [Row("command", "cola train tiny")],
+        "config": "stage: 2\n",
+        "files": [("Stage 1", "/runs/<one>")],
+    }
+    return Report(**{**told, **others})
 
 
 class Page(HTMLParser):
@@ -130,7 +159,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_has_each_figure_once_and_the_folder_has_the_same_pictures(tmp_path: Path):
-    path = write_report(tmp_path / "deep" / "report", report_of(tmp_path))
+    path = write_report(tmp_path / "deep" / "report", report_of())
     assert path == tmp_path / "deep" / "report" / "report.html"
     page = Page(path)
     assert page.ids("figure") == list(FIGURES)
@@ -145,8 +174,9 @@ def test_the_page_has_each_figure_once_and_the_folder_has_the_same_pictures(tmp_
         assert text in page.text
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_the_page_needs_nothing_else(tmp_path: Path):
-    page = Page(write_report(tmp_path / "report", report_of(tmp_path)))
+    page = Page(write_report(tmp_path / "report", report_of()))
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "base"}
     resources = [
         value for _, attributes in page.tags for name, value in attributes.items() if name in ("src", "href", "srcset")
@@ -157,45 +187,50 @@ def test_the_page_needs_nothing_else(tmp_path: Path):
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path):
-    report = report_of(tmp_path)
+    report = report_of()
     assert write_report(tmp_path / "a", report).read_bytes() == write_report(tmp_path / "b", report).read_bytes()
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_text_of_a_sample_is_shown_and_not_obeyed(tmp_path: Path):
     hostile = '</p><script>alert(1)</script> & "quoted" $x^$\n\n\tend'
     samples = [sample(hostile, hostile, hostile)]
-    page = Page(write_report(tmp_path / "report", report_of(tmp_path, samples=samples, title=hostile)))
+    page = Page(write_report(tmp_path / "report", report_of(samples=samples, title=hostile)))
     assert "<script" not in page.source
     assert "script" not in {tag for tag, _ in page.tags}
     assert page.text.count(hostile) == 5  # title twice, prompt, continuation, truth; white space kept
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_characters_that_a_page_cannot_show_are_shown_as_pictures(tmp_path: Path):
     samples = [sample("a\x00b\x1b\x7f\x85", "c\ud800d", ""), sample("e", " \n ", "f")]
-    page = Page(write_report(tmp_path / "report", report_of(tmp_path, samples=samples)))
+    page = Page(write_report(tmp_path / "report", report_of(samples=samples)))
     for text in ("a\u2400b\u241b\u2421\ufffd", "c\ufffdd", "(empty)", "(3 white-space characters)"):
         assert text in page.text
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", page.source)
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_missing_measurements_leave_figures_out_and_the_page_says_so(tmp_path: Path):
     folder = tmp_path / "report"
-    write_report(folder, report_of(tmp_path))
+    write_report(folder, report_of())
     one, two = ([record for record in records_of(stage) if record["kind"] == "train"] for stage in (1, 2))
-    page = Page(write_report(folder, report_of(tmp_path, one, two, samples=[])))
+    page = Page(write_report(folder, report_of(one, two, samples=[])))
     left_out = FROM_EVALUATION | {"generated_latents"}
     assert page.left_out() == left_out
     assert set(page.ids("figure")) == set(FIGURES) - left_out
     assert "neither stage has evaluation records" in page.text
+    assert "no held-out measurements at uniform t" in page.text
     assert "there are no samples" in page.text
     # The first report's pictures are not left beside the second's.
     assert {file.stem for file in (folder / "figures").iterdir()} == set(FIGURES) - left_out
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_one_stage_alone_can_have_measurements(tmp_path: Path):
     two = [record for record in records_of(2) if record["kind"] == "train"]
-    page = Page(write_report(tmp_path / "report", report_of(tmp_path, two=two)))
-    assert page.left_out() == {"flow_matching_by_time"}
+    page = Page(write_report(tmp_path / "report", report_of(two=two)))
+    assert page.left_out() == OF_THE_PRIOR
 
 
 def without(records: list[dict], *keys: str) -> list[dict]:
@@ -205,7 +240,7 @@ def without(records: list[dict], *keys: str) -> list[dict]:
 @pytest.mark.parametrize(
     ("one", "two", "left_out"),
     [
-        pytest.param([], [], set(FIGURES) - {"generated_latents"}, id="empty logs"),
+        pytest.param([], [], set(FIGURES) - {"generated_latents", "posterior_dimensions"}, id="empty logs"),
         pytest.param([train_record(1, 1)], [train_record(2, 1)], FROM_EVALUATION, id="one step"),
         pytest.param(
             without(records_of(1), "posterior", "vae_logsnr"),
@@ -235,15 +270,32 @@ def without(records: list[dict], *keys: str) -> list[dict]:
 )
 @pytest.mark.filterwarnings("error")
 def test_records_of_unusual_runs_are_survived(tmp_path: Path, one: list[dict], two: list[dict], left_out: set[str]):
-    page = Page(write_report(tmp_path / "report", report_of(tmp_path, one, two)))
+    page = Page(write_report(tmp_path / "report", report_of(one, two)))
     assert page.left_out() == left_out
 
 
-def test_a_stage_without_a_log_is_named(tmp_path: Path):
-    report = report_of(tmp_path)
-    (report.stage_two / "metrics.jsonl").unlink()
-    with pytest.raises(UserError, match=re.escape(str(report.stage_two / "metrics.jsonl"))):
-        write_report(tmp_path / "report", report)
+@pytest.mark.usefixtures("unrendered")
+def test_a_stage_that_a_run_does_not_have_is_no_gap_without_a_word(tmp_path: Path):
+    page = Page(write_report(tmp_path / "report", report_of(stage_one=Stage(absent="there was no stage 1"))))
+    assert page.left_out() == {"stage_one_losses"}
+    assert "there was no stage 1" in page.text
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_the_page_explains_its_numbers_and_names_its_origin(tmp_path: Path):
+    page = Page(write_report(tmp_path / "report", report_of(refresh_seconds=30.0)))
+    for text in (
+        "counted <from> the config",
+        "nothing is missing",
+        "finished at step 100",
+        "cola train tiny",
+        "stage: 2",
+    ):
+        assert text in page.text
+    assert ("meta", {"http-equiv": "refresh", "content": "30"}) in page.tags
+    assert "details" in {tag for tag, _ in page.tags}
+    finished = Page(write_report(tmp_path / "report", report_of()))
+    assert "refresh" not in {attributes.get("http-equiv") for _, attributes in finished.tags}
 
 
 @pytest.mark.parametrize(
@@ -253,29 +305,37 @@ def test_a_stage_without_a_log_is_named(tmp_path: Path):
 )
 @pytest.mark.filterwarnings("error")
 def test_unusual_latents_are_drawn(tmp_path: Path, latents: torch.Tensor):
-    page = Page(write_report(tmp_path / "report", report_of(tmp_path, samples=[Sample("a", "b", "c", latents)])))
+    page = Page(write_report(tmp_path / "report", report_of(samples=[Sample("a", "b", "c", latents)])))
     assert "generated_latents" in page.ids("figure")
 
 
 def test_figures_show_what_was_measured(tmp_path: Path):
-    from cola_megatron.reporting import figures
+    from cola_megatron.reporting import figures, latent_figures, prior_figures
     from cola_megatron.reporting.figure_style import NothingToPlot
 
     one, two = records_of(1), records_of(2)
-    axes = figures.flow_matching_by_time(two).axes[0]
+    axes = prior_figures.flow_matching_by_time(two).axes[0]
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([1.0 + index / BINS for index in range(BINS)])
     assert axes.lines[0].get_ydata() == pytest.approx([2.0, 2.0])
     panels = figures.reconstruction_accuracy(one, two).axes
     assert [[line.get_ydata()[-1] for line in axes.lines] for axes in panels] == [[0.99, 0.9, 0.5]] * 2
     faster = [{**record, "tokens_per_second": 50_000.0} for record in two if record["kind"] == "train"]
     assert figures.speed_and_learning_rate(one, faster).axes[0].get_ylim()[1] > 50_000
+    losses = prior_figures.prior_over_steps(two).axes[0]
+    assert [line.get_ydata()[-1] for line in losses.lines] == [1.4, 1.5, 1.6, 2.0]
+    weights = {"posterior": 0.001, "reconstruction": 2.0}
+    terms = {line.get_label(): line for line in figures.weighted_terms(one, [], weights, {}).axes[0].lines}
+    assert terms["2 x reconstruction"].get_ydata()[0] == pytest.approx(14.0)
+    assert "0.001 x posterior" in terms
+    spectrum = latent_figures.posterior_dimensions(POSTERIOR).axes[2]
+    assert spectrum.lines[0].get_ydata()[:2] == pytest.approx([1.1, 0.55])
     with pytest.raises(NothingToPlot, match="stage 2"):
-        figures.flow_matching_by_time(one)
+        prior_figures.flow_matching_by_time(one)
 
 
 def test_the_figures_leave_the_global_style_alone(tmp_path: Path):
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    write_report(tmp_path / "report", report_of(tmp_path))
+    write_report(tmp_path / "report", report_of())
     assert dict(matplotlib.rcParams) == before

@@ -12,6 +12,7 @@ import torch
 from cola_megatron.config import RunConfig
 from cola_megatron.data import SampleSequence, TokenShards, held_out_samples
 from cola_megatron.held_out.measured_steps import ROBUSTNESS_TIMES, measured_steps
+from cola_megatron.held_out.posterior_statistics import posterior_metrics, posterior_shapes
 from cola_megatron.held_out.prior_metrics import prior_metrics, sum_shapes
 from cola_megatron.held_out.velocity_passes import fixed_draws
 from cola_megatron.models.cola import Cola
@@ -30,15 +31,18 @@ def evaluate(
     groups: ProcessGroups,
     on_batch: Callable[[], None] = lambda: None,
     shuffled_context: bool = False,
+    posterior_statistics: bool = False,
 ) -> dict[str, float]:
     """Measures on held-out sequences spread over every source: the same ones each time, in any run and any layout.
 
     Args:
         on_batch: called after every micro-batch.
         shuffled_context: also predicts with the context of another sample; needs a micro-batch of two or more.
+        posterior_statistics: also what `posterior_metrics` returns, several numbers for every latent dimension.
 
     Returns:
-        `samples`, how many sequences were measured; `reconstruction_accuracy` (of the posterior mean) and
+        `samples`, how many sequences were measured; `reconstruction_accuracy` (of the posterior mean; with a
+        `_standard_error` over samples) and
         `reconstruction_accuracy_t250`, `_t500` (of the latent at flow time 0.25, 0.5), `reconstruction_nll`,
         `vae_logsnr` (where there is a variance); in stage 2 what `prior_metrics` returns. The same on every rank.
     """
@@ -48,7 +52,7 @@ def evaluate(
     batches = -(-samples // (micro * groups.data_parallel_size))
     held_out = held_out_samples(shards, skip_bad=config.data.bad_shards == "skip")
     inputs = _micro_batches(held_out, config, groups, samples, batches)
-    chain = measured_steps(model, config, shuffled_context)
+    chain = measured_steps(model, config, shuffled_context, posterior_statistics)
     results = [name for step in chain for name in step.writes if name.startswith("sum_")]
     stage = model.own_stage_of(chain, BATCH_NAMES, results)
     sums: Tensors = {}
@@ -92,7 +96,7 @@ def _micro_batches(
 
 def _over_the_job(sums: Tensors, names: list[str], config: RunConfig, groups: ProcessGroups) -> dict[str, torch.Tensor]:
     """Adds up stages and replicas; each sum is made in one stage."""
-    shapes = sum_shapes(config)
+    shapes = {"sum_accuracy_spread": (3,), **sum_shapes(config), **posterior_shapes(config)}
     flat = [
         sums[name].double().reshape(-1)
         if name in sums
@@ -111,8 +115,14 @@ def _metrics(sums: dict[str, torch.Tensor], config: RunConfig, samples: int) -> 
         name = f"t{round(1000 * t)}"
         suffix = f"_{name}" if t else ""
         metrics[f"reconstruction_accuracy{suffix}"] = sums[f"sum_correct_{name}"].item() / tokens
+    count, total, squares = sums["sum_accuracy_spread"].tolist()
+    if count >= 2:
+        variance = max(0.0, squares - total**2 / count) / (count - 1)
+        metrics["reconstruction_accuracy_standard_error"] = math.sqrt(variance / count)
     if "sum_variance" in sums:
         metrics["vae_logsnr"] = vae.measured_logsnr(sums["sum_mean_square"].item(), sums["sum_variance"].item())
+    if "sum_mean_moments" in sums:
+        metrics |= posterior_metrics(sums)
     if "sum_moments" in sums:
         metrics |= prior_metrics(sums)
     return metrics

@@ -13,7 +13,7 @@ from cola_megatron.parallel import initialize_parallel, load_full_state_dict
 
 
 def measure_checkpoint(run_folder: Path, data: str | Path | None, samples: int) -> dict[str, float]:
-    """`evaluate`, with its control, on the newest checkpoint of a run; `data` replaces the run's own shards.
+    """`evaluate` with all it can measure on the newest checkpoint of a run; `data` replaces the run's own shards.
 
     Raises:
         ConfigError: no shards are known, or they do not fit the model.
@@ -41,4 +41,4 @@ def measure_checkpoint(run_folder: Path, data: str | Path | None, samples: int) 
     config = config.model_copy(update={"training": training, "objective": objective})
     model = Cola(config, groups)
     load_full_state_dict(model, weights, groups)
-    return evaluate(model.to(groups.device), held_out, config, groups, shuffled_context=True)
+    return evaluate(model.to(groups.device), held_out, config, groups, shuffled_context=True, posterior_statistics=True)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from cola_megatron.config import RunConfig
+from cola_megatron.held_out.posterior_statistics import posterior_sums
 from cola_megatron.held_out.velocity_passes import Passes, total
 from cola_megatron.models.cola import Cola
 from cola_megatron.models.steps import Step
@@ -17,9 +18,13 @@ from cola_megatron.parallel.megatron import gather_from_tensor_model_parallel_re
 ROBUSTNESS_TIMES = (0.0, 0.25, 0.5)
 
 
-def measured_steps(model: Cola, config: RunConfig, shuffled_context: bool = False) -> list[Step]:
+def measured_steps(
+    model: Cola, config: RunConfig, shuffled_context: bool = False, posterior_statistics: bool = False
+) -> list[Step]:
     """Posterior, reconstruction of latents at several flow times, and the velocity's error with and without context."""
     steps = [*model.position_steps(), *model.encoder_steps("tokens", gradient=False), *_of_the_posterior(model)]
+    if posterior_statistics:
+        steps += posterior_sums(config.model.vae.variational)
     steps += model.reference_steps(train_vae=False)
     if model.dit is not None:
         passes = Passes(model, config, shuffled_context)
@@ -62,7 +67,7 @@ def _of_the_logits(model: Cola) -> Step:
         hidden: torch.Tensor, tokens_BL: torch.Tensor, counted_BL: torch.Tensor, weight_B: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         correct: list[torch.Tensor] = []
-        nll = torch.empty(0)
+        nll, spread = torch.empty(0), torch.empty(0)
         for hidden_SBH in hidden.chunk(len(ROBUSTNESS_TIMES), dim=1):
             logits_TBV = model.vae.decoder.logits(hidden_SBH)
             if groups.tensor_parallel_size > 1:
@@ -73,7 +78,11 @@ def _of_the_logits(model: Cola) -> Step:
                     logits_TBV.permute(1, 2, 0).float(), tokens_BL, reduction="none"
                 )
                 nll = total(nll_BT.t(), counted_BL, weight_B)
-            correct.append(total(logits_TBV.argmax(-1) == tokens_BL.t(), counted_BL, weight_B))
-        return *correct, nll
+            correct_TB = logits_TBV.argmax(-1) == tokens_BL.t()
+            if not correct:
+                share_B = (correct_TB & counted_BL.t()).double().sum(0) / counted_BL.double().sum(1).clamp(min=1)
+                spread = torch.stack((weight_B.sum(), share_B @ weight_B, share_B.square() @ weight_B))
+            correct.append(total(correct_TB, counted_BL, weight_B))
+        return *correct, nll, spread
 
-    return Step(f"hidden, tokens, counted, weight -> {', '.join(names)}, sum_nll", count)
+    return Step(f"hidden, tokens, counted, weight -> {', '.join(names)}, sum_nll, sum_accuracy_spread", count)

@@ -30,8 +30,13 @@ def moments_of_latents(matrices: torch.Tensor, times_M: torch.Tensor) -> tuple[t
         to_z0[1:, 1 : channels + 1] = torch.eye(channels)
         to_z0[1:, channels + 1 :] = -t * torch.eye(channels)
         total += to_z0 @ matrix @ to_z0.t()
-    mean_C = total[0, 1:] / total[0, 0]
-    return mean_C, total[1:, 1:] / total[0, 0] - torch.outer(mean_C, mean_C)
+    return covariance_of_moments(total)
+
+
+def covariance_of_moments(moments_KK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (C,) and covariance (C, C) of z, from the moment matrix of [1, z], (1 + C, 1 + C)."""
+    mean_C = moments_KK[0, 1:] / moments_KK[0, 0]
+    return mean_C, moments_KK[1:, 1:] / moments_KK[0, 0] - torch.outer(mean_C, mean_C)
 
 
 def linear_predictor(t: float, mean_C: torch.Tensor, covariance_CC: torch.Tensor) -> torch.Tensor:

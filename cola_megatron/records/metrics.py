@@ -57,6 +57,26 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def readable_metrics(path: Path) -> tuple[list[dict], list[int]]:
+    """The records of a metrics.jsonl that are records, and the numbers (from 1) of the other lines.
+
+    A last line without an end is neither: it is being written, or a kill cut it short.
+    """
+    records, damaged = [], []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int):
+            records.append(record)
+        else:
+            damaged.append(number)
+    return records, damaged
+
+
 def _start_wandb(config: RunConfig):
     if config.training.log.wandb == "disabled":
         return None

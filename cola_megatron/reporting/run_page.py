@@ -1,136 +1,132 @@
-"""The last words on a run: continuations of held-out texts, measurements, and the page that shows them."""
+"""The page about a run, made of what its folder says and of what was found out about its checkpoint."""
 
-import json
-import math
+from __future__ import annotations
+
+import datetime
+import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-
-    from cola_megatron import ColaDLM
-
-ALL = 1_000_000
-"""Held-out sequences to measure on: more than there are."""
+from cola_megatron.config import dump_config
+from cola_megatron.models.cola_loss import loss_weights
+from cola_megatron.reporting.observed import Observed
+from cola_megatron.reporting.report import Report, Row, Stage, Table
+from cola_megatron.reporting.run_records import Run, stage_one_of
+from cola_megatron.reporting.tables import accuracy_rows, cost_table, held_out_rows, model_rows, prior_rows
 
 
-@dataclass(frozen=True)
-class Continuation:
-    """How a model went on with a text, and how the text went on."""
+def report_of_run(
+    run: Run,
+    observed: Observed,
+    title: str | None = None,
+    stage_one: Path | None = None,
+    accuracies: Mapping[str, tuple[float, float, float, int]] | None = None,
+    files: list[tuple[str, str]] | None = None,
+    refresh_seconds: float | None = None,
+) -> Report:
+    """All that there is to tell of a run.
 
-    prompt: str
-    text: str
-    truth: str
-    latents: "torch.Tensor"
+    Args:
+        stage_one: where the run's stage 1 is now, if not where its config says.
+        accuracies: of each benchmark task accuracy, the ends of its 95% interval, and the number of items.
+        files: what else lies where.
 
-
-def continue_held_out(
-    model: "ColaDLM",
-    data: str | Path,
-    samples_file: Path,
-    samples: int,
-    prompt_tokens: int,
-    new_tokens: int,
-    guidance_scale: float,
-) -> list[Continuation]:
-    """Continues the beginnings of some held-out sequences and writes them as JSON.
-
-    With lengths of whole blocks nothing is padded.
+    Raises:
+        UserError: `stage_one` is not the stage 1 of this run.
     """
-    from cola_megatron.data import TokenShards
-
-    shards = TokenShards(data, "held_out", verify="size")
-    picked = [shards[index].tolist() for index in range(0, len(shards), max(1, len(shards) // samples))][:samples]
-    outputs = model.generate(
-        [tokens[:prompt_tokens] for tokens in picked],
-        guidance_scale=guidance_scale,
-        max_new_tokens=new_tokens,
-        repetition_penalty=1.0,
-        steps=16,
+    first, at_step, why_not = stage_one_of(run, stage_one)
+    own = Stage(run.records, loss_weights(run.config))
+    if run.config.stage == 1:
+        stages = own, Stage(absent=why_not)
+    else:
+        before = Stage(absent=why_not) if first is None else Stage(first.records, loss_weights(first.config))
+        stages = before, own
+    tables = [
+        *_held_out_tables(run, observed),
+        *([Table("Benchmarks", accuracy_rows(accuracies))] if accuracies else []),
+        cost_table(run, None if first is None else (first, at_step)),
+        Table("Model", model_rows(run.config)),
+    ]
+    places = [("run", str(run.folder)), *([("run of stage 1", str(first.folder))] if first else [])]
+    if run.data is not None:
+        places.append(("data", run.data))
+    no_stage_one = [f"No curves and no cost of a stage 1: {why_not}."] if why_not and run.config.stage == 2 else []
+    notes = [*run.notes, *(first.notes if first else []), *observed.notes]
+    return Report(
+        title=title or f"cola_megatron: {run.config.name}",
+        status=status_of(run),
+        notes=[*no_stage_one, *(f"{note[0].upper()}{note[1:]}." for note in notes)],
+        tables=tables,
+        stage_one=stages[0],
+        stage_two=stages[1],
+        measured=observed.measured,
+        measured_at=observed.step,
+        samples=observed.samples,
+        samples_absent=observed.samples_absent,
+        sampling=observed.sampling,
+        about=_about(run),
+        config=dump_config(run.config),
+        files=[*places, *(files or [])],
+        refresh_seconds=refresh_seconds,
     )
-    decode = model.tokenizer.decode
-    found = [
-        Continuation(
-            decode(tokens[:prompt_tokens], skip_special_tokens=False),
-            output.text,
-            decode(tokens[prompt_tokens : prompt_tokens + new_tokens], skip_special_tokens=False),
-            output.latents,
-        )
-        for tokens, output in zip(picked, outputs, strict=True)
-    ]
-    records = [{"prompt": item.prompt, "continuation": item.text, "truth": item.truth} for item in found]
-    samples_file.parent.mkdir(parents=True, exist_ok=True)
-    samples_file.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n")
-    return found
 
 
-def summary_table(summary: dict[str, float]) -> list[tuple[str, str]]:
-    """What a run came to, as (what, value); a stage 1 has no prior to speak of."""
-    table = [("held-out reconstruction accuracy", f"{summary['reconstruction_accuracy']:.4f}")]
-    if "flow_matching_loss" in summary:
-        table += prior_table(summary)
-    return [
-        *table,
-        ("tokens seen", f"{summary['tokens']:,}"),
-        ("model FLOPs", f"{summary['model_flops']:.3e}"),
-        ("training time", f"{summary['seconds']:,.0f} s"),
-    ]
+def status_of(run: Run) -> str:
+    """Where a run stands, in one line."""
+    progress, steps = run.progress, run.config.training.steps
+    at = f"step {run.step:,} of {steps:,}"
+    if not progress:
+        return f"Stage {run.config.stage}, {at}; progress.json is missing, so whether the run goes on is not known."
+    if run.has_ended:
+        return f"Stage {run.config.stage}, {run.state} at {at}."
+    line = f"Stage {run.config.stage}, in progress ({run.state}): {at}"
+    if isinstance(progress.get("time"), int | float):
+        alive = datetime.datetime.fromtimestamp(progress["time"], datetime.UTC)
+        line += f"; last sign of life {alive:%Y-%m-%d %H:%M:%S} UTC"
+    seconds = progress.get("seconds_per_step")
+    if isinstance(seconds, int | float):
+        line += f"; about {datetime.timedelta(seconds=round(seconds * max(0, steps - run.step)))} of steps to go"
+    return f"{line}."
 
 
-def prior_table(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """The prior's loss between what it must be held against, at the same fixed times and noise; and what it means."""
+def _held_out_tables(run: Run, observed: Observed) -> list[Table]:
+    """What this report measured itself, else the last measurement of the run."""
+    metrics, step, by = observed.measured, observed.step, "by this report"
+    if not metrics:
+        own = [record for record in run.records if record["kind"] == "evaluation"]
+        if not own:
+            return [Table("Held-out", [Row("held-out measurements", "none yet", "the run has recorded none so far")])]
+        metrics, step, by = own[-1], own[-1]["step"], "by the run"
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+    tables = [Table(f"Held-out, measured at step {step:,} {by}", held_out_rows(numbers))]
+    if run.config.stage == 2:
+        tables.append(Table(f"The prior, at step {step:,}", prior_rows(numbers)))
+    return tables
 
-    def figure(name: str) -> str:
-        error = metrics.get(f"{name}_standard_error")
-        return f"{metrics[name]:.4f}" + (f" ± {1.96 * error:.4f}" if error is not None else "")
 
+def _about(run: Run) -> list[Row]:
+    """What manifest.json says of the first start of a run."""
+    manifest = run.manifest
+    if not manifest:
+        return [Row("provenance", "not recorded", "there is no manifest.json that can be read")]
+    command, versions, changes = (manifest.get(name) for name in ("command", "versions", "git_changes"))
     rows = [
-        ("flow-matching loss, uniform t", "flow_matching_loss"),
-        ("  with the context of another text", "flow_matching_loss_shuffled_context"),
-        ("  without context, every block alone", "flow_matching_loss_without_context"),
-        ("  best linear denoiser of one latent", "linear_predictor_loss"),
-        ("  best constant", "constant_predictor_loss"),
-        ("gain from context", "context_gain"),
-        ("  in nats per latent", "context_information"),
-    ]
-    found = [(what, figure(name)) for what, name in rows if name in metrics]
-    return [*found, ("what the prior has learned", prior_in_words(metrics))]
-
-
-def prior_in_words(metrics: Mapping[str, float]) -> str:
-    """One sentence that the losses allow."""
-    gain, error = metrics["context_gain"], metrics.get("context_gain_standard_error", math.inf)
-    if metrics["flow_matching_loss"] >= metrics["linear_predictor_loss"]:
-        return "nothing yet: a linear function of one noisy latent, blind to the text, predicts as well"
-    if gain < 1.96 * error:
-        return "the shape of single blocks; the text before a block helps by no more than chance"
-    alone = metrics["flow_matching_loss_without_context"] - metrics["flow_matching_loss"]
-    beyond = metrics["linear_predictor_loss"] - metrics["flow_matching_loss"]
-    share = f", {alone / beyond:.0%} of what it gains over the linear denoiser" if alone <= beyond else ""
-    return f"to use the text before a block: it lowers the loss by {gain:.3f}{share}"
-
-
-def write_page(
-    folder: Path,
-    title: str,
-    stages: tuple[Path, Path],
-    continuations: list[Continuation],
-    table: list[tuple[str, str]],
-    files: list[tuple[str, str]],
-) -> Path:
-    """Writes FOLDER/report.html about a run of both stages; returns its path."""
-    from cola_megatron.reporting.page import Report, Sample, write_report
-
-    return write_report(
-        folder,
-        Report(
-            title=title,
-            table=table,
-            stage_one=stages[0],
-            stage_two=stages[1],
-            samples=[Sample(item.prompt, item.text, item.truth, item.latents) for item in continuations],
-            files=files,
+        Row(
+            "command",
+            shlex.join(map(str, command)) if isinstance(command, list) else str(command),
+            "of the first start",
         ),
-    )
+        Row("host", str(manifest.get("host")), "of the main process"),
+        Row("git revision", str(manifest.get("git_revision") or "not known"), "of the checkout that ran"),
+        Row(
+            "uncommitted changes",
+            "none" if changes == "" else str(changes or "not known"),
+            "files that differed from it",
+        ),
+        Row("starts", f"{1 + len(manifest.get('resumed', []))}", "the first, and each time the run was resumed"),
+    ]
+    if isinstance(versions, dict):
+        rows.append(
+            Row("versions", ", ".join(f"{name} {version}" for name, version in versions.items()), "at the first start")
+        )
+    return rows

@@ -1,0 +1,82 @@
+"""What a report tells, as data: the page and the command line show the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number, or one fact."""
+
+    what: str
+    value: str
+    meaning: str = ""
+    """One line for a reader who does not know the name."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a heading."""
+
+    title: str
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One continuation of a held-out text."""
+
+    prompt: str
+    continuation: str
+    truth: str
+    """How the text really went on."""
+    latents: torch.Tensor
+    """(blocks, block_size, d)."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage left in metrics.jsonl."""
+
+    records: list[dict] = field(default_factory=list)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Of each term of its loss."""
+    absent: str = ""
+    """Why there are no records, where this run has no such stage."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report tells."""
+
+    title: str
+    status: str
+    """Where the run stands, in one line."""
+    notes: list[str]
+    """What is missing here, and why."""
+    tables: list[Table]
+    stage_one: Stage
+    stage_two: Stage
+    measured: Mapping[str, float]
+    """Held-out measurement of the checkpoint; empty: none."""
+    measured_at: int
+    """Its step."""
+    samples: list[Sample]
+    samples_absent: str
+    """Why there are none."""
+    sampling: list[Row]
+    """How the samples were made."""
+    about: list[Row]
+    """Command, revision, versions."""
+    config: str
+    """The resolved config, as YAML."""
+    files: list[tuple[str, str]]
+    """Where everything lies: (what, path)."""
+    refresh_seconds: float | None = None
+    """A browser loads the page again after so long; None: never."""

@@ -1,0 +1,199 @@
+"""A run folder as a report reads it: at any time, of any version, whatever else is missing in it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cola_megatron.checkpoint.find import newest_checkpoint
+from cola_megatron.checkpoint.state_file import read_config
+from cola_megatron.config import ConfigError, RunConfig, stored_config
+from cola_megatron.config.yaml_files import read_yaml
+from cola_megatron.errors import UserError
+from cola_megatron.records.goodput import ATTEMPTS
+from cola_megatron.records.metrics import readable_metrics
+from cola_megatron.records.progress import PROGRESS
+from cola_megatron.records.run_folder import CONFIG, MANIFEST, METRICS, SUMMARY
+from cola_megatron.scaling.flops import training_flops
+
+ENDED = ("finished", "stopped")
+"""States of progress.json after which nothing more is written."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run took to a step."""
+
+    tokens: int
+    flops: float
+    seconds: float | None
+    """In steps, measurements and saves; None: not recorded."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says."""
+
+    folder: Path
+    config: RunConfig
+    records: list[dict]
+    """Of metrics.jsonl, in today's names."""
+    progress: dict[str, Any]
+    manifest: dict[str, Any]
+    began: float | None
+    """First start, in seconds since 1970."""
+    step: int
+    """The last one that is known of."""
+    notes: list[str]
+    """What could not be read."""
+
+    @property
+    def state(self) -> str:
+        """As in progress.json; "unknown" without it."""
+        return str(self.progress.get("state", "unknown"))
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more is to be expected."""
+        return self.state in ENDED or not self.progress
+
+    def cost(self, step: int | None = None) -> Cost:
+        """Up to a step; by default to the last."""
+        step = self.step if step is None else step
+        training, data = self.config.training, self.config.data
+        seconds = [record["seconds"] for record in self.records if record["step"] <= step and "seconds" in record]
+        tokens = step * training.global_batch_size * data.sequence_length
+        return Cost(tokens, training_flops(self.config, step), max(seconds, default=None))
+
+    def place(self, path: str | Path) -> Path:
+        """A path of the config, which the run may have had from another working directory.
+
+        A relative one is looked for from where the run's own `runs_folder/name` leads here, so that a run that was
+        moved together with its neighbours finds them, and not what has the same path elsewhere.
+        """
+        path, own = Path(path).expanduser(), self.config.run_folder
+        here = self.folder.resolve()
+        if path.is_absolute() or own.is_absolute() or here.parts[-len(own.parts) :] != own.parts:
+            return path
+        found, working = Path(*here.parts[: -len(own.parts)]) / path, Path.cwd()
+        return found.relative_to(working) if found.is_relative_to(working) else found
+
+    @property
+    def data(self) -> str | None:
+        """Folder or URL of the prepared data that the config names."""
+        path = self.config.data.path
+        return path if path is None or "://" in path else str(self.place(path))
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run folder.
+
+    Raises:
+        UserError: it is none, or no version of this package can read its config.
+    """
+    notes: list[str] = []
+    config = _config(folder)
+    records: list[dict] = []
+    metrics = folder / METRICS
+    if metrics.is_file():
+        found, damaged = readable_metrics(metrics)
+        records = [in_todays_names(record) for record in found]
+        if damaged:
+            lines = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+            notes.append(f"{metrics}: lines that cannot be read are left out, {len(damaged)} in all: {lines}")
+    else:
+        notes.append(f"{metrics} does not exist: no curves")
+    progress, manifest, summary = (_json(folder / name, notes) for name in (PROGRESS, MANIFEST, SUMMARY))
+    known = [record["step"] for record in records if record["kind"] == "train"]
+    step = progress.get("step", summary.get("step", max(known, default=0)))
+    return Run(folder, config, records, progress, manifest, _began(folder), int(step), notes)
+
+
+def in_todays_names(record: dict) -> dict:
+    """A record of any version: `flow_matching_loss` is at uniform t, `..._training_times` at the run's own.
+
+    Versions that measured only at the run's own times called that `flow_matching_loss`.
+    """
+    own = "flow_matching_loss_training_times"
+    if record["kind"] != "evaluation" or "flow_matching_loss" not in record or own in record:
+        return record
+    return {re.sub(r"^flow_matching_loss(?=$|_bin_)", own, name): value for name, value in record.items()}
+
+
+def stage_one_of(run: Run, given: Path | None = None) -> tuple[Run | None, int, str]:
+    """The stage-1 run that a run started from, at which step, and else why there is none to show.
+
+    Args:
+        given: where it is now, if not where the config says.
+
+    Raises:
+        UserError: `given` is not the stage 1 of this run.
+    """
+    found, step, why = _stage_one_of(run, given)
+    if given is not None and found is None:
+        raise UserError(f"--stage-one {given} is not what {run.folder} started from: {why}")
+    return found, step, why
+
+
+def _stage_one_of(run: Run, given: Path | None) -> tuple[Run | None, int, str]:
+    named = run.config.training.stage_one
+    if run.config.stage == 1:
+        return None, 0, "this is a run of stage 1"
+    if run.config.training.vae_update.from_scratch:
+        return None, 0, "stage 2 began with a new VAE (training.vae_update.from_scratch=true): there was no stage 1"
+    if named is None and given is None:
+        return None, 0, "its config names no training.stage_one"
+    folder = given or run.place(named or "")
+    step = None
+    if match := re.fullmatch(r"step_(\d+)", folder.name):
+        folder, step = folder.parent.parent, int(match[1])
+    if not folder.is_dir():
+        return None, 0, f"{folder}, which stage 2 started from, does not exist (any more): --stage-one says where it is"
+    if not (folder / CONFIG).is_file() or not (folder / METRICS).is_file():
+        return (
+            None,
+            0,
+            f"stage 2 started from the weights in {folder}, which are no run: they have neither curves nor cost",
+        )
+    first = read_run(folder)
+    if first.config.stage != 1:
+        return None, 0, f"stage 2 started from {folder}, a run of stage 2 that has a report of its own"
+    if first.config.model.vae != run.config.model.vae:
+        return None, 0, f"the run in {folder} has another VAE: another run has that name now"
+    if None not in (first.began, run.began) and first.began > run.began:  # type: ignore[operator]
+        return None, 0, f"the run in {folder} began after this one: another run has that name now"
+    return first, first.step if step is None else step, ""
+
+
+def _config(folder: Path) -> RunConfig:
+    path = folder / CONFIG
+    if path.is_file():
+        return stored_config(read_yaml(path), path)
+    checkpoint = newest_checkpoint(folder) if folder.is_dir() else None
+    if checkpoint is None:
+        raise ConfigError(f"{folder} is no run folder: it has no {CONFIG}; give the folder that `cola train` writes")
+    return read_config(checkpoint)
+
+
+def _json(path: Path, notes: list[str]) -> dict[str, Any]:
+    """A JSON object; nothing where there is none, and a note where it is damaged."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        found = error
+    if isinstance(found, dict):
+        return found
+    notes.append(f"{path} cannot be read ({found}) and is left out")
+    return {}
+
+
+def _began(folder: Path) -> float | None:
+    try:
+        return float(json.loads((folder / ATTEMPTS).read_text().splitlines()[0])["began"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
