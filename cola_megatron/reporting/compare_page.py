@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from cola_megatron.errors import UserError
 from cola_megatron.reporting import comparison
 from cola_megatron.reporting.compared_runs import ComparedRun
+from cola_megatron.reporting.templates import page_environment
 
 if TYPE_CHECKING:
     from cola_megatron.reporting.compare_figures import Against
@@ -55,22 +54,19 @@ def write_comparison(folder: Path, runs: Sequence[ComparedRun], against: Against
         path.unlink()
     for picture in pictures:
         (figures_folder / f"{picture.name}.png").write_bytes(picture.png)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     differing = comparison.differences(runs)
-    text = environment.get_template(TEMPLATE).render(
-        runs=runs,
-        table=comparison.table(runs),
-        notes=comparison.notes(runs),
-        pictures=pictures,
-        left_out=left_out,
-        differences=[each for each in differing if not each.is_free],
-        free_differences=[each for each in differing if each.is_free],
+    text = (
+        page_environment()
+        .get_template(TEMPLATE)
+        .render(
+            runs=runs,
+            table=comparison.table(runs),
+            notes=comparison.notes(runs),
+            pictures=pictures,
+            left_out=left_out,
+            differences=[each for each in differing if not each.is_free],
+            free_differences=[each for each in differing if each.is_free],
+        )
     )
     path = folder / PAGE
     # Paths may hold bytes that are no UTF-8.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from cola_megatron.reporting.pictures import draw
 from cola_megatron.reporting.report import Report
+from cola_megatron.reporting.templates import page_environment
 
 PAGE = "report.html"
 FIGURES = "figures"
@@ -43,13 +42,7 @@ def write_report(folder: Path, report: Report) -> Path:
         else:
             path.write_bytes(picture.png)
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters |= {"visible": _visible, "unseen": _unseen}
     page = environment.get_template(TEMPLATE).render(
         report=report,

@@ -163,7 +163,7 @@ def _stage_one_of(run: Run, given: Path | None) -> tuple[Run | None, int, str]:
         return None, 0, f"stage 2 started from {folder}, a run of stage 2 that has a report of its own"
     if first.config.model.vae != run.config.model.vae:
         return None, 0, f"the run in {folder} has another VAE: another run has that name now"
-    if None not in (first.began, run.began) and first.began > run.began:  # type: ignore[operator]
+    if first.began is not None and run.began is not None and first.began > run.began:
         return None, 0, f"the run in {folder} began after this one: another run has that name now"
     return first, first.step if step is None else step, ""
 
