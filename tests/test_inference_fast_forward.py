@@ -44,9 +44,10 @@ def networks(dtype: torch.dtype = torch.float32) -> tuple[TextVAE, DiT]:
 def outputs(vae: TextVAE, dit: DiT) -> list[torch.Tensor]:
     posterior = vae.encoder(torch.arange(48).view(3, 16))
     times = torch.tensor([0.0, 0.4])
+    from cola_megatron.layers.time_embedding import TimeRows
     from cola_megatron.models.dit import TimeTable
 
-    table = TimeTable(times, torch.arange(2).repeat(8)[:, None].expand(16, 3))
+    table = TimeTable(times, TimeRows(torch.arange(2).repeat(8)[:, None].expand(16, 3)))
     context = dit.two_copy_context(16, 0, None, torch.device("cpu"))
     return [posterior.mean, posterior.logvar, vae.decoder(draw(16, 3, 4)), dit(draw(16, 3, 4), table, context)]
 

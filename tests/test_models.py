@@ -5,6 +5,7 @@ import torch
 
 from cola_megatron.config import load_config
 from cola_megatron.layers.masks import block_causal_mask, two_copy_mask
+from cola_megatron.layers.time_embedding import look_up
 from cola_megatron.models import DiT, TextVAE
 from cola_megatron.models.cola import Cola
 from cola_megatron.models.dit import two_copy_times
@@ -65,7 +66,7 @@ def test_times_are_embedded_once_each_and_found_by_every_position():
     at_zero[1, 4] = True
     table = two_copy_times(times, length=8, clean_length=4, at_zero_BS=at_zero)
     assert table.times_T.tolist() == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
-    found = table.times_T[table.index_SB]
+    found = table.times_T[table.rows.rows_SB]
     assert (found[:4] == 0).all()
     assert found[4:, 0].tolist() == pytest.approx([0.1] * 4 + [0.2] * 4)
     assert found[4:, 1].tolist() == pytest.approx([0.3] * 4 + [0.0] + [0.4] * 3)
@@ -116,3 +117,17 @@ def test_recomputation_changes_no_gradient(tiny, stage):
     assert len(gradients[0]) == len(gradients[1])
     for kept, recomputed in zip(*gradients, strict=True):
         assert torch.equal(kept, recomputed)
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_rows_of_times_have_the_gradient_of_an_embedding(blocks):
+    random = torch.Generator().manual_seed(0)
+    at_zero = torch.rand(3, 16, generator=random) < 0.3
+    times, rows = two_copy_times(torch.rand(3, blocks, generator=random), 16, 12, at_zero)
+    table = torch.randn(len(times), 10, generator=random, requires_grad=True)
+    weight = torch.randn(28, 3, 10, generator=random)
+    found = look_up(table, rows)
+    expected = torch.nn.functional.embedding(rows.rows_SB, table)
+    assert torch.equal(found, expected)
+    (ours,), (theirs,) = (torch.autograd.grad((rows * weight).sum(), table) for rows in (found, expected))
+    assert (ours - theirs).norm() <= 1e-6 * theirs.norm()  # float32 sums in another order

@@ -13,6 +13,7 @@ import time
 import torch
 
 from cola_megatron.config import DiTConfig
+from cola_megatron.layers.time_embedding import TimeRows
 from cola_megatron.models.dit import DiT, TimeTable, two_copy_times
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
 
@@ -62,9 +63,10 @@ def main() -> None:
 
 def per_position(times: TimeTable) -> TimeTable:
     """The same times with a row of its own for every position, as the published code evaluates them."""
-    assert times.index_SB is not None, "a table of several times"
-    positions = torch.arange(times.index_SB.numel(), device=times.index_SB.device)
-    return TimeTable(times.times_T[times.index_SB].flatten(), positions.view(times.index_SB.shape))
+    assert times.rows is not None, "a table of several times"
+    rows_SB = times.rows.rows_SB
+    positions = torch.arange(rows_SB.numel(), device=rows_SB.device)
+    return TimeTable(times.times_T[rows_SB].flatten(), TimeRows(positions.view(rows_SB.shape)))
 
 
 def _wait(device: torch.device) -> None:

@@ -20,6 +20,7 @@ from cola_megatron.inference.sampling import choose_tokens, penalize_repetition
 from cola_megatron.inference.settings import FlowSettings
 from cola_megatron.layers.attention import attend
 from cola_megatron.layers.masks import AttentionMask, block_causal_visibility
+from cola_megatron.layers.time_embedding import TimeRows
 from cola_megatron.models.dit import DiT, TimeTable
 from cola_megatron.models.text_vae import TextVAE
 
@@ -92,7 +93,7 @@ def velocity(
     """One pass, conditional through a cache or unconditional, with a row of the time table for every position."""
     size, batch, _ = z_SBC.shape
     rows = torch.arange(size * batch, device=z_SBC.device)
-    table = TimeTable(torch.full(rows.shape, time, device=z_SBC.device), rows.view(size, batch))
+    table = TimeTable(torch.full(rows.shape, time, device=z_SBC.device), TimeRows(rows.view(size, batch)))
     if cache is None:
         return dit(z_SBC, table, dit.context_at(torch.arange(size, device=z_SBC.device), AttentionMask()))
     positions = cache.place(size, z_SBC.device, commits)

@@ -28,4 +28,6 @@ CHANGES: tuple[Change, ...] = (
     Renamed("training.optimizer.clip", "training.optimizer.max_gradient_norm"),  # schema 3
     Removed("training.evaluation.time_bins", "there are 10; leave it out", reproduced=None),  # schema 4
     Added("training.log.tensorboard", False),  # schema 5
+    Added("training.compile_blocks", "never"),  # schema 6
+    Added("training.loss_chunk_tokens", 0),  # schema 7
 )

@@ -74,6 +74,11 @@ class ParallelConfig(Section):
     """A rank that is not heard of for that long is lost, and the job ends with its name. Must be longer than any call
     of C++ code that keeps Python's lock (a build, a large file), which holds up the heartbeat."""
 
+    @property
+    def can_compile_blocks(self) -> bool:
+        """Whether the layers of a rank are whole graphs: neither ZeRO 3's hooks nor collectives inside."""
+        return self.zero_stage < 3 and self.tensor_parallel_size == 1
+
 
 class RunConfig(Section):
     """One training run: stage 1 (Text VAE) or stage 2 (VAE and DiT)."""
@@ -166,6 +171,12 @@ class RunConfig(Section):
     def _check_layout(self) -> None:
         """What the tensor-parallel ranks share must divide; every other width is a multiple of these."""
         self._check_pipeline()
+        if self.training.compile_blocks == "always" and not self.parallel.can_compile_blocks:
+            raise ValueError(
+                "training.compile_blocks=always needs parallel.zero_stage below 3, whose hooks a compiled layer would "
+                "not run, and parallel.tensor_parallel_size=1, for megatron-core's collectives do not compile; use "
+                "another layout, or compile_blocks=never"
+            )
         if self.parallel.offload_optimizer and self.parallel.zero_stage == 0:
             raise ValueError("parallel.offload_optimizer=true needs parallel.zero_stage of 1 or more")
         model, ranks = self.model, self.parallel.tensor_parallel_size

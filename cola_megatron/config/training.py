@@ -141,6 +141,13 @@ class TrainingConfig(Section):
     """bf16: compute in bfloat16 with float32 master weights."""
     activation_checkpointing: Annotated[bool, OURS, FREE] = False
     """Recompute every transformer layer in the backward pass instead of keeping its activations."""
+    compile_blocks: Annotated[Literal["auto", "never", "always"], OURS, FREE] = "auto"
+    """Compile the transformer layers with torch.compile: fewer passes over the memory, and no work of the host between
+    them. auto: on CUDA, below ZeRO 3 and without tensor parallelism. It rounds elsewhere than the plain layers do, so a
+    run that is resumed with another value goes on, but not bit for bit."""
+    loss_chunk_tokens: Annotated[NonNegativeInt, OURS, FREE] = 0
+    """Tokens whose logits exist at once: head and cross-entropy are computed in chunks, their gradients in the forward
+    pass. 0: all logits of a micro-batch. Worth it for a large vocabulary."""
     stage_one: Annotated[Path | None, OURS, FREE] = None
     """Stage 2 starts from this folder: the VAE of a stage-1 run or of a published `cola_vae`, or VAE and prior of a
     published model, an imported checkpoint or a stage-2 run."""

@@ -16,6 +16,7 @@ from cola_megatron.held_out.posterior_statistics import posterior_metrics, poste
 from cola_megatron.held_out.prior_metrics import prior_metrics, sum_shapes
 from cola_megatron.held_out.velocity_passes import fixed_draws
 from cola_megatron.models.cola import Cola
+from cola_megatron.models.compiled_blocks import uncompiled
 from cola_megatron.models.steps import run_steps
 from cola_megatron.objectives import vae
 from cola_megatron.objectives.samples import positions
@@ -65,7 +66,8 @@ def evaluate(
         on_batch()
         return {name: state[name] for name in stage.hands_on}
 
-    forward_only(Neighbours(groups, stage.takes, stage.hands_on), batches, forward)
+    with uncompiled():
+        forward_only(Neighbours(groups, stage.takes, stage.hands_on), batches, forward)
     model.train()
     return _metrics(_over_the_job(sums, results, config, groups), config, samples)
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from cola_megatron.config import RunConfig
 from cola_megatron.layers.attention import AttentionContext
+from cola_megatron.layers.time_embedding import TimeRows
 from cola_megatron.models.cola import Cola
 from cola_megatron.models.dit import two_copy_times
 from cola_megatron.models.steps import Step
@@ -87,9 +88,9 @@ class Passes:
             documents_WS = None if documents_BS is None else documents_BS.repeat(len(passes), 1)
             return dit.two_copy_context(length, clean_length, dropped_WN, tokens_BL.device, documents_WS)
 
-        def table(times_WN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def table(times_WN: torch.Tensor) -> tuple[torch.Tensor, TimeRows | None]:
             found = two_copy_times(times_WN, length, clean_length, None)
-            return found.times_T, dit.local_index(found.index_SB)
+            return found.times_T, dit.local_index(found.rows)
 
         yield Step("time, fixed_time -> all_times", times)
         yield Step("all_times -> distinct_times, time_index", table)

@@ -19,6 +19,7 @@ from cola_megatron.inference.settings import FlowSettings
 from cola_megatron.inference.solvers import RULES, Evaluation, integrate, uniform_grid
 from cola_megatron.layers.attention import AttentionContext
 from cola_megatron.layers.masks import AttentionMask
+from cola_megatron.layers.time_embedding import TimeRows
 from cola_megatron.models.dit import DiT, Modulations, TimeTable
 
 
@@ -202,7 +203,8 @@ class BlockPrior:
     ) -> torch.Tensor:
         """All positions at the time of one row of the grid, or each at that of its own."""
         modulations = self.grid.rows[row] if index_SR is None else self.grid.modulations
-        return self.dit(z_SRC, TimeTable(self.grid.times_T, index_SR), context, modulations)
+        index = None if index_SR is None else TimeRows(index_SR)
+        return self.dit(z_SRC, TimeTable(self.grid.times_T, index), context, modulations)
 
 
 def _with_copies(x_SB: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

@@ -1,10 +1,14 @@
 """Token embedding and output head, cut over the vocabulary."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
 from cola_megatron.layers.calls import OnTensor
 from cola_megatron.layers.linear import ColumnLinear
+from cola_megatron.layers.vocabulary_loss import HeadShard, weighted_nll
 from cola_megatron.parallel import ProcessGroups, mark_parameter
 from cola_megatron.parallel.megatron import VocabParallelEmbedding, vocab_parallel_cross_entropy
 from cola_megatron.parallel.parameters import Initializer
@@ -32,6 +36,18 @@ class TokenEmbedding(VocabParallelEmbedding):
         mark_parameter(self.weight, initializer, partition_dim=0, full_size=num_embeddings)
 
 
+class _HeadLinear(ColumnLinear):
+    """A linear layer whose weights others may use while its forward runs: ZeRO 3 has them only there."""
+
+    __call__: Callable[..., torch.Tensor]
+
+    def forward(self, x: torch.Tensor, use: Callable[..., torch.Tensor] | None = None, *arguments: Any) -> torch.Tensor:
+        """x W^T + b; with `use` what it makes of x, W, b and the arguments."""
+        if use is None:
+            return super().forward(x)
+        return use(x.to(self.weight.dtype), self.weight, self.bias, *arguments)
+
+
 class VocabularyHead(nn.Module):
     """Linear(H, V) whose rows are cut over the vocabulary; padded rows never win."""
 
@@ -41,8 +57,9 @@ class VocabularyHead(nn.Module):
         self, hidden_size: int, vocab_size: int, *, groups: ProcessGroups, bias: bool, initializer: Initializer
     ):
         super().__init__()
+        self.groups = groups
         padded = padded_vocab_size(vocab_size, groups)
-        self.linear = ColumnLinear(
+        self.linear = _HeadLinear(
             hidden_size,
             padded,
             groups=groups,
@@ -61,6 +78,16 @@ class VocabularyHead(nn.Module):
             logits_SBV = logits_SBV.clone()
             logits_SBV[..., -self.padded_rows :] = torch.finfo(logits_SBV.dtype).min
         return logits_SBV
+
+    def weighted_nll(
+        self, x_SBH: torch.Tensor, targets_SB: torch.Tensor, weights_SB: torch.Tensor, chunk: int
+    ) -> torch.Tensor:
+        """sum weights * -log softmax(logits)[target], `chunk` positions at a time; a float32 scalar.
+
+        The same as of `token_cross_entropy(self(x_SBH), targets_SB)`, without ever holding all logits.
+        """
+        shard = HeadShard(self.groups, self.padded_rows, chunk)
+        return self.linear(x_SBH.flatten(0, 1), weighted_nll, targets_SB.flatten(), weights_SB.flatten().float(), shard)
 
 
 def token_cross_entropy(logits_SBV: torch.Tensor, targets_SB: torch.Tensor) -> torch.Tensor:

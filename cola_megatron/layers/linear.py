@@ -98,6 +98,13 @@ class RowLinear(RowParallelLinear):
             )
         _keep_extra_state_out_of_the_state_dict(self)
 
+    def _forward_impl(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        # megatron-core leaves the group out here and warns of it in every forward pass, which also cuts the graph of a
+        # compiled layer in two.
+        parent: Any = super()
+        output: torch.Tensor = parent._forward_impl(*arguments, **{**options, "tp_group": self.tp_group})
+        return output
+
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """(S, B, input on this rank) -> (S, B, output)."""
         output: torch.Tensor = super().forward(x_SBH.to(self.weight.dtype))[0]

@@ -6,6 +6,8 @@ instead of S * B times.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +18,16 @@ from cola_megatron.layers.calls import OnTensor
 from cola_megatron.layers.linear import ColumnLinear
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.megatron import copy_to_tensor_model_parallel_region
+
+
+class TimeRows(NamedTuple):
+    """The row of a table of distinct times for every position."""
+
+    rows_SB: torch.Tensor
+    clean_length: int | None = None
+    """Of `[clean copy | noisy copy]`: so many positions stand at row 0; those behind them, in blocks of `block_size`,
+    at row 1 + b * blocks + block or, one by one, at row 0. None: nothing is known of the rows."""
+    block_size: int = 1
 
 
 def sinusoid(times_T: torch.Tensor, dim: int) -> torch.Tensor:
@@ -85,7 +97,42 @@ class Modulation(nn.Module):
             table_TH = copy_to_tensor_model_parallel_region(table_TH, group=self.groups.tensor_group)
         return table_TH
 
-    def look_up(self, table_TH: torch.Tensor, time_index_SB: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    def look_up(self, table_TH: torch.Tensor, index: TimeRows | None) -> tuple[torch.Tensor, ...]:
         """The rows of each position, as `parts` tensors (S, B, H); without an index the only row, as (1, H)."""
-        rows = table_TH if time_index_SB is None else F.embedding(time_index_SB, table_TH)
-        return rows.chunk(self.parts, dim=-1)
+        return look_up(table_TH, index).chunk(self.parts, dim=-1)
+
+
+def look_up(table_TH: torch.Tensor, index: TimeRows | None) -> torch.Tensor:
+    """Rows of a table at each position, (S, B, H); without an index the table."""
+    if index is None:
+        return table_TH
+    if index.clean_length is None:
+        return F.embedding(index.rows_SB, table_TH)
+    apply: Callable[..., torch.Tensor] = _BlockwiseRows.apply
+    return apply(table_TH, index.rows_SB, index.clean_length, index.block_size)
+
+
+class _BlockwiseRows(torch.autograd.Function):
+    """F.embedding for rows that repeat block by block: its gradient is sums over blocks, where that of an embedding
+    sorts the positions by row, for every table of every layer anew."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, table_TH: torch.Tensor, rows_SB: torch.Tensor, clean_length: int, block_size: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows_SB)
+        ctx.clean_length, ctx.block_size = clean_length, block_size
+        return F.embedding(rows_SB, table_TH)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (gradient_SBH,) = gradients
+        (rows_SB,) = ctx.saved_tensors
+        clean_SBH, noisy_SBH = gradient_SBH[: ctx.clean_length], gradient_SBH[ctx.clean_length :]
+        at_zero_SB1 = (rows_SB[ctx.clean_length :] == 0)[..., None]
+        noisy_NbBH = noisy_SBH.masked_fill(at_zero_SB1, 0.0).unflatten(0, (-1, ctx.block_size))
+        of_blocks_TH = noisy_NbBH.sum(1).transpose(0, 1).flatten(0, 1)
+        # In float32 over all positions at once: half of them are of this row.
+        of_zero_H = clean_SBH.sum((0, 1), dtype=torch.float32)
+        of_zero_H = of_zero_H + noisy_SBH.masked_fill(~at_zero_SB1, 0.0).sum((0, 1), dtype=torch.float32)
+        return torch.cat((of_zero_H.to(of_blocks_TH.dtype)[None], of_blocks_TH)), None, None, None

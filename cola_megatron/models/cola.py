@@ -11,12 +11,14 @@ import torch
 
 from cola_megatron.config import RunConfig
 from cola_megatron.layers.embedding import token_cross_entropy
+from cola_megatron.layers.time_embedding import TimeRows
 from cola_megatron.models.cola_loss import loss_weights, stop_gradient
 from cola_megatron.models.dit import DiT, two_copy_times
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.models.steps import Step
 from cola_megatron.models.text_vae import TextEncoder, TextStack, TextVAE
 from cola_megatron.objectives import flow_matching, masking, samples, vae
+from cola_megatron.objectives.averages import weights_of_mean
 from cola_megatron.objectives.vae import Posterior
 from cola_megatron.parallel import ProcessGroups
 
@@ -231,9 +233,9 @@ class Cola(PipelinedModel):
             zt_SBC = torch.where(at_zero_BS.t()[..., None], stop_gradient(z0_SBC), zt_SBC)
             return torch.cat((stop_gradient(z0_SBC[:clean_length]), zt_SBC))
 
-        def times(time_BN: torch.Tensor, at_zero_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def times(time_BN: torch.Tensor, at_zero_BS: torch.Tensor) -> tuple[torch.Tensor, TimeRows | None]:
             table = two_copy_times(time_BN, length, clean_length, at_zero_BS)
-            return table.times_T, dit.local_index(table.index_SB)
+            return table.times_T, dit.local_index(table.rows)
 
         yield Step("flow_noise -> z1", lambda z1_BSC: z1_BSC.transpose(0, 1))
         yield Step("latents, z1, time, at_zero -> two_copies", noise)
@@ -275,6 +277,9 @@ class Cola(PipelinedModel):
             return token_cross_entropy(logits_TWV, tokens_BL.t().repeat(1, views))
 
         views = 1 + self._has_mask_view(train_vae)
+        if self.config.training.loss_chunk_tokens:
+            yield from self.decoder_steps(self._chunked_losses(), views)
+            return
         yield from self.decoder_steps(Step("hidden -> logits", decoder.logits), views)
         yield Step("logits, tokens -> nll", token_nll)
         yield Step(
@@ -288,6 +293,29 @@ class Cola(PipelinedModel):
                     nll_TW[:, counted_BL.shape[0] :], masked_BL, counted_BL.t()
                 ),
             )
+
+    def _chunked_losses(self) -> Step:
+        """Reconstruction and mask loss in one step, which never holds the logits of all tokens."""
+        decoder, chunk = self.vae.decoder, self.config.training.loss_chunk_tokens
+
+        def reconstruction(hidden_SWH: torch.Tensor, tokens_BL: torch.Tensor, counted_BL: torch.Tensor) -> torch.Tensor:
+            return mean_nll(decoder.to_tokens(hidden_SWH), tokens_BL, counted_BL)
+
+        def both(
+            hidden_SWH: torch.Tensor, tokens_BL: torch.Tensor, counted_BL: torch.Tensor, masked_BL: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            hidden_TWH, texts = decoder.to_tokens(hidden_SWH), len(tokens_BL)
+            return (
+                mean_nll(hidden_TWH[:, :texts], tokens_BL, counted_BL),
+                mean_nll(hidden_TWH[:, texts:], tokens_BL, counted_BL & masked_BL),
+            )
+
+        def mean_nll(hidden_TBH: torch.Tensor, tokens_BL: torch.Tensor, counted_BL: torch.Tensor) -> torch.Tensor:
+            return decoder.head.weighted_nll(hidden_TBH, tokens_BL.t(), weights_of_mean(counted_BL.t()), chunk)
+
+        if self.config.objective.vae.mask_weight > 0:
+            return Step("hidden, tokens, counted, masked -> loss_reconstruction, loss_mask", both)
+        return Step("hidden, tokens, counted -> loss_reconstruction", reconstruction)
 
     @property
     def clean_length(self) -> int:

@@ -18,7 +18,7 @@ from cola_megatron.layers.masks import AttentionMask, two_copy_mask
 from cola_megatron.layers.mlp import GELUFeedForward
 from cola_megatron.layers.norms import LayerNorm
 from cola_megatron.layers.rotary import rotary_table, rotate_interleaved
-from cola_megatron.layers.time_embedding import Modulation, TimeEmbedding
+from cola_megatron.layers.time_embedding import Modulation, TimeEmbedding, TimeRows
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.megatron import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 
@@ -27,7 +27,7 @@ class TimeTable(NamedTuple):
     """The distinct times of a batch and where each position finds its own; no index: all share the only one."""
 
     times_T: torch.Tensor
-    index_SB: torch.Tensor | None
+    rows: TimeRows | None
 
 
 class Modulations(NamedTuple):
@@ -87,7 +87,7 @@ class DiTBlock(nn.Module):
         self,
         x_SBH: torch.Tensor,
         silu_time_T1H: torch.Tensor,
-        index_SB: torch.Tensor | None,
+        index: TimeRows | None,
         context: AttentionContext,
         tables: tuple[torch.Tensor, ...] | None = None,
     ) -> torch.Tensor:
@@ -95,13 +95,13 @@ class DiTBlock(nn.Module):
         tables = self.tables(silu_time_T1H) if tables is None else tables
         attention_shift_scale, attention_gate, ffn_shift_scale, ffn_gate = tables
 
-        shift, scale = self.attention_shift_scale.look_up(attention_shift_scale, index_SB)
-        (gate,) = self.attention_gate.look_up(attention_gate, index_SB)
+        shift, scale = self.attention_shift_scale.look_up(attention_shift_scale, index)
+        (gate,) = self.attention_gate.look_up(attention_gate, index)
         branch = self.attention(modulate(self.attention_norm(x_SBH), shift, scale), context)
         x_SBH = gated_sum(x_SBH, gate, branch)
 
-        shift, scale = self.ffn_shift_scale.look_up(ffn_shift_scale, index_SB)
-        (gate,) = self.ffn_gate.look_up(ffn_gate, index_SB)
+        shift, scale = self.ffn_shift_scale.look_up(ffn_shift_scale, index)
+        (gate,) = self.ffn_gate.look_up(ffn_gate, index)
         branch = self.ffn(modulate(self.ffn_norm(x_SBH), shift, scale))
         return gated_sum(x_SBH, gate, branch)
 
@@ -153,11 +153,11 @@ class DiT(nn.Module):
         """silu of the time embedding, (T,) -> (T, 1, H): every modulation reads it."""
         return F.silu(self.time_embedding(times_T))
 
-    def local_index(self, index_SB: torch.Tensor | None) -> torch.Tensor | None:
-        """The rows of `index_SB` that belong to this rank's part of the sequence."""
-        if index_SB is None or not self.groups.sequence_parallel:
-            return index_SB
-        return index_SB.chunk(self.groups.tensor_parallel_size)[self.groups.tensor_parallel_rank]
+    def local_index(self, index: TimeRows | None) -> TimeRows | None:
+        """That of this rank's part of the sequence, which begins and ends inside a block."""
+        if index is None or not self.groups.sequence_parallel:
+            return index
+        return TimeRows(index.rows_SB.chunk(self.groups.tensor_parallel_size)[self.groups.tensor_parallel_rank])
 
     def context_at(
         self, positions: torch.Tensor, mask: AttentionMask, cache: KeyValueStore | None = None
@@ -185,12 +185,12 @@ class DiT(nn.Module):
         self,
         x_SBH: torch.Tensor,
         silu_time_T1H: torch.Tensor,
-        index_SB: torch.Tensor | None,
+        index: TimeRows | None,
         table_TH: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(S, B, H) -> v (S, B, C), float32."""
         table_TH = self.output_shift_scale(silu_time_T1H) if table_TH is None else table_TH
-        shift, scale = self.output_shift_scale.look_up(table_TH, index_SB)
+        shift, scale = self.output_shift_scale.look_up(table_TH, index)
         x_SBH = modulate(self.output_norm(x_SBH), shift, scale)
         if self.groups.sequence_parallel:
             x_SBH = gather_from_sequence_parallel_region(x_SBH, tensor_parallel_output_grad=False)
@@ -214,11 +214,11 @@ class DiT(nn.Module):
         `modulations`: those of `times.times_T` where the caller holds them already.
         """
         modulations = self.modulations(times.times_T) if modulations is None else modulations
-        index_SB = self.local_index(times.index_SB)
+        index = self.local_index(times.rows)
         x_SBH = self.embed(z_SBC)
         for block, tables in zip(self.blocks, modulations.blocks, strict=True):
-            x_SBH = block(x_SBH, modulations.silu_time_T1H, index_SB, context, tables)
-        return self.head(x_SBH, modulations.silu_time_T1H, index_SB, modulations.output)
+            x_SBH = block(x_SBH, modulations.silu_time_T1H, index, context, tables)
+        return self.head(x_SBH, modulations.silu_time_T1H, index, modulations.output)
 
     def two_copy_velocity(
         self,
@@ -257,4 +257,5 @@ def two_copy_times(
     rows_BS = rows_BN.repeat_interleave(length // blocks, dim=1)
     if at_zero_BS is not None:
         rows_BS = rows_BS.masked_fill(at_zero_BS, 0)
-    return TimeTable(times_T, torch.cat((rows_BS.new_zeros(batch, clean_length), rows_BS), dim=1).t())
+    rows_SB = torch.cat((rows_BS.new_zeros(batch, clean_length), rows_BS), dim=1).t()
+    return TimeTable(times_T, TimeRows(rows_SB, clean_length, length // blocks))

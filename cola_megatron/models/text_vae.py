@@ -173,12 +173,16 @@ class TextDecoder(TextStack):
         x_SBH = self.input(z_SBC)
         return scatter_to_sequence_parallel_region(x_SBH) if self.groups.sequence_parallel else x_SBH
 
-    def logits(self, x_SBH: torch.Tensor) -> torch.Tensor:
-        """(S, B, H) -> (S * P, B, V); a latent's tokens are unfolded as (channel, patch) with patch fastest."""
+    def to_tokens(self, x_SBH: torch.Tensor) -> torch.Tensor:
+        """(S, B, H) -> (S * P, B, H), whole on every rank: a latent's tokens are (channel, patch), patch fastest."""
         if self.groups.sequence_parallel:
             x_SBH = gather_from_sequence_parallel_region(x_SBH, tensor_parallel_output_grad=False)
         x_SBHP = self.unpatch(x_SBH).unflatten(-1, (-1, self.config.patch_size))
-        return self.head(self.norm(x_SBHP.permute(0, 3, 1, 2).flatten(0, 1)))
+        return self.norm(x_SBHP.permute(0, 3, 1, 2).flatten(0, 1))
+
+    def logits(self, x_SBH: torch.Tensor) -> torch.Tensor:
+        """(S, B, H) -> (S * P, B, V)."""
+        return self.head(self.to_tokens(x_SBH))
 
     def forward(self, z_SBC: torch.Tensor, documents_BS: torch.Tensor | None = None) -> torch.Tensor:
         """Latents in the prior's coordinates (S, B, C) -> logits (S * P, B, V)."""

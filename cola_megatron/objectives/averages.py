@@ -11,3 +11,9 @@ def mean_over_counted(values_SB: torch.Tensor, counted_SB: torch.Tensor) -> torc
     """
     weight_SB = counted_SB.to(values_SB.dtype)
     return ((values_SB * weight_SB).sum(0) / weight_SB.sum(0).clamp(min=1)).mean()
+
+
+def weights_of_mean(counted_SB: torch.Tensor) -> torch.Tensor:
+    """The weights, float32, with which `mean_over_counted` sums values up."""
+    weight_SB = counted_SB.float()
+    return weight_SB / weight_SB.sum(0).clamp(min=1) / weight_SB.shape[1]

@@ -126,9 +126,26 @@ def _decoder_head(m: _MicroBatch) -> Activations:
     width, vocabulary = m.config.model.vae.hidden_size, m.config.model.vocab_size
     gathered = m.e * m.text_positions * width if m.sequence > 1 else 0.0
     unpatched_and_normed = 2 * m.e * m.tokens * width
-    logits = m.tokens * vocabulary / m.tensor
+    rows, chunk = vocabulary / m.tensor, m.config.training.loss_chunk_tokens
+    if chunk:
+        return _chunked_head(m, gathered + unpatched_and_normed, rows, chunk)
+    logits = m.tokens * rows
     # The cross-entropy keeps the softmax; beside it live the logits in the compute type, then their gradient.
     return Activations(gathered + unpatched_and_normed + FLOAT32 * logits, 0.0, m.e * logits)
+
+
+def _chunked_head(m: _MicroBatch, hidden: float, rows: float, chunk: int) -> Activations:
+    """Kept are the gradients of the hidden states and of the head, for each view; the logits of a chunk come and go.
+
+    Beside them: a copy of the head with aligned rows, a view's hidden states in one piece, the sum over chunks in
+    float32, and of one chunk the logits and their gradient.
+    """
+    width = m.config.model.vae.hidden_size
+    head, view = rows * width, m.tokens / m.views
+    kept = m.views * (m.e * view * width + m.e * head)
+    several = view > chunk
+    sums = FLOAT32 * head * (2 if several and m.e != FLOAT32 else 1) if several else 0.0
+    return Activations(hidden + kept, 0.0, m.e * (head + view * width) + sums + 2 * m.e * min(chunk, view) * rows)
 
 
 def _time(m: _MicroBatch) -> Activations:

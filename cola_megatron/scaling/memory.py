@@ -30,7 +30,9 @@ class ModelStates:
     gradients: float
     """Those that live through the whole step: float32 sums, partitions."""
     parameter_gradients: float
-    """Those that autograd leaves on the parameters: all of them from the second micro-batch on."""
+    """Those that autograd leaves on the parameters."""
+    parameter_gradients_stay: bool
+    """They are the sums over the micro-batches; otherwise they are added to `gradients` after each, and let go."""
     optimizer: float
     buffers: float
     """Buckets of the reductions, gathered parameters, gathered inputs."""
@@ -99,7 +101,7 @@ def _stage_memory(
     recomputed = [each.output if each.recomputable else each.kept for each in activations]
     held = recomputed if config.training.activation_checkpointing else kept
     earlier = (in_flight - 1) * (received + sum(held)) + received
-    accumulates = micro_batches(config, replicas) > 1
+    accumulates = states.parameter_gradients_stay and micro_batches(config, replicas) > 1
     trained = sum(_trained(part, config) for part in parts)
     worst, later = 0.0, 0.0
     for index in reversed(range(len(parts))):
@@ -107,7 +109,8 @@ def _stage_memory(
         moment = earlier + sum(held[:index]) + kept[index] + activations[index].temporary
         worst = max(worst, moment + share * states.parameter_gradients)
         later += _trained(parts[index], config)
-    worst = max(worst, states.parameter_gradients + states.at_the_step)
+    at_the_step = states.at_the_step + (states.parameter_gradients if states.parameter_gradients_stay else 0.0)
+    worst = max(worst, states.parameter_gradients, at_the_step)
     return RankMemory(
         states=states,
         activations=earlier + sum(held),
@@ -122,8 +125,8 @@ def model_states(config: RunConfig, parts: Sequence[Part], replicas: int) -> Mod
 
     * ZeRO 0 (float32): weights, gradients, two moments.
     * ZeRO 1, bf16 (`BF16_Optimizer`): bf16 weights, a float32 sum of the gradients at full size, the bf16 gradients of
-      the running micro-batch beside it; master weights and moments / D. Before it reduces the sums it joins and rounds
-      them in copies (`_reduction_copies`).
+      the running micro-batch beside it until its end; master weights and moments / D. Before it reduces the sums it
+      joins and rounds them in copies (`_reduction_copies`).
     * ZeRO 1, float32, or with the optimiser in host memory: gradients at full size in float32, reduced in buckets.
     * ZeRO 2: float32 gradients / D, buckets in the compute type, and a copy of one where they are reduced in another.
     * ZeRO 3: as ZeRO 2 with weights / D, and a working set of gathered weights.
@@ -140,10 +143,12 @@ def model_states(config: RunConfig, parts: Sequence[Part], replicas: int) -> Mod
 
     weights, optimizer = e * everything, MASTER_AND_MOMENTS * partition
     gradients = parameter_gradients = buffers = at_the_step = 0.0
+    stay = True
     if stage == 0:
         optimizer, parameter_gradients = 2 * FLOAT32 * trained, FLOAT32 * trained
         at_the_step = FLOAT32 * min(trained, JOINED_REDUCTION) if replicas > 1 else 0.0
     elif stage == 1 and bf16 and not offload:
+        stay = False
         gradients, parameter_gradients = FLOAT32 * trained, e * trained
         at_the_step = _reduction_copies(config, parts) if replicas > 1 else 0.0
     elif stage == 1:
@@ -166,7 +171,9 @@ def model_states(config: RunConfig, parts: Sequence[Part], replicas: int) -> Mod
     if offload:
         host += optimizer + (FLOAT32 + e) * partition  # and gradients, and the way back in the compute type
         optimizer, buffers = 0.0, buffers + (e * largest if stage < 3 else 0.0)
-    return ModelStates(weights, gradients, parameter_gradients, optimizer, buffers + gathered_inputs, at_the_step, host)
+    return ModelStates(
+        weights, gradients, parameter_gradients, stay, optimizer, buffers + gathered_inputs, at_the_step, host
+    )
 
 
 def _reduction_copies(config: RunConfig, parts: Sequence[Part]) -> float:

@@ -10,6 +10,7 @@ import torch
 from cola_megatron.checkpoint.pieces import frozen_weights
 from cola_megatron.config import RunConfig
 from cola_megatron.models.cola import Cola
+from cola_megatron.models.compiled_blocks import compile_blocks, compiles
 from cola_megatron.models.steps import Stage
 from cola_megatron.parallel import ProcessGroups, marks_of, sum_partial_gradients
 from cola_megatron.parallel.deepspeed_grid import DeepSpeedGrid
@@ -33,6 +34,8 @@ class Engine:
         self.accumulation = micro_batches_per_step(config, groups.data_parallel_size)
         sum_partial_gradients(model, groups)
         self.frozen = frozen_weights(model, groups)
+        if compiles(config, groups.device):
+            compile_blocks(model)
         self._neighbours_of: dict[Stage, Neighbours] = {}
         self.skipped_updates = 0
         """Steps so far whose update was refused: AdamW has counted so many fewer."""

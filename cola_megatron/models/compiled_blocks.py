@@ -1,0 +1,42 @@
+"""Transformer layers as compiled kernels: what stands between their matrix products becomes a few passes over memory.
+
+On an H200 the layers of `paper-2b` spend more time in norms, modulation, rotation and residuals, one small kernel after
+another, than in attention (docs/performance.md).
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from cola_megatron.config import RunConfig
+from cola_megatron.models.dit import DiTBlock
+from cola_megatron.models.text_vae import TextBlock
+
+
+def compiles(config: RunConfig, device: torch.device) -> bool:
+    """Whether a run compiles its layers on this device."""
+    wanted = config.training.compile_blocks
+    if wanted == "auto":
+        return device.type == "cuda" and config.parallel.can_compile_blocks
+    return wanted == "always"
+
+
+def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> int:
+    """Has every transformer layer compiled at its first call; returns how many there are.
+
+    Layers of a kind share one graph for each shape they meet and for each of forward alone and forward with gradients.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, TextBlock | DiTBlock)]
+    for block in blocks:
+        block.compile(backend=backend, dynamic=False)
+    return len(blocks)
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Where layers run as they are written: held-out measurements and generation meet shapes by the dozen, and a graph
+    for each of them takes seconds to compile."""
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance

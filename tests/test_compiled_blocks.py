@@ -1,0 +1,77 @@
+"""Compiled transformer layers: the same numbers, whole graphs, and no compilation after the first step."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+from cola_megatron.config import ConfigError, RunConfig, load_config
+from cola_megatron.models.cola import Cola
+from cola_megatron.models.compiled_blocks import compile_blocks, compiles, uncompiled
+from cola_megatron.parallel import initialize_parameters
+from cola_megatron.training.build_model import build_model, initialize_run
+from tests.support import perturbed, random_batch
+
+# The graphs are traced and differentiated by the compiler and run by torch's own kernels: what the compiler may get
+# wrong here is what it captures; what its kernels round shows on a GPU (tools/gpu_check.py).
+BACKEND = "aot_eager"
+
+
+def model_of(config: RunConfig) -> Cola:
+    groups = initialize_run(config)
+    model = build_model(config, groups)
+    initialize_parameters(model, config.seed, groups)
+    return perturbed(model)
+
+
+def losses_and_gradients(model: Cola, seed: int, train_vae: bool = True) -> list[torch.Tensor]:
+    terms = model(random_batch(model.config, range(seed, seed + 3)), train_vae=train_vae)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(terms["loss"], trained, allow_unused=True)
+    return [*terms.values(), *(gradient for gradient in gradients if gradient is not None)]
+
+
+def compare_with_plain(config: RunConfig) -> int:
+    """How many graphs there are after passes of every kind, in which losses and gradients were the plain ones."""
+    counters.clear()
+    torch._dynamo.reset()
+    model, compiled = model_of(config), model_of(config)
+    graphs = CompileCounterWithBackend(BACKEND)
+    assert compile_blocks(compiled, graphs) == len(model.vae.encoder.blocks) * 3 + len(model.prior.blocks)
+    passes = [(seed, train_vae) for seed in range(2) for train_vae in (True, False)]
+    for seed, train_vae in passes:
+        for ours, theirs in zip(
+            losses_and_gradients(compiled, seed, train_vae), losses_and_gradients(model, seed, train_vae), strict=True
+        ):
+            # Sums over positions may be taken in another order.
+            assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+        with uncompiled(), torch.no_grad():  # as a measurement does, with more samples than a step has
+            compiled(random_batch(config, range(5)), train_vae=True)
+    assert not counters["graph_break"]
+    return graphs.frame_count
+
+
+# Text layers with and without gradients, those of encoder and decoder alike, and the layers of the prior.
+GRAPHS = 4
+
+
+@pytest.mark.parametrize("options", [[], ["training.activation_checkpointing=true"], ["data.document_attention=true"]])
+def test_layers_are_whole_graphs_that_compute_the_same(tiny, options):
+    config = tiny(2, "training.vae_update.from_scratch=false", "training.vae_update.mode=interval", *options)
+    assert compare_with_plain(config) == GRAPHS
+
+
+def test_automatic_means_where_it_can_and_helps(tiny):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert compiles(tiny(2), cuda)
+    assert not compiles(tiny(2), cpu)
+    assert not compiles(tiny(2, "parallel.zero_stage=3"), cuda)
+    assert not compiles(tiny(2, "parallel.tensor_parallel_size=2"), cuda)
+    assert compiles(tiny(2, "training.compile_blocks=always"), cpu)
+    assert not compiles(tiny(2, "training.compile_blocks=never"), cuda)
+
+
+@pytest.mark.parametrize("layout", ["parallel.zero_stage=3", "parallel.tensor_parallel_size=2"])
+def test_a_layout_in_which_layers_do_not_compile_is_refused(layout):
+    with pytest.raises(ConfigError, match="use another layout, or compile_blocks=never"):
+        load_config("tiny", ["stage=2", "training.compile_blocks=always", layout])
