@@ -100,6 +100,12 @@ class RunConfig(Section):
     parallel: Annotated[ParallelConfig, FREE] = ParallelConfig()
 
     @property
+    def attention_lengths(self) -> tuple[int, ...]:
+        """Positions that attention under a mask runs over in training: of the VAE's latents, of the prior's copies."""
+        copies = (2 * self.latent_length - self.model.dit.block_size,) if self.stage == 2 else ()
+        return (self.latent_length, *copies)
+
+    @property
     def run_folder(self) -> Path:
         """Where everything of this run is kept."""
         return self.runs_folder / self.name

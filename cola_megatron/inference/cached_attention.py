@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from cola_megatron.inference.kv_cache import KeyValueCache
-from cola_megatron.layers.attention import attend
+from cola_megatron.layers.attention import attend, product
 from cola_megatron.layers.masks import block_causal_mask, block_causal_visibility
 
 # Prompts are laid end to end up to this many latents in one pass; more only takes memory for activations.
@@ -117,11 +116,7 @@ class NewBlocks:
             end = length + self.size
             keys[rows, :, length:end] = k[rows]
             values[rows, :, length:end] = v[rows]
-            products.append(
-                F.scaled_dot_product_attention(
-                    q[rows], keys[rows, :, :end], values[rows, :, :end], attn_mask=visible_SK
-                )
-            )
+            products.append(product(q[rows], keys[rows, :, :end], values[rows, :, :end], visible_SK))
         return _joined(products, q, k, v, len(self.cache.lengths))
 
 
@@ -155,10 +150,8 @@ class MaskedBlocks:
         batch, positions_BS = len(self.samples_B1), self.positions_SB.t()
         keys[self.samples_B1, :, positions_BS] = k[:batch].transpose(1, 2)
         values[self.samples_B1, :, positions_BS] = v[:batch].transpose(1, 2)
-        product = F.scaled_dot_product_attention(
-            q[:batch], keys[:, :, : self.width], values[:, :, : self.width], attn_mask=self.visible_B1SK
-        )
-        return _joined([product], q, k, v, batch)
+        of_samples = product(q[:batch], keys[:, :, : self.width], values[:, :, : self.width], self.visible_B1SK)
+        return _joined([of_samples], q, k, v, batch)
 
 
 def blocks_for(device: torch.device) -> type[NewBlocks] | type[MaskedBlocks]:
@@ -171,6 +164,6 @@ def _joined(
 ) -> torch.Tensor:
     """The samples' products and those of the rows beyond them, (R, A, S, D) -> (S, R, A * D)."""
     if len(q) > batch:
-        products = [*products, F.scaled_dot_product_attention(q[batch:], k[batch:], v[batch:])]
+        products = [*products, product(q[batch:], k[batch:], v[batch:])]
     product_RASD = products[0] if len(products) == 1 else torch.cat(products)
     return product_RASD.permute(2, 0, 1, 3).flatten(2)

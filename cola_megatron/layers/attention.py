@@ -1,6 +1,6 @@
 """Multi-head attention in the two forms of the model; the product itself is one function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,8 +46,37 @@ class InContext(Protocol):
 def attend(q_SBAD: torch.Tensor, k_KBAD: torch.Tensor, v_KBAD: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v over the visible keys; (S, B, A, D) -> (S, B, A * D)."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBAD, k_KBAD, v_KBAD))
-    out_BASD = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.visible, is_causal=mask.causal)
-    return out_BASD.permute(2, 0, 1, 3).flatten(2)
+    return product(q, k, v, mask.visible, mask.causal).permute(2, 0, 1, 3).flatten(2)
+
+
+def product(
+    q_BASD: torch.Tensor,
+    k_BAKD: torch.Tensor,
+    v_BAKD: torch.Tensor,
+    visible: torch.Tensor | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v over the visible keys, (B, A, S, D), by the fastest kernel that torch has for it."""
+    if not q_BASD.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q_BASD, k_BAKD, v_BAKD, attn_mask=visible, is_causal=causal)
+    # cuDNN makes a plan for every new shape, which takes up to half a second: in training there are few shapes and
+    # many calls, in inference a new width for every block of every prompt.
+    allowed = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        return F.scaled_dot_product_attention(q_BASD, k_BAKD, v_BAKD, attn_mask=visible, is_causal=causal)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
+
+
+def allow_cudnn_in_training(lengths: Iterable[int]) -> None:
+    """Keeps cuDNN's kernel away from sequence lengths at which its gradients are wrong, for the whole process.
+
+    With a mask, a length of 64 modulo 128 and a log-sum-exp below -88.7 it gives queries a gradient that is not a
+    number (pytorch issue 196678, seen with cuDNN 9.15 and later).
+    """
+    if any(length % 128 == 64 for length in lengths):
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 class Attention(nn.Module):

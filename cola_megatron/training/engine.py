@@ -9,6 +9,7 @@ import torch
 
 from cola_megatron.checkpoint.pieces import frozen_weights
 from cola_megatron.config import RunConfig
+from cola_megatron.layers.attention import allow_cudnn_in_training
 from cola_megatron.models.cola import Cola
 from cola_megatron.models.compiled_blocks import compile_blocks, compiles
 from cola_megatron.models.steps import Stage
@@ -34,6 +35,7 @@ class Engine:
         self.accumulation = micro_batches_per_step(config, groups.data_parallel_size)
         sum_partial_gradients(model, groups)
         self.frozen = frozen_weights(model, groups)
+        allow_cudnn_in_training(config.attention_lengths)
         if compiles(config, groups.device):
             compile_blocks(model)
         self._neighbours_of: dict[Stage, Neighbours] = {}
