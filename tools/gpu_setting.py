@@ -14,6 +14,7 @@ from cola_megatron.models.cola import Cola
 from cola_megatron.parallel import ProcessGroups, marks_of
 from cola_megatron.records.provenance import versions
 from cola_megatron.scaling.hardware import gpu_of_device
+from cola_megatron.training.build_model import build_model
 
 
 @dataclass(frozen=True)
@@ -122,14 +123,14 @@ def random_model(config: RunConfig, groups: ProcessGroups, spread: float = 0.0) 
             the DiT are zero and so is its velocity.
     """
     with groups.device:
-        model = Cola(config, groups)
+        model = build_model(config, groups).to(groups.device)
     generator = torch.Generator(groups.device).manual_seed(config.seed)
     with torch.no_grad():
         for parameter in model.parameters():
             marks_of(parameter).initializer(parameter.data, generator)
             if spread:
                 parameter.add_(torch.empty_like(parameter).normal_(0.0, spread, generator=generator))
-        if model.reference is not None:
+        if model.reference is not None and model.split is None:  # of a pipeline one stage holds either or neither
             model.reference.load_state_dict(model.vae.encoder.state_dict())
     return model
 
