@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ import torch
 
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
 from cola_megatron.scaling.hardware import gpu_of_device
-from tools import gpu_check, gpu_checks, gpu_parity, gpu_training
-from tools.gpu_setting import Record, Setting
+from tools import gpu_ceilings, gpu_check, gpu_checks, gpu_log, gpu_parity, gpu_step, gpu_training
+from tools.gpu_setting import Record, Setting, random_model
 
 ROOT = Path(__file__).resolve().parents[1]
 ABOUT = {"date": "2026-01-02", "machine": "a GPU", "versions": {"torch": "2.13.0", "numpy": "2"}, "command": "python"}
@@ -37,8 +38,8 @@ def command(*options: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_every_check_runs_on_the_cpu():
-    answer = command("--quick", "--device", "cpu", "--json")
+def test_every_check_runs_on_the_cpu(tmp_path):
+    answer = command("--quick", "--device", "cpu", "--json", "--output", str(tmp_path / "check.jsonl"))
     assert answer.returncode == 0, answer.stderr
     document = json.loads(answer.stdout)
     assert document["machine"] == "CPU" and document["versions"]["torch"] == torch.__version__
@@ -46,7 +47,11 @@ def test_every_check_runs_on_the_cpu():
     assert all(record["ok"] for record in records.values())
     for name in gpu_checks.all_checks(quick=True):
         assert any(found.startswith(name) for found in records), name
-    for name in ("train.stage2.zero3.speed", "generate.batch16"):
+    assert list(document["seconds"]) == list(gpu_checks.all_checks(quick=True))
+    log = gpu_log.read_log(tmp_path / "check.jsonl")
+    assert log.ended and [record.name for record in log.records] == list(records)
+    measured = ("train.stage2.zero3.speed", "generate.batch64", "step.paper-2b.micro8.step", "checkpoint.synchronous")
+    for name in measured:
         assert math.isfinite(records[name]["value"]) and records[name]["value"] > 0
     assert records["resume.zero1"]["value"] == 0.0
     # There is no peak to compare with, and no memory of a device to measure.
@@ -61,7 +66,7 @@ def test_without_cuda_it_says_so_in_one_line():
 
 
 @pytest.fixture
-def two_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+def some_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(setting: Setting) -> list[Record]:
         raise ValueError("first line\nthe last line")
 
@@ -69,35 +74,85 @@ def two_checks(monkeypatch: pytest.MonkeyPatch) -> None:
         print("a library talks")
         return [Record("working", True, 2.0, "apples", "fine")]
 
-    monkeypatch.setattr(gpu_checks, "all_checks", lambda quick=False: {"broken": broken, "working": working})
+    def breaks_later(setting: Setting) -> Iterator[Record]:
+        yield Record("half.one", True, 1.0, "apples", "")
+        raise ValueError("the second half")
+
+    checks = {"broken": broken, "working": working, "half": breaks_later}
+    monkeypatch.setattr(gpu_checks, "all_checks", lambda quick=False: checks)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def test_a_failed_check_does_not_stop_the_others(two_checks, capsys):
+def test_a_failed_check_does_not_stop_the_others(some_checks, capsys):
     assert gpu_check.main(["--device", "cpu", "--json"]) == 1
     output = capsys.readouterr()
     records = json.loads(output.out)["records"]
     assert [(record["name"], record["ok"], record["detail"]) for record in records] == [
         ("broken", False, "the last line"),
         ("working", True, "fine"),
+        ("half.one", True, ""),
+        ("half", False, "ValueError: the second half"),
     ]
-    assert "FAILED broken" in output.err and "1 of 2 passed" in output.err and "a library talks" in output.err
+    assert "FAILED broken" in output.err and "2 of 4 passed" in output.err and "a library talks" in output.err
 
 
-def test_only_runs_what_was_asked_for_and_gives_rows_for_the_page(two_checks, capsys):
+def test_only_runs_what_was_asked_for_and_gives_rows_for_the_page(some_checks, capsys):
     assert gpu_check.main(["--device", "cpu", "--only", "work", "--markdown"]) == 0
     (row,) = capsys.readouterr().out.splitlines()
     assert row.startswith("| ") and row.endswith("| working: 2 apples |")
 
 
-def test_an_unknown_check_is_wrong_use(two_checks, capsys):
+def test_an_unknown_check_is_wrong_use(some_checks, capsys):
     assert gpu_check.main(["--device", "cpu", "--only", "speed"]) == 2
-    assert "there are broken, working" in capsys.readouterr().err
+    assert "there are broken, working, half" in capsys.readouterr().err
+
+
+def test_the_names_of_the_checks_are_listed(some_checks, capsys):
+    assert gpu_check.main(["--list", "--only", "wor"]) == 0
+    assert capsys.readouterr().out == "working\n"
+
+
+def test_each_figure_is_in_the_file_before_the_next_check_begins(some_checks, tmp_path, monkeypatch):
+    path, seen = tmp_path / "check.jsonl", []
+
+    def looks(setting: Setting) -> Iterator[Record]:
+        for number in range(2):
+            seen.append([record.name for record in gpu_log.read_log(path).records])
+            yield Record(f"looks.{number}", True, 1.0, "", "")
+        seen.append([record.name for record in gpu_log.read_log(path).records])
+
+    monkeypatch.setattr(gpu_checks, "all_checks", lambda quick=False: {"looks": looks})
+    assert gpu_check.main(["--device", "cpu", "--output", str(path)]) == 0
+    assert seen == [[], ["looks.0"], ["looks.0", "looks.1"]]
+
+
+def test_a_run_that_was_cut_off_is_told_from_one_that_ended_and_loses_nothing(some_checks, tmp_path, capsys):
+    path = tmp_path / "check.jsonl"
+    assert gpu_check.main(["--device", "cpu", "--only", "work", "--output", str(path)]) == 0
+    first, *_, last = whole = path.read_text().splitlines()
+    about = json.loads(first)
+    assert about["kind"] == "begin" and {"date", "machine", "versions", "command"} <= about.keys()
+    assert json.loads(last)["kind"] == "end"
+    assert gpu_check.main(["--rows", str(path)]) == 0
+    capsys.readouterr()
+    # A process that is killed may leave half a line.
+    path.write_text("\n".join(whole[:2]) + '\n{"kind": "rec')
+    assert gpu_check.main(["--rows", str(path)]) == 0
+    output = capsys.readouterr()
+    assert output.out.splitlines()[-1].endswith("| working: 2 apples |") and "was cut off" in output.err
+
+
+@pytest.mark.parametrize("content", ["", "a text\n", '{"kind": "record"}\n', '{"kind": "begin"}\nhalf\n{}\n'])
+def test_rows_of_another_file_are_refused_in_one_line(tmp_path, capsys, content):
+    path = tmp_path / "other.jsonl"
+    path.write_text(content)
+    assert gpu_check.main(["--rows", str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_row_has_the_columns_of_the_page():
-    row = gpu_check.markdown_row(Record("train", True, 12345.678, "tokens/s", "detail"), ABOUT)
+    row = gpu_log.markdown_row(Record("train", True, 12345.678, "tokens/s", "detail"), ABOUT)
     assert row == "| 2026-01-02 | a GPU | torch 2.13.0 | `python` | train: 12,346 tokens/s |"
     header = next(line for line in (ROOT / "docs" / "gpu.md").read_text().splitlines() if line.startswith("| date"))
     assert header.count("|") == row.count("|")
@@ -143,3 +198,51 @@ def test_resuming_fails_when_the_state_is_not_restored(setting, monkeypatch):
     assert not record.ok and record.value > 0
     assert "two uninterrupted runs differ by 0.0e+00" in record.detail
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_switches_that_the_config_lacks_are_left_out(monkeypatch):
+    table = {"without_recomputing": ("training.activation_checkpointing=false",), "later": ("training.magic=false",)}
+    monkeypatch.setattr(gpu_step, "SWITCHES", table)
+    assert list(gpu_step.switches()) == ["without_recomputing"]
+    names = gpu_checks.all_checks()
+    assert "step.paper-2b.without_recomputing" in names and "step.paper-2b.later" not in names
+
+
+def test_the_step_is_measured_at_every_size_on_one_engine(setting):
+    overrides = ("training.activation_checkpointing=true",)
+    records = {record.name: record for record in gpu_step.check_step(setting, "step", overrides, sweep=True)}
+    assert all(record.ok for record in records.values())
+    assert records["step.micro4.step"].value > records["step.micro4.forward_backward"].value > 0
+    assert {name.split(".")[1] for name in records} == {"micro8", "micro4"}
+
+
+def test_a_size_that_the_plan_says_does_not_fit_is_left_out(setting, monkeypatch):
+    monkeypatch.setattr(Setting, "fits", lambda self, needed: False)
+    (record,) = gpu_step.check_step(setting, "step")
+    assert record.ok and record.value is None and "left out" in record.detail
+
+
+def test_attention_fails_where_a_gradient_is_off(setting):
+    case = gpu_ceilings.TwoCopyAttention(setting, gpu_ceilings.Shape(2, 2, 64, 16, 16))
+
+    def slightly_wrong(queries, keys, values):
+        return case.masked(queries, keys, values + 0.02 * (values - values.detach()))  # of the gradient alone
+
+    record = case.measured("wrong", slightly_wrong)
+    assert not record.ok and case.measured("right", case.masked).ok
+
+
+def test_flex_attention_fails_where_its_mask_is_another(setting):
+    case = gpu_ceilings.TwoCopyAttention(setting, gpu_ceilings.Shape(2, 2, 64, 16, 16))
+    assert case.compared_forward("flex", case.flex()).ok
+    case.dropped_BN = ~case.dropped_BN
+    assert not case.compared_forward("flex", case.flex()).ok
+
+
+def test_a_model_with_random_weights_starts_as_training_does(setting):
+    model = random_model(setting.config("tiny", "stage=2"), setting.groups)
+    reference = model.reference.state_dict()
+    assert all(torch.equal(tensor, reference[name]) for name, tensor in model.vae.encoder.state_dict().items())
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    block = model.dit.blocks[0]
+    assert not block.attention_gate.linear.weight.any() and block.attention.qkv.weight.std() > 0

@@ -8,25 +8,38 @@ from functools import partial
 
 import torch
 
-from tools import gpu_generation, gpu_parity, gpu_training
+from tools import gpu_ceilings, gpu_checkpoint, gpu_generation, gpu_parity, gpu_step, gpu_training
 from tools.gpu_setting import Check, Record, Setting, software
+
+GENERATED_BATCHES = (1, 8, 64)
 
 
 def all_checks(quick: bool = False) -> dict[str, Check]:
-    """Every check by name, in the order in which they run; a quick look resumes under ZeRO 1 alone."""
+    """Every check by name, in the order in which they run: what a run that is cut off should have had comes first.
+
+    A quick look at resuming is at ZeRO 1 alone.
+    """
     checks: dict[str, Check] = {
         "device": check_device,
+        "ceilings.copy": gpu_ceilings.check_copy,
+        "ceilings.product": gpu_ceilings.check_products,
         "golden.fp32": gpu_parity.check_golden_fp32,
         "golden.bf16": gpu_parity.check_golden_bf16,
         "golden.generation": gpu_parity.check_golden_generation,
     }
+    checks["step.paper-2b"] = partial(gpu_step.check_step, name="step.paper-2b", sweep=not quick)
+    for switch, overrides in gpu_step.switches().items():
+        name = f"step.paper-2b.{switch}"
+        checks[name] = partial(gpu_step.check_step, name=name, overrides=overrides)
+    checks["ceilings.attention"] = gpu_ceilings.check_attention
+    for batch in GENERATED_BATCHES:
+        checks[f"generate.batch{batch}"] = partial(gpu_generation.check_generation, batch=batch)
+    for zero_stage in (1,) if quick else (1, 2, 3):
+        checks[f"resume.zero{zero_stage}"] = partial(gpu_training.check_resume, zero_stage=zero_stage)
+    checks["checkpoint"] = gpu_checkpoint.check_save
     for stage, zero_stage in itertools.product((1, 2), (1, 2, 3)):
         name = f"train.stage{stage}.zero{zero_stage}"
         checks[name] = partial(gpu_training.check_training, stage=stage, zero_stage=zero_stage)
-    for zero_stage in (1,) if quick else (1, 2, 3):
-        checks[f"resume.zero{zero_stage}"] = partial(gpu_training.check_resume, zero_stage=zero_stage)
-    for batch in (1, 16):
-        checks[f"generate.batch{batch}"] = partial(gpu_generation.check_generation, batch=batch)
     return checks
 
 

@@ -20,32 +20,34 @@ from cola_megatron.checkpoint.compatible import check_checkpoint
 from cola_megatron.checkpoint.load import load_optimizer, load_weights, read_weights
 from cola_megatron.checkpoint.writer import save_checkpoint
 from cola_megatron.config import RunConfig
-from cola_megatron.models.cola import Cola
 from cola_megatron.objectives.samples import training_sample
-from cola_megatron.parallel import (
-    ProcessGroups,
-    gather_state_dict,
-    initialize_parameters,
-    load_full_state_dict,
-)
+from cola_megatron.parallel import ProcessGroups
 from cola_megatron.scaling.flops import training_flops_per_sample
-from cola_megatron.scaling.hardware import gpu_of_device
 from cola_megatron.training.engine import Engine
-from tools.gpu_setting import Record, Setting, machine, release_memory, synchronize
+from tools.gpu_setting import (
+    Record,
+    Setting,
+    machine,
+    peak_gib,
+    random_model,
+    release_memory,
+    reset_peak,
+    synchronize,
+)
 
 
-def check_training(setting: Setting, stage: int, zero_stage: int) -> list[Record]:
+def check_training(setting: Setting, stage: int, zero_stage: int) -> Iterator[Record]:
     """Speed, utilisation and memory of optimiser steps on one batch, whose loss must fall."""
     config = setting.config(setting.preset, f"stage={stage}", f"parallel.zero_stage={zero_stage}")
-    warm_up, measured = (1, 2) if setting.quick else (3, 10)
+    warm_up, measured = (1, 2) if setting.quick else (2, 5)
     with fresh_engine(config, setting.groups) as engine:
         batches = synthetic_batches(config, engine.accumulation, setting.device)
         first, *_ = [engine.step(batches, step) for step in range(warm_up)]
-        synchronize(setting)
+        reset_peak(setting)
         began = time.perf_counter()
         metrics = [engine.step(batches, warm_up + step) for step in range(measured)]
         synchronize(setting)
-        seconds = (time.perf_counter() - began) / measured
+        seconds, memory = (time.perf_counter() - began) / measured, peak_gib(setting)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.model.parameters())
     samples, length = config.training.global_batch_size, config.data.sequence_length
     losses = first["loss"], metrics[-1]["loss"]
@@ -57,22 +59,21 @@ def check_training(setting: Setting, stage: int, zero_stage: int) -> list[Record
         f"micro-batch {config.training.micro_batch_size}, {measured} steps after {warm_up}, synthetic batches on the "
         f"device; loss {losses[0]:.4f} -> {losses[1]:.4f}"
     )
-    rate = training_flops_per_sample(config) * samples / seconds
-    gpu = gpu_of_device(machine(setting))
-    peak = gpu.bf16_flops if gpu is not None else None
-    if peak is None:
-        of_peak = f"no bfloat16 peak in the table for {machine(setting)}; {rate / 1e12:.4g} TFLOP/s of model FLOPs"
-    else:
-        of_peak = f"{rate / 1e12:.1f} of {peak / 1e12:.0f} TFLOP/s; model FLOPs, recomputation not counted"
-    memory = torch.cuda.max_memory_allocated(setting.device) / 2**30 if setting.on_gpu else None
-    return [
-        Record(f"{name}.speed", ok, samples * length / seconds, "tokens/s", detail),
-        Record(f"{name}.utilisation", ok, rate / peak if peak else None, "of bf16 peak", of_peak),
-        Record(f"{name}.memory", ok, memory, "GiB", "peak of what torch allocated, start included"),
-    ]
+    rate, peak = training_flops_per_sample(config) * samples / seconds, setting.peak_flops
+    yield Record(f"{name}.speed", ok, samples * length / seconds, "tokens/s", detail)
+    yield Record(f"{name}.utilisation", ok, rate / peak if peak else None, "of bf16 peak", of_peak(setting, rate))
+    yield Record(f"{name}.memory", ok, memory, "GiB", "largest of what torch had allocated during the measured steps")
 
 
-def check_resume(setting: Setting, zero_stage: int) -> list[Record]:
+def of_peak(setting: Setting, rate: float) -> str:
+    """A rate of model FLOPs beside the peak of the device, in words."""
+    if setting.peak_flops is None:
+        found = machine(setting.device.type)
+        return f"no bfloat16 peak in the table for {found}; {rate / 1e12:.4g} TFLOP/s of model FLOPs"
+    return f"{rate / 1e12:.1f} of {setting.peak_flops / 1e12:.0f} TFLOP/s; model FLOPs, recomputation not counted"
+
+
+def check_resume(setting: Setting, zero_stage: int) -> Iterator[Record]:
     """2 n steps against n, a checkpoint, a new engine and n more: the largest difference of a weight."""
     preset, half = "small" if setting.on_gpu else "tiny", 1 if setting.quick else 2
     with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +87,7 @@ def check_resume(setting: Setting, zero_stage: int) -> list[Record]:
             if difference:
                 again = largest_difference(straight, steps_from(setting, config, 0, 2 * half))
                 detail += f"; two uninterrupted runs differ by {again:.1e}"
-    return [Record(f"resume.zero{zero_stage}", difference == 0.0, difference, "largest difference", detail)]
+    yield Record(f"resume.zero{zero_stage}", difference == 0.0, difference, "largest difference", detail)
 
 
 def steps_from(setting: Setting, config: RunConfig, start: int, end: int) -> dict[str, torch.Tensor]:
@@ -127,19 +128,12 @@ def reproducible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def fresh_engine(config: RunConfig, groups: ProcessGroups, checkpoint: Path | None = None) -> Iterator[Engine]:
-    """The engine that training uses, on starting weights or as a checkpoint has it.
-
-    In stage 2 the reference starts as the encoder.
-    """
+    """The engine that training uses, on starting weights or as a checkpoint has it."""
     release_memory()
-    model = Cola(config, groups)
+    model = random_model(config, groups)
     if checkpoint is not None:
         load_weights(model, checkpoint, groups)
-    else:
-        initialize_parameters(model, config.seed, groups)
-        if model.reference is not None:
-            load_full_state_dict(model.reference, gather_state_dict(model.vae.encoder, groups), groups)
-    engine = Engine(model.to(groups.device), config, groups)
+    engine = Engine(model, config, groups)
     del model
     if checkpoint is not None:
         load_optimizer(engine, checkpoint)

@@ -23,6 +23,10 @@ class Part:
     """Multiply-adds of the matrix products in one forward pass of one sample, all its views."""
     attention_macs: float = 0.0
     """Multiply-adds of the attention pairs that the mask keeps, likewise."""
+    feed_forward_macs: float = 0.0
+    """Those of `matrix_macs` that a block spends in its feed-forward."""
+    modulation_macs: float = 0.0
+    """Those of `matrix_macs` that a block spends in AdaLN."""
     forward: bool = True
     """False: the part does not run in this kind of step."""
     backward: bool = True
@@ -118,7 +122,8 @@ def _encoder(config: RunConfig, views: int, backward: bool) -> tuple[Part, ...]:
 
 def _text_block(vae: VAEConfig, label: str, latents: int, views: int, runs: bool, backward: bool | None = None) -> Part:
     width, inner = vae.hidden_size, vae.ffn_hidden_size
-    matrices = 4 * width * width + inner * width + inner // 2 * width
+    feed_forward = inner * width + inner // 2 * width
+    matrices = 4 * width * width + feed_forward
     biases = 3 * width * vae.qkv_bias + (width + inner + width) * vae.bias
     norms = 2 * width * (vae.norm_affine + 1)
     query_key_norms = 2 * 2 * width * (vae.query_key_norm and vae.query_key_norm_affine)
@@ -128,6 +133,7 @@ def _text_block(vae: VAEConfig, label: str, latents: int, views: int, runs: bool
         norms + 2 * width * vae.bias,
         views * latents * matrices,
         views * 2 * width * causal_pairs(latents, vae.block_size),
+        views * latents * feed_forward,
         forward=runs,
         backward=runs if backward is None else backward,
     )
@@ -173,13 +179,15 @@ def _dit_block(dit: DiTConfig, positions: int, latents: int, times: int) -> Part
     attention = 4 * width * inner + (3 * inner + width) * dit.qkv_bias + 2 * 2 * dit.head_dim
     feed_forward = 2 * width * ffn + ffn + width
     modulations = 6 * (width + 1) * width
-    matrices = positions * (4 * width * inner + 2 * width * ffn)
+    feed_forward_macs, modulation_macs = positions * 2 * width * ffn, times * 6 * width * width
     return Part(
         "dit.block",
         attention + feed_forward + modulations,
         2 * 2 * dit.head_dim + width * (1 + dit.qkv_bias),
-        matrices + times * 6 * width * width,
+        positions * 4 * width * inner + feed_forward_macs + modulation_macs,
         2 * inner * two_copy_pairs(latents, dit.block_size),
+        feed_forward_macs,
+        modulation_macs,
     )
 
 

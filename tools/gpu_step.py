@@ -1,0 +1,135 @@
+"""Speed and memory of training the published model on one device, with each switch of the config turned off in turn."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from cola_megatron.config import RunConfig, load_config
+from cola_megatron.config.base import Section
+from cola_megatron.scaling.flops import training_flops_per_sample
+from cola_megatron.scaling.memory import rank_memory
+from cola_megatron.scaling.split import pipeline_split
+from cola_megatron.training.engine import Engine
+from tools.gpu_setting import Record, Setting, peak_gib, reset_peak, seconds_of, synchronize
+from tools.gpu_training import fresh_engine, of_peak, synthetic_batches
+
+ACCUMULATION = 3
+
+SWITCHES: Mapping[str, tuple[str, ...]] = {
+    "without_compile": ("training.compile=false",),
+    "without_loss_chunks": ("training.loss_chunk_tokens=0",),
+}
+"""Name -> overrides that turn one thing off; an entry whose keys this version of the config lacks is left out."""
+
+SIZES = (8, 4, 16)
+"""Micro-batches: the preset's own first, for a run that is cut off should have had it; what may not fit comes last."""
+
+
+def switches() -> dict[str, tuple[str, ...]]:
+    """Those of `SWITCHES` that there are."""
+    config = load_config("tiny")
+    return {
+        name: overrides
+        for name, overrides in SWITCHES.items()
+        if all(has_key(config, override.split("=")[0]) for override in overrides)
+    }
+
+
+def has_key(section: Section, key: str) -> bool:
+    """Whether a config has a key of this dotted name."""
+    for name in key.split("."):
+        if name not in type(section).model_fields:
+            return False
+        section = getattr(section, name)
+    return True
+
+
+def check_step(setting: Setting, name: str, overrides: tuple[str, ...] = (), sweep: bool = False) -> Iterator[Record]:
+    """Stage 2 under ZeRO 1 in bfloat16; `sweep` measures all sizes on one engine, otherwise the first alone."""
+    sizes = [size for size in (SIZES if sweep else SIZES[:1]) if setting.on_gpu or size <= 8]
+    began = time.perf_counter()
+    with fresh_engine(step_config(setting, sizes[0], overrides), setting.groups) as engine, one_graph_per_size():
+        synchronize(setting)
+        start = time.perf_counter() - began
+        for size in sizes:
+            config = step_config(setting, size, overrides)
+            needed = planned_peak(config)
+            if not setting.fits(needed):
+                detail = f"left out: by the plan it needs {needed / 2**30:.1f} GiB"
+                yield Record(f"{name}.micro{size}", True, None, "", detail)
+                continue
+            yield from measured(setting, f"{name}.micro{size}", engine, config, start)
+
+
+def measured(setting: Setting, name: str, engine: Engine, config: RunConfig, start: float) -> Iterator[Record]:
+    """One micro-batch size on an engine; `start` is how long that took to build."""
+    size, repeats = config.training.micro_batch_size, 3 if setting.quick else 5
+    steps = 1 if setting.quick else 3
+    batches = synthetic_batches(config, ACCUMULATION, setting.device)
+    began = time.perf_counter()
+    losses = [engine.step(batches, 0)["loss"]]
+    first = time.perf_counter() - began
+    reset_peak(setting)
+    began = time.perf_counter()
+    losses += [engine.step(batches, 1 + step)["loss"] for step in range(steps)]
+    synchronize(setting)
+    seconds, memory = (time.perf_counter() - began) / steps, peak_gib(setting)
+    reserved = torch.cuda.memory_reserved(setting.device) / 2**30 if setting.on_gpu else 0.0
+
+    batch = next(batches)
+
+    def forward_and_backward() -> None:
+        engine.model(batch)["loss"].backward()
+        for parameter in engine.model.parameters():
+            parameter.grad = None
+
+    one = seconds_of(setting, forward_and_backward, repeats)
+    ok = all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    flops, peak = size * training_flops_per_sample(config), setting.peak_flops
+    tokens = size * config.data.sequence_length
+    detail = (
+        f"{setting.large_preset}, stage 2, bf16, ZeRO 1, {size} sequences of {config.data.sequence_length} tokens; "
+        f"engine there after {start:.1f} s, first step {first:.1f} s; loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+    )
+    yield Record(f"{name}.forward_backward", ok, one * 1e3, "ms", detail)
+    utilisation = flops / one / peak if peak else None
+    yield Record(f"{name}.utilisation", ok, utilisation, "of bf16 peak", of_peak(setting, flops / one))
+    detail = f"{ACCUMULATION} micro-batches and the update; {ACCUMULATION * tokens / seconds:,.0f} tokens/s"
+    yield Record(f"{name}.step", ok, seconds * 1e3, "ms", detail)
+    rate = ACCUMULATION * flops / seconds
+    yield Record(f"{name}.step_utilisation", ok, rate / peak if peak else None, "of bf16 peak", of_peak(setting, rate))
+    planned = planned_peak(config) / 2**30
+    detail = f"peak of what torch allocated in the steps; with what it holds back {reserved:.1f} GiB"
+    yield Record(f"{name}.memory", ok, memory, "GiB", detail)
+    ratio = None if memory is None else memory / planned
+    yield Record(f"{name}.memory_of_plan", ok, ratio, "of the plan", f"`cola plan` says {planned:.2f} GiB")
+
+
+@contextlib.contextmanager
+def one_graph_per_size() -> Iterator[None]:
+    """Compiled code is made anew for each size, as a training run of that size alone would have it."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        yield
+
+
+def step_config(setting: Setting, micro_batch: int, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """The published model with a batch of `ACCUMULATION` micro-batches."""
+    sizes = (
+        f"training.micro_batch_size={micro_batch}",
+        f"training.global_batch_size={ACCUMULATION * micro_batch}",
+        "stage=2",
+        "parallel.zero_stage=1",
+    )
+    return setting.config(setting.large_preset, *sizes, *overrides)
+
+
+def planned_peak(config: RunConfig) -> float:
+    """Bytes that `cola plan` says one rank needs."""
+    return max(stage.peak for stage in rank_memory(config, 1, pipeline_split(config)))
