@@ -200,14 +200,6 @@ def test_resuming_fails_when_the_state_is_not_restored(setting, monkeypatch):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_switches_that_the_config_lacks_are_left_out(monkeypatch):
-    table = {"without_recomputing": ("training.activation_checkpointing=false",), "later": ("training.magic=false",)}
-    monkeypatch.setattr(gpu_step, "SWITCHES", table)
-    assert list(gpu_step.switches()) == ["without_recomputing"]
-    names = gpu_checks.all_checks()
-    assert "step.paper-2b.without_recomputing" in names and "step.paper-2b.later" not in names
-
-
 def test_the_step_is_measured_at_every_size_on_one_engine(setting):
     overrides = ("training.activation_checkpointing=true",)
     records = {record.name: record for record in gpu_step.check_step(setting, "step", overrides, sweep=True)}

@@ -1,7 +1,7 @@
 """Where the time of an optimiser step goes, part by part, each beside the least that it can take.
 
     python -m tools.bench_step paper-2b --trace step.json.gz            on a GPU
-    python -m tools.bench_step paper-2b training.compile=false          with blocks told apart into their branches
+    python -m tools.bench_step paper-2b training.compile_blocks=never   with blocks told apart into their branches
     python -m tools.bench_step tiny                                     on a CPU
     torchrun --nproc-per-node 8 -m tools.bench_step base --json         the busiest rank speaks
 

@@ -8,21 +8,18 @@ import time
 from collections.abc import Iterator
 
 from cola_megatron.checkpoint.writer import CheckpointWriter, Saved
-from cola_megatron.config import load_config
 from cola_megatron.training.engine import Engine
 from tools.gpu_setting import Record, Setting
-from tools.gpu_step import has_key
 from tools.gpu_training import fresh_engine, synthetic_batches
 
 
 def check_save(setting: Setting) -> Iterator[Record]:
     """A save that training waits for, and (not in a quick look) one beside training: GB/s, and seconds of waiting."""
-    switch = "training.compile"
-    plain = (f"{switch}=false",) if has_key(load_config("tiny"), switch) else ()  # one step needs no compiled code
     forms = (False,) if setting.quick else (False, True)
     with tempfile.TemporaryDirectory() as folder:
         sizes = ("stage=2", "training.global_batch_size=1", "training.micro_batch_size=1", f"runs_folder={folder}")
-        config = setting.config(setting.large_preset, *sizes, *plain)
+        one_step = "training.compile_blocks=never"  # is not worth the compilation
+        config = setting.config(setting.large_preset, *sizes, one_step)
         with fresh_engine(config, setting.groups) as engine:
             engine.step(synthetic_batches(config, 1, setting.device), 0)  # AdamW has moments only then
             for number, asynchronous in enumerate(forms, start=1):

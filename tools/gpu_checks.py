@@ -28,7 +28,7 @@ def all_checks(quick: bool = False) -> dict[str, Check]:
         "golden.generation": gpu_parity.check_golden_generation,
     }
     checks["step.paper-2b"] = partial(gpu_step.check_step, name="step.paper-2b", sweep=not quick)
-    for switch, overrides in gpu_step.switches().items():
+    for switch, overrides in gpu_step.SWITCHES.items():
         name = f"step.paper-2b.{switch}"
         checks[name] = partial(gpu_step.check_step, name=name, overrides=overrides)
     checks["ceilings.attention"] = gpu_ceilings.check_attention

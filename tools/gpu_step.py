@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from cola_megatron.config import RunConfig, load_config
-from cola_megatron.config.base import Section
+from cola_megatron.config import RunConfig
 from cola_megatron.scaling.flops import training_flops_per_sample
 from cola_megatron.scaling.memory import rank_memory
 from cola_megatron.scaling.split import pipeline_split
@@ -21,32 +20,13 @@ from tools.gpu_training import fresh_engine, of_peak, synthetic_batches
 ACCUMULATION = 3
 
 SWITCHES: Mapping[str, tuple[str, ...]] = {
-    "without_compile": ("training.compile=false",),
+    "without_compile": ("training.compile_blocks=never",),
     "without_loss_chunks": ("training.loss_chunk_tokens=0",),
 }
-"""Name -> overrides that turn one thing off; an entry whose keys this version of the config lacks is left out."""
+"""Name -> overrides that turn one thing off."""
 
 SIZES = (8, 4, 16)
 """Micro-batches: the preset's own first, for a run that is cut off should have had it; what may not fit comes last."""
-
-
-def switches() -> dict[str, tuple[str, ...]]:
-    """Those of `SWITCHES` that there are."""
-    config = load_config("tiny")
-    return {
-        name: overrides
-        for name, overrides in SWITCHES.items()
-        if all(has_key(config, override.split("=")[0]) for override in overrides)
-    }
-
-
-def has_key(section: Section, key: str) -> bool:
-    """Whether a config has a key of this dotted name."""
-    for name in key.split("."):
-        if name not in type(section).model_fields:
-            return False
-        section = getattr(section, name)
-    return True
 
 
 def check_step(setting: Setting, name: str, overrides: tuple[str, ...] = (), sweep: bool = False) -> Iterator[Record]:
