@@ -15,6 +15,8 @@ from cola_megatron.parallel import ProcessGroups, mark_parameter
 from cola_megatron.parallel.megatron import ColumnParallelLinear, RowParallelLinear
 from cola_megatron.parallel.parameters import Initializer
 
+_ROW: Any = RowParallelLinear  # whose private method no stub knows
+
 
 class ColumnLinear(ColumnParallelLinear):
     """y = x W^T + b with the output channels cut over the tensor-parallel ranks.
@@ -101,8 +103,7 @@ class RowLinear(RowParallelLinear):
     def _forward_impl(self, *arguments: Any, **options: Any) -> torch.Tensor:
         # megatron-core leaves the group out here and warns of it in every forward pass, which also cuts the graph of a
         # compiled layer in two.
-        parent: Any = super()
-        output: torch.Tensor = parent._forward_impl(*arguments, **{**options, "tp_group": self.tp_group})
+        output: torch.Tensor = _ROW._forward_impl(self, *arguments, **{**options, "tp_group": self.tp_group})
         return output
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
