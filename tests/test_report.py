@@ -128,6 +128,8 @@ def report_of(
         "samples": [sample()] if samples is None else samples,
         "samples_absent": "there are no samples",
         "sampling": [Row("guidance", "3")],
+        "reconstructed": [],
+        "texts": [],
         "about": [Row("command", "cola train tiny")],
         "config": "stage: 2\n",
         "files": [("Stage 1", "/runs/<one>")],
