@@ -55,7 +55,7 @@ def written_and_defined(config: RunConfig):
     return texts, [tokens for tokens, _ in defined]
 
 
-SMALL_BLOCKS = ("training.precision=fp32", "model.dit.block_size=2", "data.document_attention=false")
+SMALL_BLOCKS = ("training.precision=fp32", "model.dit.block_size=4", "data.document_attention=false")
 
 
 def test_a_continuation_is_that_of_the_definition(tiny):
@@ -70,10 +70,7 @@ def test_a_continuation_is_that_of_the_definition(tiny):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize(
-    "layout",
-    ["TP 2, sequence parallel", "PP 2", "PP 4", "TP 2 x PP 2", "DP 2, ZeRO 3", "DP 2, recomputed, on the host"],
-)
+@pytest.mark.parametrize("layout", ["TP 2, sequence parallel", "PP 2", "TP 2 x PP 2", "DP 2, ZeRO 3"])
 def test_every_layout_writes_the_same_on_every_rank(tiny, layout, stage):
     ranks, overrides = LAYOUTS[layout]
     (alone,) = run_ranks(written, 1, tiny(stage, *SMALL_BLOCKS))
@@ -104,13 +101,13 @@ def run(config: RunConfig) -> None:
 @pytest.mark.parametrize("layout", ["DP 2, ZeRO 3", "PP 2"])
 def test_training_does_not_notice(tiny, layout):
     ranks, overrides = LAYOUTS[layout]
-    common = ("training.evaluation.every=2", *overrides)
+    common = ("training.evaluation.every=3", "training.precision=bf16", *overrides)
     without, with_texts = tiny(2, "name=without", *common), tiny(2, "name=with", ON, *common)
     for config in (without, with_texts):
         run_ranks(run, ranks, config)
     assert curve(with_texts) == curve(without)
     assert not (without.run_folder / TEXTS).exists()
-    assert [record["step"] for record in readable_texts(with_texts.run_folder)[0]] == [2, 4, 6]
+    assert [record["step"] for record in readable_texts(with_texts.run_folder)[0]] == [3, 6]
 
 
 def test_a_resumed_run_writes_what_one_that_was_not_stopped_does(tiny):
