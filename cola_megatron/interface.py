@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from cola_megatron.config import ModelConfig
+from cola_megatron.data import read_tokenizer
 from cola_megatron.errors import UserError
 from cola_megatron.inference import likelihood, robustness, text_generation
 from cola_megatron.inference.fast_forward import prepare
@@ -71,7 +71,7 @@ class ColaDLM:
         recorder = record_on_cuda if cuda_graphs else None
         self._flow = FlowGenerator(self.vae, self.dit, recorder) if self.dit is not None else None
         self.tokenizer_path = tokenizer
-        self.tokenizer = _read_tokenizer(tokenizer) if tokenizer is not None else None
+        self.tokenizer = read_tokenizer(tokenizer) if tokenizer is not None else None
 
     @classmethod
     def from_published(cls, folder: str | Path, **options) -> "ColaDLM":
@@ -374,13 +374,6 @@ class ColaDLM:
             if found is not None:
                 return found
         raise ValueError(f"the tokenizer has none of {', '.join(PADDING_TOKENS)}; give padding_id")
-
-
-def _read_tokenizer(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises nothing more specific
-        raise UserError(f"{path}: not a readable tokenizer.json: {error}") from error
 
 
 def _part(weights: dict[str, torch.Tensor], network: str) -> dict[str, torch.Tensor]:

@@ -35,6 +35,7 @@ TINY = [
     "training.schedule.decay_steps=20",
     "training.evaluation.every=100",
     "training.evaluation.samples=8",
+    "training.evaluation.texts=0",
     "training.checkpoint.every=100",
     "training.log.every=1",
     "training.log.wandb=disabled",

@@ -5,6 +5,7 @@ that accumulation, reduction over replicas, sums over tensor-parallel ranks and 
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,8 @@ STEPS = 6  # past the warm-up: every sum and every update has been there several
 LONG = 20
 FP32_GRADIENT = 1e-5  # of each tensor's norm: float32 sums in another order, a few units of 1e-7 each
 FP32_CURVE = 1e-4
+FP32_NORM = 1e-6  # a norm and its square root in float32: a few units of 6e-8
+BF16 = 2.0**-8  # spacing of bfloat16 at 1
 TENSOR, PIPELINE = "parallel.tensor_parallel_size", "parallel.pipeline_parallel_size"
 LAYOUTS = {
     "TP 2": (2, [f"{TENSOR}=2"]),
@@ -94,6 +97,9 @@ def run_layout(ranks: int, overrides: list[str], steps: int = STEPS) -> tuple[li
     """The metrics (the same on every rank) and the whole first moments after step 1."""
     answers = run_ranks(train_steps, ranks, tiny_config(overrides), steps)
     assert all(answer["metrics"] == answers[0]["metrics"] for answer in answers)
+    for step in answers[0]["metrics"]:  # the networks' gradients are the parts of the whole, which DeepSpeed measures
+        parts = [value for name, value in step.items() if name.startswith("gradient_norm_")]
+        assert math.hypot(*parts) == pytest.approx(step["gradient_norm"], rel=FP32_NORM)
     whole, covered = {}, {}
     for answer in answers:
         for piece in answer["moments"]:
@@ -174,6 +180,30 @@ def test_a_vae_that_is_trained_at_intervals_follows_the_same_curve(layout):
         assert mine.keys() == one.keys()
         assert relative(mine["loss"], one["loss"]) <= FP32_CURVE
         assert relative(mine["gradient_norm"], one["gradient_norm"]) <= 10 * FP32_CURVE
+    frozen = [step["gradient_norm_vae"] == 0 for step in metrics]
+    assert frozen == ([False, False, True, True, True] * 2)[:TWO_INTERVALS]
+
+
+HOST = "parallel.offload_optimizer=true"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [
+        (2, [HOST, "parallel.zero_stage=1"]),
+        (2, [HOST, "parallel.zero_stage=3"]),
+        (4, [f"{TENSOR}=2", HOST, "parallel.zero_stage=2"]),
+        (4, [f"{TENSOR}=2", "parallel.zero_stage=3"]),
+    ],
+)
+def test_the_gradient_of_each_network_is_measured_wherever_zero_keeps_it(ranks, overrides, precision):
+    """What the layouts above leave out."""
+    common = (f"training.precision={precision}", "training.vae_update.from_scratch=false")
+    metrics, _ = run_layout(ranks, [*common, *overrides], 2)
+    for mine, one in zip(metrics, one_process(*common, steps=2)[0], strict=True):
+        for name in ("gradient_norm_vae", "gradient_norm_dit"):
+            assert relative(mine[name], one[name]) <= (FP32_CURVE if precision == "fp32" else 4 * BF16), name
 
 
 @pytest.mark.parametrize("layout", ["PP 2", "TP 2 x PP 2"])
@@ -187,10 +217,10 @@ def test_a_frozen_vae_is_only_used(layout):
     metrics, found = run_layout(ranks, [*common, *overrides], 5)
     expected, gradients = one_process(*common)
     assert found.keys() == gradients.keys() and all("/dit." in name for name in found)
+    assert "gradient_norm_vae" not in metrics[0]
     assert max(relative(mine["loss"], one["loss"]) for mine, one in zip(metrics, expected, strict=False)) <= FP32_CURVE
 
 
-BF16 = 2.0**-8  # spacing of bfloat16 at 1
 BF16_LAYOUTS = [name for name in LAYOUTS if "ZeRO 0" not in name and "without ZeRO" not in name]
 
 

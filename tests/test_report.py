@@ -60,7 +60,8 @@ def train_record(stage: int, step: int) -> dict:
         "tokens_per_second": 10_000.0 + step,
         "seconds": float(step),
     }
-    return record | ({"flow_matching": 1.0 + 1.0 / step, "reference": 0.1} if stage == 2 else {})
+    of_prior = {"flow_matching": 1.0 + 1.0 / step, "reference": 0.1, "gradient_norm_vae": 0.6, "gradient_norm_dit": 0.8}
+    return record | (of_prior if stage == 2 else {})
 
 
 def evaluation_record(stage: int, step: int) -> dict:
@@ -127,6 +128,8 @@ def report_of(
         "samples": [sample()] if samples is None else samples,
         "samples_absent": "there are no samples",
         "sampling": [Row("guidance", "3")],
+        "reconstructed": [],
+        "texts": [],
         "about": [Row("command", "cola train tiny")],
         "config": "stage: 2\n",
         "files": [("Stage 1", "/runs/<one>")],

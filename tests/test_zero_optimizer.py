@@ -29,4 +29,4 @@ def test_an_optimiser_of_another_form_is_refused_with_the_version_to_install():
         optimizer = object()
 
     with pytest.raises(DeepSpeedChanged, match=f"pip install deepspeed=={WRITTEN_AGAINST}"):
-        ZeroOptimizer(Engine(), stage=1, offloaded=False, groups=None)
+        ZeroOptimizer(Engine(), stage=1, offloaded=False, groups=None, networks={})

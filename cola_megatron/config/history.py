@@ -30,4 +30,5 @@ CHANGES: tuple[Change, ...] = (
     Added("training.log.tensorboard", False),  # schema 5
     Added("training.compile_blocks", "never"),  # schema 6
     Added("training.loss_chunk_tokens", 0),  # schema 7
+    Added("training.evaluation.texts", 0),  # schema 8
 )

@@ -76,6 +76,9 @@ class EvaluationConfig(Section):
     """Steps between measurements; the last step always has one."""
     samples: Annotated[PositiveInt, OURS] = 256
     """Held-out sequences of one measurement (fewer where the split is smaller)."""
+    texts: Annotated[NonNegativeInt, OURS] = 3
+    """Held-out texts that the model continues (stage 2) or reconstructs (stage 1) at each measurement, into
+    texts.jsonl; 0: none. They share their passes: at most 128 of the prior, over 80 tokens of each, or two blocks."""
 
 
 class CheckpointConfig(Section):

@@ -1,6 +1,6 @@
 """Reading of prepared token shards, and the order in which training visits them."""
 
-from cola_megatron.data.folder import PreparedFolder, tokenizer_file
+from cola_megatron.data.folder import PreparedFolder, read_tokenizer, tokenizer_file
 from cola_megatron.data.manifest import BadShardError, Manifest, ShardError, read_manifest
 from cola_megatron.data.order import GlobalOrder
 from cola_megatron.data.samples import SampleSequence, held_out_samples, training_samples
@@ -16,6 +16,7 @@ __all__ = [
     "TokenShards",
     "held_out_samples",
     "read_manifest",
+    "read_tokenizer",
     "tokenizer_file",
     "training_samples",
 ]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import fsspec
 
@@ -35,8 +35,12 @@ from cola_megatron.data.manifest import (
 )
 from cola_megatron.data.streaming_backend import decompress
 from cola_megatron.data.transfer import copy_verified, is_url, retrying
+from cola_megatron.errors import UserError
 
-__all__ = ["PreparedFolder", "tokenizer_file"]
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["PreparedFolder", "read_tokenizer", "tokenizer_file"]
 
 FETCHED = "folders"
 """Below the cache: the small files of remote folders, which count towards no limit."""
@@ -164,6 +168,20 @@ def tokenizer_file(place: str | Path, cache_folder: Path | None = None) -> Path 
         return PreparedFolder(place, cache_folder).small_file(TOKENIZER_NAME)
     except ShardError:
         return None
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises nothing more specific
+        raise UserError(f"{path}: not a readable tokenizer.json: {error}") from error
 
 
 def _content(url: str) -> bytes:

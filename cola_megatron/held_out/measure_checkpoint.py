@@ -1,13 +1,15 @@
 """Held-out measurements of a checkpoint, outside training."""
 
 from pathlib import Path
+from typing import Any
 
 from cola_megatron.checkpoint.find import require_checkpoint
 from cola_megatron.checkpoint.load import read_weights
 from cola_megatron.config import ConfigError, resolve_config
-from cola_megatron.data import PreparedFolder, ShardError
+from cola_megatron.data import PreparedFolder, ShardError, TokenShards
 from cola_megatron.data.run_shards import open_shards
 from cola_megatron.held_out.measure import evaluate
+from cola_megatron.held_out.texts import decoder_for, held_out_texts
 from cola_megatron.models.cola import Cola
 from cola_megatron.parallel import initialize_parallel, load_full_state_dict
 
@@ -19,6 +21,26 @@ def measure_checkpoint(run_folder: Path, data: str | Path | None, samples: int) 
         ConfigError: no shards are known, or they do not fit the model.
         CheckpointError, ShardError: they cannot be read.
     """
+    model, held_out = _model_and_texts(run_folder, data)
+    evaluation = model.config.training.evaluation.model_copy(update={"samples": samples})
+    training = model.config.training.model_copy(update={"evaluation": evaluation})
+    config = model.config.model_copy(update={"training": training})
+    return evaluate(model, held_out, config, model.groups, shuffled_context=True, posterior_statistics=True)
+
+
+def reconstruct_with_checkpoint(run_folder: Path, data: str | Path | None, texts: int) -> list[dict[str, Any]]:
+    """Held-out texts beside what the newest checkpoint of a run of stage 1 makes of their latents, for a record.
+
+    Raises:
+        as `measure_checkpoint`.
+    """
+    model, held_out = _model_and_texts(run_folder, data)
+    decode = decoder_for(data or model.config.data.path, model.config.data.cache_folder)
+    return [text.readable(decode) for text in held_out_texts(model, held_out, model.config, texts)]
+
+
+def _model_and_texts(run_folder: Path, data: str | Path | None) -> tuple[Cola, TokenShards]:
+    """The newest checkpoint, without what is no part of a measurement, and the held-out split."""
     config, weights = read_weights(require_checkpoint(run_folder))
     groups = initialize_parallel()
     folder = data or config.data.path
@@ -34,11 +56,8 @@ def measure_checkpoint(run_folder: Path, data: str | Path | None, samples: int) 
     length = config.data.model_copy(update={"sequence_length": manifest.sequence_length})
     config = resolve_config(config.model_copy(update={"data": length}).model_dump())
     (held_out,) = open_shards(config, folder, ["held_out"], groups)
-    evaluation = config.training.evaluation.model_copy(update={"samples": samples})
     # The reference encoder is no part of what is measured.
     objective = config.objective.model_copy(update={"reference_weight": 0.0})
-    training = config.training.model_copy(update={"evaluation": evaluation})
-    config = config.model_copy(update={"training": training, "objective": objective})
-    model = Cola(config, groups)
+    model = Cola(config.model_copy(update={"objective": objective}), groups)
     load_full_state_dict(model, weights, groups)
-    return evaluate(model.to(groups.device), held_out, config, groups, shuffled_context=True, posterior_statistics=True)
+    return model.to(groups.device), held_out

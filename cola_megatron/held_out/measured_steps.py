@@ -61,7 +61,7 @@ def _of_the_posterior(model: Cola) -> Iterator[Step]:
 
 def _of_the_logits(model: Cola) -> Step:
     """Latents at each robustness time in turn: the logits of all of them at once would not fit."""
-    groups, names = model.groups, [f"sum_correct_t{round(1000 * t)}" for t in ROBUSTNESS_TIMES]
+    names = [f"sum_correct_t{round(1000 * t)}" for t in ROBUSTNESS_TIMES]
 
     def count(
         hidden: torch.Tensor, tokens_BL: torch.Tensor, counted_BL: torch.Tensor, weight_B: torch.Tensor
@@ -69,10 +69,7 @@ def _of_the_logits(model: Cola) -> Step:
         correct: list[torch.Tensor] = []
         nll, spread = torch.empty(0), torch.empty(0)
         for hidden_SBH in hidden.chunk(len(ROBUSTNESS_TIMES), dim=1):
-            logits_TBV = model.vae.decoder.logits(hidden_SBH)
-            if groups.tensor_parallel_size > 1:
-                logits_TBV = gather_from_tensor_model_parallel_region(logits_TBV)
-                logits_TBV = logits_TBV[..., : model.config.model.vocab_size]
+            logits_TBV = whole_logits(model, hidden_SBH)
             if not correct:
                 nll_BT = torch.nn.functional.cross_entropy(
                     logits_TBV.permute(1, 2, 0).float(), tokens_BL, reduction="none"
@@ -86,3 +83,11 @@ def _of_the_logits(model: Cola) -> Step:
         return *correct, nll, spread
 
     return Step(f"hidden, tokens, counted, weight -> {', '.join(names)}, sum_nll, sum_accuracy_spread", count)
+
+
+def whole_logits(model: Cola, hidden_SBH: torch.Tensor) -> torch.Tensor:
+    """What the decoder's head makes of its last block, (L, B, V) over the whole vocabulary on every rank."""
+    logits_TBV: torch.Tensor = model.vae.decoder.logits(hidden_SBH)
+    if model.groups.tensor_parallel_size == 1:
+        return logits_TBV
+    return gather_from_tensor_model_parallel_region(logits_TBV)[..., : model.config.model.vocab_size]

@@ -6,7 +6,7 @@ is listed in `PRIVATE_PARTS`; `tests/test_zero_optimizer.py` fails for a version
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 
 from cola_megatron.errors import UserError
 from cola_megatron.parallel.groups import ProcessGroups
+from cola_megatron.parallel.parameters import marks_of
 
 WRITTEN_AGAINST = "0.19.8"
 
@@ -45,13 +46,28 @@ class DeepSpeedChanged(UserError):
 class ZeroOptimizer:
     """The optimiser of a DeepSpeed engine under ZeRO `stage`; 0 is a plain AdamW.
 
+    Args:
+        networks: the trained networks by name; the same names on every rank, whatever it holds of them.
+
     Raises:
         DeepSpeedChanged: the installed version does not have what this file was written against.
     """
 
-    def __init__(self, deepspeed_engine: Any, stage: int, offloaded: bool, groups: ProcessGroups):
+    def __init__(
+        self,
+        deepspeed_engine: Any,
+        stage: int,
+        offloaded: bool,
+        groups: ProcessGroups,
+        networks: Mapping[str, nn.Module],
+    ):
         self.stage, self.offloaded, self.groups = stage, offloaded, groups
         self._optimizer = deepspeed_engine.optimizer
+        self._networks = list(networks)
+        self._network_of = {
+            id(parameter): name for name, network in networks.items() for parameter in network.parameters()
+        }
+        self._squares_N: torch.Tensor | None = None
         self._may_update: Callable[[float], bool] | None = None
         if stage > 0:
             self._ask_before_updates()
@@ -101,14 +117,81 @@ class ZeroOptimizer:
     def ask_before_update(self, may_update: Callable[[float], bool] | None) -> None:
         """`may_update` is asked with the gradient norm before each update until it is replaced; alike on every rank.
 
-        Where it says no, weights, moments and the count of AdamW stay as they are. Without ZeRO there is nobody to ask:
-        `plain_update` does.
+        Where it says no, weights, moments and the count of AdamW stay as they are. Without ZeRO nothing here is called
+        before an update: the engine asks `refuses`.
         """
         self._may_update = may_update
+        self._squares_N = None
 
     def refuses(self, norm: float) -> bool:
         """Whether an update with this gradient norm is not to be applied."""
         return self._may_update is not None and not self._may_update(norm)
+
+    def measure_networks(self) -> None:
+        """Measures the gradient of each network, for `network_norms`; ZeRO does it by itself before every update.
+
+        One small reduction for all of them, and nothing waits for the device.
+        """
+        norms: dict[str, list[torch.Tensor]] = {name: [] for name in self._networks}
+        for parameter, norm in self._norms_held_here():
+            if marks_of(parameter).partition_dim is not None or self.groups.tensor_parallel_rank == 0:
+                norms[self._network_of[id(parameter)]].append(norm)
+        device = self.groups.device
+        squares = [
+            torch.stack([norm.to(device, torch.float64) for norm in of_network]).square().sum()
+            if of_network
+            else torch.zeros((), dtype=torch.float64, device=device)
+            for of_network in norms.values()
+        ]
+        self._squares_N = torch.stack(squares)
+        # Where a replica holds whole gradients all replicas hold the same.
+        torch.distributed.all_reduce(self._squares_N, group=self.groups.replica_group if self._holds_whole else None)
+
+    def network_norms(self) -> dict[str, float]:
+        """Norm of each network's gradient before clipping, in the last update; alike on every rank.
+
+        Infinite where DeepSpeed found a gradient that is not a number and left the update out without a norm.
+        """
+        if self._squares_N is None:
+            return dict.fromkeys(self._networks, math.inf)
+        return dict(zip(self._networks, self._squares_N.sqrt().tolist(), strict=True))
+
+    @property
+    def _holds_whole(self) -> bool:
+        """Whether this replica holds whole gradients, and not its share of them: ZeRO 0, and ZeRO 1 in bfloat16."""
+        return self.stage == 0 or hasattr(self._optimizer, "fp32_groups_gradients")
+
+    def _norms_held_here(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Of each parameter the norm of what this rank holds of its gradient, accumulated and reduced."""
+        zero = self._optimizer
+        if self.offloaded:  # DeepSpeed has them already, from before it copied the gradients to the host
+            for group in zero.fp16_groups if self.stage == 3 else zero.params_in_partition:
+                for parameter in group:
+                    norm = zero.norm_for_param_grads.get(zero.get_param_id(parameter))
+                    if norm is not None:  # none: it took no part in this step
+                        yield parameter, norm
+            return
+        for parameter, gradient in self._gradients_held_here():
+            yield parameter, torch.linalg.vector_norm(gradient, dtype=torch.float32)
+
+    def _gradients_held_here(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        zero = self._optimizer
+        if self.stage == 0:
+            for group in self.adam.param_groups:
+                yield from ((each, each.grad) for each in group["params"] if each.grad is not None)
+        elif self._holds_whole:
+            for group, gradients, have_one in zip(
+                zero.bf16_groups, zero.fp32_groups_gradients, zero.fp32_groups_has_gradients, strict=True
+            ):
+                for parameter, gradient, has_one in zip(group, gradients, have_one, strict=True):
+                    if has_one:
+                        yield parameter, gradient
+        else:
+            for index, group in enumerate(zero.fp16_groups if self.stage == 3 else zero.params_in_partition):
+                gradients = zero.averaged_gradients[index]
+                if self.stage < 3:  # which fills its share up, in the middle with marked zeros
+                    gradients = [each for each in gradients if not getattr(each, "_zero_padding", False)]
+                yield from zip(group, gradients, strict=False)  # and at the end with zeros that are not marked
 
     def clear_gradients(self, parameters: Iterable[nn.Parameter], network: str) -> None:
         """Gradient 0 for parameters that took no part in a step: the trained ones of the group `network`.
@@ -180,12 +263,14 @@ class ZeroOptimizer:
         return self.refuses(float(norm) if float(norm) >= 0 else math.inf)
 
     def _refusing_norm(self, original: Callable[..., torch.Tensor], *arguments: Any, **options: Any) -> torch.Tensor:
+        self.measure_networks()
         norm = original(*arguments, **options)
         return torch.full_like(norm, -1.0) if self._refuses_deepspeeds(norm) else norm
 
     def _refusing_norms_of_groups(self, original: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
+        self.measure_networks()
         norms = original()
         refused = self._refuses_deepspeeds(combine_grad_norm_groups(norms))
         return [torch.full_like(norm, -1.0) for norm in norms] if refused else norms
@@ -193,9 +278,12 @@ class ZeroOptimizer:
     def _refusing_gradients(self, original: Callable[..., Any], for_clipping: bool = False) -> Any:
         from deepspeed.runtime.utils import get_global_norm_of_tensors
 
-        if for_clipping or self._may_update is None:
+        if for_clipping:
             return original(for_clipping=for_clipping)
+        self.measure_networks()
         gradients, of_experts = original()
+        if self._may_update is None:
+            return gradients, of_experts
         zero = self._optimizer
         norm = get_global_norm_of_tensors(gradients, mpu=zero.mpu, norm_type=zero.norm_type)
         refused = self._refuses_deepspeeds(norm)

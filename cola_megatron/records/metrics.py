@@ -2,7 +2,7 @@
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cola_megatron.config import ConfigError, RunConfig
@@ -21,7 +21,7 @@ class MetricsLog:
 
     def __init__(self, config: RunConfig, resumed_at: int):
         self.path = config.run_folder / "metrics.jsonl"
-        self._drop_after(resumed_at)
+        drop_after(self.path, resumed_at)
         self.file = self.path.open("a", buffering=1)  # a line is on its way to the disk when it ends
         self.wandb = _start_wandb(config)
         self.tensorboard = TensorBoardLog(config, resumed_at) if config.training.log.tensorboard else None
@@ -42,13 +42,15 @@ class MetricsLog:
         if self.wandb is not None:
             self.wandb.finish()
 
-    def _drop_after(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
-        temporary = self.path.with_suffix(".rewriting")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        temporary.replace(self.path)
+
+def drop_after(path: Path, step: int) -> None:
+    """Takes the records of later steps out of a file of records, if there is one."""
+    if not path.exists():
+        return
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    temporary = path.with_suffix(".rewriting")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    temporary.replace(path)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -57,8 +59,10 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def readable_metrics(path: Path) -> tuple[list[dict], list[int]]:
-    """The records of a metrics.jsonl that are records, and the numbers (from 1) of the other lines.
+def readable_metrics(
+    path: Path, is_record: Callable[[dict], bool] = lambda record: True
+) -> tuple[list[dict], list[int]]:
+    """The records of a metrics.jsonl, or another file of records, and the numbers (from 1) of the lines that are none.
 
     A last line without an end is neither: it is being written, or a kill cut it short.
     """
@@ -70,7 +74,8 @@ def readable_metrics(path: Path) -> tuple[list[dict], list[int]]:
             record = json.loads(line)
         except ValueError:
             record = None
-        if isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int):
+        named = isinstance(record, dict) and isinstance(record.get("kind"), str)
+        if named and isinstance(record.get("step"), int) and is_record(record):
             records.append(record)
         else:
             damaged.append(number)

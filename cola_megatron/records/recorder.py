@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -13,6 +13,7 @@ from cola_megatron.records.goodput import Accounts, Goodput, begin_attempt
 from cola_megatron.records.metrics import MetricsLog
 from cola_megatron.records.progress import ProgressFile
 from cola_megatron.records.run_folder import record_start
+from cola_megatron.records.texts import TextsLog
 
 
 class RunRecorder:
@@ -21,6 +22,7 @@ class RunRecorder:
     def __init__(self, config: RunConfig, start: int, log: MetricsLog, accounts: Accounts, show: bool):
         self._log, self._accounts, self._steps = log, accounts, config.training.steps
         self._progress = ProgressFile(config.run_folder, start, config.training.steps)
+        self._texts = TextsLog(config.run_folder, start)
         watched = sys.stderr.isatty()
         self._bar = tqdm(
             total=self._steps, initial=start, disable=not (show and watched), unit="step", desc=config.name
@@ -43,6 +45,10 @@ class RunRecorder:
     def record(self, kind: str, step: int, values: Mapping[str, object]) -> None:
         """Records anything else."""
         self._log.write(kind, step, values)
+
+    def texts(self, kind: str, step: int, texts: Sequence[dict[str, Any]]) -> None:
+        """Records what the model wrote of held-out texts."""
+        self._texts.write(kind, step, texts)
 
     def state(self, state: str) -> None:
         """What the run does from now on, for progress.json."""
@@ -67,7 +73,7 @@ class _NoRecorder(RunRecorder):
     def _nothing(self, *arguments: Any, **named: Any) -> None:
         return None
 
-    stepped = train = record = state = close = _nothing
+    stepped = train = record = texts = state = close = _nothing
 
     def goodput(self, seconds: float) -> Goodput:
         return {}

@@ -118,6 +118,13 @@ def legend_below(axes: Axes, columns: int = 1) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.24), borderaxespad=0, handlelength=2.6, ncols=columns)
 
 
+def legend_of_all(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend below all panels, with each label once."""
+    lines = [line for axes in panels for line in axes.lines if not str(line.get_label()).startswith("_")]
+    named = {str(line.get_label()): line for line in lines}
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=len(named))
+
+
 def running_median(values: np.ndarray) -> np.ndarray:
     """As many values, each the median of those around it; the values themselves where they are few."""
     window = min(MEDIAN_OVER, values.size // 20) // 2 * 2 + 1

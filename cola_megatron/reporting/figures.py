@@ -20,6 +20,7 @@ from cola_megatron.reporting.curves import (
     finish_loss_panel,
     held_out,
     legend_below,
+    legend_of_all,
     panels_of,
     series,
     stage_panels,
@@ -41,6 +42,11 @@ TERMS = {
     "reference": ("reference", REFERENCE, "-"),
     "flow_matching": ("flow matching", FLOW_MATCHING, ":"),
 }
+GRADIENT_OF = (
+    # key, label, colour, line style
+    ("gradient_norm_vae", "VAE", RECONSTRUCTION, "--"),
+    ("gradient_norm_dit", "DiT", FLOW_MATCHING, ":"),
+)
 
 
 @styled
@@ -111,8 +117,7 @@ def reconstruction_accuracy(stage_one: Records, stage_two: Records) -> Figure:
         axes.set_ylim(0, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     panels[0][1][0].set_ylabel("Tokens reconstructed")
-    named = {str(line.get_label()): line for _, (axes,) in panels for line in axes.lines}
-    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=len(named))
+    legend_of_all(figure, [axes for _, (axes,) in panels])
     return figure
 
 
@@ -171,18 +176,23 @@ def speed_and_learning_rate(stage_one: Records, stage_two: Records) -> Figure:
 
 @styled
 def gradient_norm(stage_one: Records, stage_two: Records) -> Figure:
-    """The norm of the whole gradient before clipping, on a logarithmic axis.
+    """The norm of the gradient before clipping, on a logarithmic axis: the whole, and the part of each network.
 
     Raises:
         NothingToPlot: neither stage has training records with it.
     """
     figure, panels = stage_panels(stage_one, stage_two, "train", "gradient_norm")
     for records, (axes,) in panels:
-        training(axes, records, "gradient_norm", "gradient norm", OTHER, "-")
+        training(axes, records, "gradient_norm", "all", OTHER, "-")
+        parts = [part for part in GRADIENT_OF if series(records, "train", part[0])[0].size]
+        if len(parts) > 1:  # the only network's gradient is the whole
+            for key, label, colour, line_style in parts:
+                training(axes, records, key, label, colour, line_style)
         values = series(records, "train", "gradient_norm")[1]
         if (values[np.isfinite(values)] > 0).any():
-            axes.set_yscale("log")
+            axes.set_yscale("log", nonpositive="mask")  # a VAE that is left out of a step has 0
     panels[0][1][0].set_ylabel("Norm of the gradient")
+    legend_of_all(figure, [axes for _, (axes,) in panels])
     return figure
 
 

@@ -12,8 +12,9 @@ import torch
 from cola_megatron.checkpoint.find import newest_checkpoint
 from cola_megatron.errors import UserError
 from cola_megatron.reporting.continuations import Sampling, continue_held_out
-from cola_megatron.reporting.report import Row, Sample
+from cola_megatron.reporting.report import ReconstructedText, Row, Sample
 from cola_megatron.reporting.run_records import Run
+from cola_megatron.reporting.text_records import original, reconstruction
 
 Found = TypeVar("Found")
 ALL = 1_000_000
@@ -32,6 +33,8 @@ class Observed:
     sampling: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What could not be found out, and why."""
+    reconstructed: list[ReconstructedText] = field(default_factory=list)
+    """By a run of stage 1."""
 
 
 def observe(
@@ -70,10 +73,20 @@ def observe(
     def generate() -> list[Sample]:
         return continue_held_out(_model(checkpoint, export, folder), folder, samples_file, fitting)
 
+    def reconstruct() -> list[ReconstructedText]:
+        from cola_megatron.held_out.measure_checkpoint import reconstruct_with_checkpoint
+
+        if checkpoint is None:
+            return []
+        texts = reconstruct_with_checkpoint(checkpoint, folder, sampling.samples)
+        return [ReconstructedText(original(text), reconstruction(text, step)) for text in texts]
+
     fitting = sampling.fitting(run.config.data.sequence_length, _block(run))
     measured = _tried("the held-out measurement", measure, notes, insist=data is not None) or {}
     if run.config.stage == 1 and export is None:
-        return Observed(step, measured, samples_absent="a run of stage 1 has no prior to generate from", notes=notes)
+        reconstructed = _tried("reconstruction", reconstruct, notes, insist=data is not None) or []
+        why = "a run of stage 1 has no prior to generate from"
+        return Observed(step, measured, samples_absent=why, reconstructed=reconstructed, notes=notes)
     samples = _tried("generation", generate, notes, insist=data is not None or export is not None)
     why = "" if samples is not None else notes[-1]
     return Observed(step, measured, samples or [], why, fitting.rows() if samples else [], notes)

@@ -105,8 +105,9 @@ def draw(report: Report) -> list[Picture]:
         picture(
             "gradient_norm",
             "Gradient norm",
-            "Norm of the whole gradient before clipping (runs do not record it per network): it should settle; spikes "
-            "that the loss shares are bad batches or too high a learning rate.",
+            "Before clipping, of all parameters and of each network: it should settle. The network with the larger "
+            "part decides how much both are scaled down; spikes that the loss shares are bad batches or too high a "
+            "learning rate.",
             partial(figures.gradient_norm, one, two),
         ),
         picture(

@@ -41,6 +41,40 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Written:
+    """What the model wrote of a held-out text at a step."""
+
+    step: int
+    pieces: list[tuple[str, bool]]
+    """In order; False: of wrong tokens."""
+    wrong: int | None = None
+    tokens: int = 0
+    """Of how many; `wrong` is None for a continuation, which may differ from the truth."""
+
+
+@dataclass(frozen=True)
+class ReconstructedText:
+    """A held-out text beside what the decoder makes of its latents."""
+
+    original: list[tuple[str, bool]]
+    """In pieces; False: where the reconstruction is wrong."""
+    found: Written
+
+
+@dataclass(frozen=True)
+class TextOverSteps:
+    """One held-out text as the model wrote it at several steps of training."""
+
+    prompt: str | None
+    """None for a reconstruction."""
+    truth: list[tuple[str, bool]]
+    """How it really goes on, or the text that is reconstructed."""
+    written: list[Written]
+    strips: list[tuple[int, list[tuple[float, str]]]] = field(default_factory=list)
+    """(step, (t, text) of the first block): what is read from the estimate of its clean latents at flow time t."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """What a stage left in metrics.jsonl."""
 
@@ -72,6 +106,10 @@ class Report:
     """Why there are none."""
     sampling: list[Row]
     """How the samples were made."""
+    reconstructed: list[ReconstructedText]
+    """By the checkpoint of a run of stage 1."""
+    texts: list[TextOverSteps]
+    """What the run wrote at its measurements."""
     about: list[Row]
     """Command, revision, versions."""
     config: str

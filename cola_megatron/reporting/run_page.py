@@ -13,6 +13,7 @@ from cola_megatron.reporting.observed import Observed
 from cola_megatron.reporting.report import Report, Row, Stage, Table
 from cola_megatron.reporting.run_records import Run, stage_one_of
 from cola_megatron.reporting.tables import accuracy_rows, cost_table, held_out_rows, model_rows, prior_rows
+from cola_megatron.reporting.text_records import texts_over_steps
 
 
 def report_of_run(
@@ -64,6 +65,8 @@ def report_of_run(
         samples=observed.samples,
         samples_absent=observed.samples_absent,
         sampling=observed.sampling,
+        reconstructed=observed.reconstructed,
+        texts=texts_over_steps(run.texts),
         about=_about(run),
         config=dump_config(run.config),
         files=[*places, *(files or [])],

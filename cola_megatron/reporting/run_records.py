@@ -17,6 +17,7 @@ from cola_megatron.records.goodput import ATTEMPTS
 from cola_megatron.records.metrics import readable_metrics
 from cola_megatron.records.progress import PROGRESS
 from cola_megatron.records.run_folder import CONFIG, MANIFEST, METRICS, SUMMARY
+from cola_megatron.records.texts import TEXTS, readable_texts
 from cola_megatron.scaling.flops import training_flops
 
 ENDED = ("finished", "stopped")
@@ -41,6 +42,8 @@ class Run:
     config: RunConfig
     records: list[dict]
     """Of metrics.jsonl, in today's names."""
+    texts: list[dict]
+    """Of texts.jsonl."""
     progress: dict[str, Any]
     manifest: dict[str, Any]
     began: float | None
@@ -101,15 +104,21 @@ def read_run(folder: Path) -> Run:
     if metrics.is_file():
         found, damaged = readable_metrics(metrics)
         records = [in_todays_names(record) for record in found]
-        if damaged:
-            lines = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
-            notes.append(f"{metrics}: lines that cannot be read are left out, {len(damaged)} in all: {lines}")
+        _note_damage(metrics, damaged, notes)
     else:
         notes.append(f"{metrics} does not exist: no curves")
+    texts, damaged = readable_texts(folder)
+    _note_damage(folder / TEXTS, damaged, notes)
     progress, manifest, summary = (_json(folder / name, notes) for name in (PROGRESS, MANIFEST, SUMMARY))
     known = [record["step"] for record in records if record["kind"] == "train"]
     step = progress.get("step", summary.get("step", max(known, default=0)))
-    return Run(folder, config, records, progress, manifest, _began(folder), int(step), notes)
+    return Run(folder, config, records, texts, progress, manifest, _began(folder), int(step), notes)
+
+
+def _note_damage(path: Path, lines: list[int], notes: list[str]) -> None:
+    if lines:
+        first = ", ".join(map(str, lines[:5])) + (", ..." if len(lines) > 5 else "")
+        notes.append(f"{path}: lines that cannot be read are left out, {len(lines)} in all: {first}")
 
 
 def in_todays_names(record: dict) -> dict:

@@ -13,12 +13,12 @@ from cola_megatron.layers.attention import allow_cudnn_in_training
 from cola_megatron.models.cola import Cola
 from cola_megatron.models.compiled_blocks import compile_blocks, compiles
 from cola_megatron.models.steps import Stage
-from cola_megatron.parallel import ProcessGroups, marks_of, sum_partial_gradients
+from cola_megatron.parallel import ProcessGroups, sum_partial_gradients
 from cola_megatron.parallel.deepspeed_grid import DeepSpeedGrid
 from cola_megatron.parallel.pipeline import Neighbours, SeedGradients, Tensors, one_forward_one_backward
 from cola_megatron.parallel.zero_optimizer import ZeroOptimizer
 from cola_megatron.training.batches import micro_batches_per_step
-from cola_megatron.training.optimizer import build_optimizer, learning_rate, set_learning_rates
+from cola_megatron.training.optimizer import build_optimizer, learning_rate, set_learning_rates, trained_networks
 
 
 class Engine:
@@ -49,7 +49,11 @@ class Engine:
             dist_init_required=False,
         )
         self.optimizer = ZeroOptimizer(
-            self.deepspeed, config.parallel.zero_stage, config.parallel.offload_optimizer, groups
+            self.deepspeed,
+            config.parallel.zero_stage,
+            config.parallel.offload_optimizer,
+            groups,
+            trained_networks(model),
         )
 
     @property
@@ -70,7 +74,8 @@ class Engine:
                 gradient is not a number, weights, moments and the count of AdamW stay as they are.
 
         Returns:
-            the loss and its terms, averaged over the global batch, `gradient_norm` (before clipping) and
+            the loss and its terms, averaged over the global batch, `gradient_norm` (before clipping), of which
+            `gradient_norm_vae` and `gradient_norm_dit` are the parts, as far as the run trains them, and
             `learning_rate`; alike on every rank.
         """
         training = self.config.training
@@ -122,6 +127,7 @@ class Engine:
                 metrics.setdefault("gradient_norm", math.inf)
             else:
                 metrics["gradient_norm"] = float(self.deepspeed.get_global_grad_norm())
+        metrics |= {f"gradient_norm_{name}": norm for name, norm in self.optimizer.network_norms().items()}
         metrics["learning_rate"] = rate
         return metrics
 
@@ -156,17 +162,13 @@ class Engine:
 
     def _clip_without_zero(self) -> float:
         """Clips and returns the norm before; DeepSpeed's own counts one stage only."""
-        gradients = [(parameter, parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
-        squares = torch.zeros((), dtype=torch.float64, device=self.groups.device)
-        for parameter, gradient in gradients:
-            if marks_of(parameter).partition_dim is not None or self.groups.tensor_parallel_rank == 0:
-                squares += gradient.square().sum()
-        torch.distributed.all_reduce(squares, group=self.groups.replica_group)
-        norm = float(squares.sqrt())
+        self.optimizer.measure_networks()
+        norm = math.hypot(*self.optimizer.network_norms().values())
         scale = self.config.training.optimizer.max_gradient_norm / (norm + 1e-6)  # as ZeRO does it
         if scale < 1:
-            for _, gradient in gradients:
-                gradient.mul_(scale)
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
         return norm
 
 

@@ -16,6 +16,7 @@ from cola_megatron.data import TokenShards, training_samples
 from cola_megatron.data.run_shards import open_shards
 from cola_megatron.errors import ExitCode, UserError
 from cola_megatron.held_out.measure import evaluate
+from cola_megatron.held_out.texts import Decode, decoder_for, held_out_texts
 from cola_megatron.parallel import HangWatch, PeerWatch, ProcessGroups, initialize_parameters
 from cola_megatron.parallel.consensus import StepConsensus, from_main
 from cola_megatron.records.recorder import RunRecorder, open_recorder
@@ -126,6 +127,7 @@ class _Run:
         self.step, self.saved_at = start, start
         self.recorder, self.watch, self.hang = recorder, watch, hang
         self.stopped = False
+        self.decode: Decode | None = None
         history = read_history(config.run_folder, start)
         self.seconds_before, self.measured_at, self.measured = history.seconds, history.measured_at, history.measured
         self.began = time.perf_counter()
@@ -243,8 +245,20 @@ class _Run:
         self.measured = evaluate(
             self.engine.model, self.held_out_shards, self.config, self.groups, on_batch=self.hang.progress
         )
+        self._write_texts()
         self.measured_at = self.step
         self.recorder.record("evaluation", self.step, {**self.measured, "seconds": self._seconds()})
+
+    def _write_texts(self) -> None:
+        """Before the record of the measurement: a job that dies in between makes up for both."""
+        count = self.config.training.evaluation.texts
+        if not count:
+            return
+        texts = held_out_texts(self.engine.model, self.held_out_shards, self.config, count, self.hang.progress)
+        if self.groups.is_main:
+            self.decode = self.decode or decoder_for(self.config.data.path, self.config.data.cache_folder)
+            kind = "reconstructions" if self.config.stage == 1 else "continuations"
+            self.recorder.texts(kind, self.step, [text.readable(self.decode) for text in texts])
 
     def _save(self) -> None:
         self.recorder.state("saving")

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cola_megatron.config import ConfigError, RunConfig, TrainingConfig
+from cola_megatron.models.cola import Cola
 from cola_megatron.parallel import ProcessGroups
 
 
@@ -30,6 +31,16 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict]:
         )
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def trained_networks(model: Cola) -> dict[str, nn.Module]:
+    """The networks that this run trains, by the names that their groups have; alike on every stage of a pipeline."""
+    networks: dict[str, nn.Module] = {}
+    if model.dit is None or model.config.training.vae_update.mode != "frozen":
+        networks["vae"] = model.vae
+    if model.dit is not None:
+        networks["dit"] = model.dit
+    return networks
 
 
 def build_optimizer(model: nn.Module, config: RunConfig, groups: ProcessGroups) -> torch.optim.AdamW:
