@@ -28,6 +28,9 @@ def all_checks(quick: bool = False) -> dict[str, Check]:
         "golden.generation": gpu_parity.check_golden_generation,
     }
     checks["step.paper-2b"] = partial(gpu_step.check_step, name="step.paper-2b", sweep=not quick)
+    checks["step.paper-2b.one_of_eight"] = partial(
+        gpu_step.check_step, name="step.paper-2b.one_of_eight", accumulation=gpu_step.ONE_OF_EIGHT
+    )
     for switch, overrides in gpu_step.SWITCHES.items():
         name = f"step.paper-2b.{switch}"
         checks[name] = partial(gpu_step.check_step, name=name, overrides=overrides)

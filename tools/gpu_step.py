@@ -19,6 +19,9 @@ from tools.gpu_training import fresh_engine, of_peak, synthetic_batches
 
 ACCUMULATION = 3
 
+ONE_OF_EIGHT = 22
+"""Micro-batches of 8 that one of 8 GPUs computes of the published batch of 1,408."""
+
 SWITCHES: Mapping[str, tuple[str, ...]] = {
     "without_compile": ("training.compile_blocks=never",),
     "without_loss_chunks": ("training.loss_chunk_tokens=0",),
@@ -29,15 +32,24 @@ SIZES = (8, 4, 16)
 """Micro-batches: the preset's own first, for a run that is cut off should have had it; what may not fit comes last."""
 
 
-def check_step(setting: Setting, name: str, overrides: tuple[str, ...] = (), sweep: bool = False) -> Iterator[Record]:
+def check_step(
+    setting: Setting,
+    name: str,
+    overrides: tuple[str, ...] = (),
+    sweep: bool = False,
+    accumulation: int = ACCUMULATION,
+) -> Iterator[Record]:
     """Stage 2 under ZeRO 1 in bfloat16; `sweep` measures all sizes on one engine, otherwise the first alone."""
     sizes = [size for size in (SIZES if sweep else SIZES[:1]) if setting.on_gpu or size <= 8]
     began = time.perf_counter()
-    with fresh_engine(step_config(setting, sizes[0], overrides), setting.groups) as engine, one_graph_per_size():
+    with (
+        fresh_engine(step_config(setting, sizes[0], overrides, accumulation), setting.groups) as engine,
+        one_graph_per_size(),
+    ):
         synchronize(setting)
         start = time.perf_counter() - began
         for size in sizes:
-            config = step_config(setting, size, overrides)
+            config = step_config(setting, size, overrides, accumulation)
             needed = planned_peak(config)
             if not setting.fits(needed):
                 detail = f"left out: by the plan it needs {needed / 2**30:.1f} GiB"
@@ -50,7 +62,7 @@ def measured(setting: Setting, name: str, engine: Engine, config: RunConfig, sta
     """One micro-batch size on an engine; `start` is how long that took to build."""
     size, repeats = config.training.micro_batch_size, 3 if setting.quick else 5
     steps = 1 if setting.quick else 3
-    batches = synthetic_batches(config, ACCUMULATION, setting.device)
+    batches = synthetic_batches(config, min(ACCUMULATION, engine.accumulation), setting.device)
     began = time.perf_counter()
     losses = [engine.step(batches, 0)["loss"]]
     first = time.perf_counter() - began
@@ -79,9 +91,10 @@ def measured(setting: Setting, name: str, engine: Engine, config: RunConfig, sta
     yield Record(f"{name}.forward_backward", ok, one * 1e3, "ms", detail)
     utilisation = flops / one / peak if peak else None
     yield Record(f"{name}.utilisation", ok, utilisation, "of bf16 peak", of_peak(setting, flops / one))
-    detail = f"{ACCUMULATION} micro-batches and the update; {ACCUMULATION * tokens / seconds:,.0f} tokens/s"
+    accumulation = engine.accumulation
+    detail = f"{accumulation} micro-batches and the update; {accumulation * tokens / seconds:,.0f} tokens/s"
     yield Record(f"{name}.step", ok, seconds * 1e3, "ms", detail)
-    rate = ACCUMULATION * flops / seconds
+    rate = accumulation * flops / seconds
     yield Record(f"{name}.step_utilisation", ok, rate / peak if peak else None, "of bf16 peak", of_peak(setting, rate))
     planned = planned_peak(config) / 2**30
     detail = f"peak of what torch allocated in the steps; with what it holds back {reserved:.1f} GiB"
@@ -99,11 +112,11 @@ def one_graph_per_size() -> Iterator[None]:
         yield
 
 
-def step_config(setting: Setting, micro_batch: int, overrides: tuple[str, ...] = ()) -> RunConfig:
-    """The published model with a batch of `ACCUMULATION` micro-batches."""
+def step_config(setting: Setting, micro_batch: int, overrides: tuple[str, ...], accumulation: int) -> RunConfig:
+    """The published model with a batch of so many micro-batches."""
     sizes = (
         f"training.micro_batch_size={micro_batch}",
-        f"training.global_batch_size={ACCUMULATION * micro_batch}",
+        f"training.global_batch_size={accumulation * micro_batch}",
         "stage=2",
         "parallel.zero_stage=1",
     )

@@ -4,6 +4,7 @@ For a parameter 2 bytes are read, 4 read and 4 written, which takes 5 ms for 2.2
 torch for each of 579 tensors it took 10, and kept the host from preparing the next micro-batch.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -70,22 +71,8 @@ def _pieces(sizes: Sequence[int], device: torch.device) -> tuple[torch.Tensor, t
 @cache
 def _kernel() -> Any:
     """None where there is no Triton, as in a torch for CPUs."""
-    try:
-        import triton
-        import triton.language as tl
-    except ImportError:
+    if importlib.util.find_spec("triton") is None:
         return None
+    from cola_megatron.parallel.gradient_sums_kernel import add_pieces
 
-    @triton.jit
-    def add(gradients, sums, sizes, tensors, firsts, ELEMENTS: tl.constexpr):  # type: ignore[no-untyped-def]
-        program = tl.program_id(0)
-        tensor = tl.load(tensors + program)
-        gradient = tl.load(gradients + tensor).to(tl.pointer_type(tl.bfloat16))
-        total = tl.load(sums + tensor).to(tl.pointer_type(tl.float32))
-        element = tl.load(firsts + program) + tl.arange(0, ELEMENTS)
-        inside = element < tl.load(sizes + tensor)
-        added = tl.load(gradient + element, mask=inside, other=0.0).to(tl.float32)
-        before = tl.load(total + element, mask=inside, other=0.0)
-        tl.store(total + element, before + added, mask=inside)
-
-    return add
+    return add_pieces

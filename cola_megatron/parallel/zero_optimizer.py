@@ -5,6 +5,7 @@ them can be asked whether an update should be applied; `ZeroOptimizer` gives all
 is listed in `PRIVATE_PARTS`; `tests/test_zero_optimizer.py` fails for a version that has moved one of them.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from cola_megatron.errors import UserError
+from cola_megatron.parallel.gradient_sums import GradientSums
 from cola_megatron.parallel.groups import ProcessGroups
 from cola_megatron.parallel.parameters import marks_of
 
@@ -68,6 +70,8 @@ class ZeroOptimizer:
             id(parameter): name for name, network in networks.items() for parameter in network.parameters()
         }
         self._squares_N: torch.Tensor | None = None
+        self._norms_of_flat: list[torch.Tensor] = []
+        self._sums: GradientSums | None = None
         self._may_update: Callable[[float], bool] | None = None
         if stage > 0:
             self._ask_before_updates()
@@ -161,6 +165,11 @@ class ZeroOptimizer:
         """Whether this replica holds whole gradients, and not its share of them: ZeRO 0, and ZeRO 1 in bfloat16."""
         return self.stage == 0 or hasattr(self._optimizer, "fp32_groups_gradients")
 
+    @property
+    def _counts_whole_groups(self) -> bool:
+        """Whether the flat gradients of a group, which are of one network, count once each: a few norms for all."""
+        return hasattr(self._optimizer, "fp32_groups_gradients_flat") and self.groups.tensor_parallel_size == 1
+
     def _norms_held_here(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
         """Of each parameter the norm of what this rank holds of its gradient, accumulated and reduced."""
         zero = self._optimizer
@@ -170,6 +179,10 @@ class ZeroOptimizer:
                     norm = zero.norm_for_param_grads.get(zero.get_param_id(parameter))
                     if norm is not None:  # none: it took no part in this step
                         yield parameter, norm
+            return
+        if self._counts_whole_groups:
+            self._norms_of_flat = [torch.linalg.vector_norm(flat) for flat in zero.fp32_groups_gradients_flat]
+            yield from zip((group[0] for group in zero.bf16_groups), self._norms_of_flat, strict=True)
             return
         for parameter, gradient in self._gradients_held_here():
             yield parameter, torch.linalg.vector_norm(gradient, dtype=torch.float32)
@@ -242,16 +255,15 @@ class ZeroOptimizer:
         if zero.immediate_grad_update or zero.has_moe_layers:
             original(clear_lp_grads=clear_lp_grads)
             return
-        with torch.no_grad():
-            for group, sums, has_sum in zip(
-                zero.bf16_groups, zero.fp32_groups_gradients, zero.fp32_groups_has_gradients, strict=True
-            ):
-                for index, parameter in enumerate(group):
-                    if parameter.grad is None:
-                        continue
-                    sums[index].add_(parameter.grad.view_as(sums[index]))
-                    parameter._hp_grad = sums[index]
-                    has_sum[index], parameter.grad = True, None
+        if self._sums is None:
+            self._sums = GradientSums(list(itertools.chain(*zero.fp32_groups_gradients)))
+        self._sums.add([parameter.grad for parameter in itertools.chain(*zero.bf16_groups)])
+        for group, sums, has_sum in zip(
+            zero.bf16_groups, zero.fp32_groups_gradients, zero.fp32_groups_has_gradients, strict=True
+        ):
+            for index, parameter in enumerate(group):
+                if parameter.grad is not None:
+                    parameter._hp_grad, parameter.grad, has_sum[index] = sums[index], None, True
 
     def _replace(self, method: str, by: Callable[..., Any]) -> None:
         original = getattr(self._optimizer, method)
@@ -278,13 +290,15 @@ class ZeroOptimizer:
     def _refusing_gradients(self, original: Callable[..., Any], for_clipping: bool = False) -> Any:
         from deepspeed.runtime.utils import get_global_norm_of_tensors
 
+        zero = self._optimizer
         if for_clipping:
-            return original(for_clipping=for_clipping)
+            return zero.fp32_groups_gradients_flat
         self.measure_networks()
         gradients, of_experts = original()
+        if self._counts_whole_groups:
+            gradients = self._norms_of_flat  # whose norm is that of the gradients
         if self._may_update is None:
             return gradients, of_experts
-        zero = self._optimizer
         norm = get_global_norm_of_tensors(gradients, mpu=zero.mpu, norm_type=zero.norm_type)
         refused = self._refuses_deepspeeds(norm)
         return ([torch.full((1,), math.nan, device=self.groups.device)] if refused else gradients), of_experts
