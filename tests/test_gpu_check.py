@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cola_megatron.config import load_config
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
 from cola_megatron.scaling.hardware import gpu_of_device
 from tools import gpu_ceilings, gpu_check, gpu_checks, gpu_log, gpu_parity, gpu_step, gpu_training
@@ -198,6 +199,13 @@ def test_resuming_fails_when_the_state_is_not_restored(setting, monkeypatch):
     assert not record.ok and record.value > 0
     assert "two uninterrupted runs differ by 0.0e+00" in record.detail
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_each_switch_is_one_that_the_config_of_the_step_has_on(setting):
+    names, base = gpu_checks.all_checks(), load_config("paper-2b")
+    for name, overrides in gpu_step.SWITCHES.items():
+        assert f"step.paper-2b.{name}" in names
+        assert load_config("paper-2b", list(overrides)) != base
 
 
 def test_the_step_is_measured_at_every_size_on_one_engine(setting):

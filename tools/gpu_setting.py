@@ -153,3 +153,8 @@ def reset_peak(setting: Setting) -> None:
 def peak_gib(setting: Setting) -> float | None:
     """The most that torch had allocated since then, in GiB; None on the CPU."""
     return torch.cuda.max_memory_allocated(setting.device) / 2**30 if setting.on_gpu else None
+
+
+def forget_compiled() -> None:
+    """Compiled graphs go, and what was cached of their making stays on the disk."""
+    torch.compiler.reset()
