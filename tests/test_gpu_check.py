@@ -14,7 +14,7 @@ import torch
 from cola_megatron.config import load_config
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
 from cola_megatron.scaling.hardware import gpu_of_device
-from tools import gpu_ceilings, gpu_check, gpu_checks, gpu_log, gpu_parity, gpu_step, gpu_training
+from tools import gpu_ceilings, gpu_check, gpu_checks, gpu_generation, gpu_log, gpu_parity, gpu_step, gpu_training
 from tools.gpu_setting import Record, Setting, random_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -232,6 +232,7 @@ def test_attention_fails_where_a_gradient_is_off(setting):
     assert not record.ok and case.measured("right", case.masked).ok
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_fails_where_its_mask_is_another(setting):
     case = gpu_ceilings.TwoCopyAttention(setting, gpu_ceilings.Shape(2, 2, 64, 16, 16))
     assert case.compared_forward("flex", case.flex()).ok
@@ -246,3 +247,18 @@ def test_a_model_with_random_weights_starts_as_training_does(setting):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     block = model.dit.blocks[0]
     assert not block.attention_gate.linear.weight.any() and block.attention.qkv.weight.std() > 0
+
+
+def test_graphs_pass_where_the_tokens_are_those_without_them(setting, monkeypatch):
+    monkeypatch.setattr(gpu_generation, "record_on_cuda", gpu_generation.repeat_in_python)
+    model = random_model(setting.config("tiny", "stage=2"), setting.groups, spread=0.02).eval().requires_grad_(False)
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    record = gpu_generation.with_graphs(setting, model.vae, model.dit, prompts, 16)
+    assert record.ok and record.value > 0 and "differ by 0.0e+00" in record.detail
+
+    def wrong(run):
+        _, output = gpu_generation.repeat_in_python(run)
+        return lambda: output.add_(1.0), output
+
+    monkeypatch.setattr(gpu_generation, "record_on_cuda", wrong)
+    assert not gpu_generation.with_graphs(setting, model.vae, model.dit, prompts, 16).ok

@@ -139,6 +139,7 @@ def release_memory() -> None:
     """Gives back what no one refers to any more and counts the peak anew: checks must not see each other's memory."""
     if torch.cuda.is_available():
         gc.collect()
+        gc.collect()  # parameters of an engine go in the second round, when torch has let go of them
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 

@@ -130,6 +130,14 @@ class Engine:
         metrics["learning_rate"] = rate
         return metrics
 
+    def close(self) -> None:
+        """Removes DeepSpeed's hooks and what it holds globally: only then does the memory go with the last reference.
+
+        There is no step after it.
+        """
+        self.deepspeed.destroy()
+        self.optimizer.let_go()
+
     def _update_without_zero(self) -> float:
         """Clips and updates where there is no ZeRO; returns the norm before."""
         norm = self._clip_without_zero()
