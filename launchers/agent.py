@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from cola_megatron.cuda_environment import set_allocator
 from cola_megatron.errors import ExitCode, RendezvousFailed
 from slurm.supervise import decisive
 
@@ -62,6 +63,7 @@ def run_processes(command: Sequence[str], processes: int, node: Node) -> int:
         RendezvousFailed: the address is taken, cannot be reached, or nodes are missing.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    set_allocator()
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

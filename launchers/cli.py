@@ -69,8 +69,10 @@ def quickstart(
 
 def main() -> None:
     """Entry point of the console script."""
+    from cola_megatron.cuda_environment import set_allocator
     from cola_megatron.errors import ExitCode, UserError
 
+    set_allocator()  # no command has imported torch yet
     try:
         app()
     except UserError as error:

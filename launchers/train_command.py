@@ -22,9 +22,11 @@ def train(
     training.stage_one=runs/first`
     """
     from cola_megatron.config import load_config
+    from cola_megatron.cuda_environment import set_queues
     from cola_megatron.errors import ExitCode
 
     config = load_config(source, overrides or [])
+    set_queues(config.parallel.tensor_parallel_size)
     from cola_megatron.training.loop import train as run
 
     summary = run(config)

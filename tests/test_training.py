@@ -13,11 +13,14 @@ from cola_megatron.checkpoint.find import newest_checkpoint
 from cola_megatron.checkpoint.load import read_weights
 from cola_megatron.config import ConfigError, load_config
 from cola_megatron.errors import UserError
+from cola_megatron.parallel.deepspeed_output import quiet_deepspeed
 from cola_megatron.records.metrics import read_metrics
 from cola_megatron.records.run_folder import lock_run_folder
 from cola_megatron.training.loop import TrainingDiverged, train
 from cola_megatron.training.optimizer import learning_rate
+from tests.commands import cola
 from tests.ranks import run_ranks
+from tests.support import TINY
 
 
 def curve(config, *names: str) -> list[tuple[float, ...]]:
@@ -380,3 +383,29 @@ def test_tensor_parallel_equals_one_process(tiny, stage, sequence_parallel):
     assert first[1] == pytest.approx(first[0], rel=1e-5)
     for expected, found in others:
         assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_standard_output_has_the_answer_alone(tiny, tmp_path):
+    data = tiny(2).data.path
+    # In bfloat16 DeepSpeed prints the memory in use while it starts.
+    overrides = [*TINY, "stage=2", "training.steps=1", "training.precision=bf16", "parallel.zero_stage=1"]
+    answer = cola("train", "tiny", *overrides, f"data.path={data}", f"runs_folder={tmp_path / 'runs'}", "--json")
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)["step"] == 1
+
+
+def test_what_deepspeed_prints_is_in_the_log_and_its_warnings_are_on_standard_error(capfd, caplog):
+    with caplog.at_level("DEBUG", logger="cola_megatron.parallel.deepspeed_output"), quiet_deepspeed() as deepspeed:
+        print("MA 5.81 GB")
+        deepspeed.utils.logger.info("a remark")
+    assert "DeepSpeed: MA 5.81 GB" in caplog.text and "a remark" not in caplog.text
+    deepspeed.utils.logger.warning("a warning")
+    assert capfd.readouterr().out == "" and "a warning" in caplog.text
+
+
+def test_what_deepspeed_printed_is_in_the_log_where_it_fails(caplog):
+    logged = caplog.at_level("DEBUG", logger="cola_megatron.parallel.deepspeed_output")
+    with logged, pytest.raises(ValueError, match="no engine"), quiet_deepspeed():
+        print("the last words")
+        raise ValueError("no engine")
+    assert "the last words" in caplog.text

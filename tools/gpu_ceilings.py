@@ -105,8 +105,10 @@ class TwoCopyAttention:
         self.visible_B1SS = mask.visible
 
         def normal() -> torch.Tensor:
-            size = (shape.batch, shape.heads, shape.positions, shape.width)
-            return torch.randn(size, device=setting.device, dtype=torch.bfloat16, generator=generator)
+            """(B, A, S, D), with the sequence first in memory, as the model has it."""
+            size = (shape.positions, shape.batch, shape.heads, shape.width)
+            drawn = torch.randn(size, device=setting.device, dtype=torch.bfloat16, generator=generator)
+            return drawn.permute(1, 2, 0, 3)
 
         self.inputs = tuple(normal().requires_grad_() for _ in range(3))
         self.cotangent = normal()

@@ -39,7 +39,7 @@ def run_checks(
     took: Callable[[str, float], None] = lambda name, seconds: None,
 ) -> list[Record]:
     """All records, each handed to `say` as soon as it is there; a check that raises ends with one failed record."""
-    from tools.gpu_setting import Record, release_memory
+    from tools.gpu_setting import Record, forget_compiled, release_memory
 
     records: list[Record] = []
 
@@ -55,6 +55,7 @@ def run_checks(
         except Exception:
             traceback.print_exc()
             keep(Record(name, False, None, "", traceback.format_exc().strip().splitlines()[-1]))
+        forget_compiled()
         release_memory()
         took(name, time.perf_counter() - began)
     return records

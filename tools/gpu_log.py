@@ -99,7 +99,7 @@ def read_log(path: Path) -> Log:
 
 def line(record: Record) -> str:
     """A record for people."""
-    return f"{'ok    ' if record.ok else 'FAILED'} {record.name:<40} {figure(record):<27} {record.detail}"
+    return f"{'ok    ' if record.ok else 'FAILED'} {record.name:<52} {figure(record):<27} {record.detail}"
 
 
 def figure(record: Record) -> str:

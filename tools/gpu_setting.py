@@ -139,6 +139,7 @@ def release_memory() -> None:
     """Gives back what no one refers to any more and counts the peak anew: checks must not see each other's memory."""
     if torch.cuda.is_available():
         gc.collect()
+        gc.collect()  # parameters of an engine go in the second round, when torch has let go of them
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
@@ -153,3 +154,8 @@ def reset_peak(setting: Setting) -> None:
 def peak_gib(setting: Setting) -> float | None:
     """The most that torch had allocated since then, in GiB; None on the CPU."""
     return torch.cuda.max_memory_allocated(setting.device) / 2**30 if setting.on_gpu else None
+
+
+def forget_compiled() -> None:
+    """Compiled graphs go, and what was cached of their making stays on the disk."""
+    torch.compiler.reset()

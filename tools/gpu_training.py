@@ -140,7 +140,7 @@ def fresh_engine(config: RunConfig, groups: ProcessGroups, checkpoint: Path | No
     try:
         yield engine
     finally:
-        engine.deepspeed.destroy()
+        engine.close()
 
 
 def synthetic_batches(

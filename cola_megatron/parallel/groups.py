@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from cola_megatron.config import ConfigError
+from cola_megatron.cuda_environment import set_queues
 from cola_megatron.parallel.megatron import ModelParallelConfig, parallel_state
 from cola_megatron.parallel.rendezvous import cannot_join, has_a_gpu_of_its_own, place_from_srun
 
@@ -57,7 +58,7 @@ class ProcessGroups:
     def barrier(self) -> None:
         """Waits for every process of the job."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def sum_over_stages_and_replicas(self, values_N: torch.Tensor) -> torch.Tensor:
         """Sum of a small tensor over pipeline stages and data-parallel ranks, alike on every rank.
@@ -89,9 +90,7 @@ def initialize_parallel(
             exist with other sizes.
         RendezvousFailed: the processes do not find each other.
     """
-    if tensor_parallel_size > 1:
-        # One queue keeps collectives and kernels in the order of their launch, which megatron-core's overlap relies on.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    set_queues(tensor_parallel_size)  # `cola train` has done so before torch was imported
     os.environ.update(place_from_srun(os.environ))
     device = _local_device()
     if not dist.is_initialized():
@@ -109,6 +108,8 @@ def initialize_parallel(
             tensor_model_parallel_size=tensor_parallel_size,
             pipeline_model_parallel_size=pipeline_parallel_size,
             distributed_timeout_minutes=timeout_minutes,
+            # Nobody asks for the gloo twins of its groups, each of which would connect all its ranks at once.
+            create_gloo_process_groups=False,
         )
     sizes = (
         parallel_state.get_tensor_model_parallel_world_size(),
@@ -167,13 +168,30 @@ def _local_device() -> torch.device:
 
 def _join_job(device: torch.device, timeout: timedelta) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
+    # DeepSpeed's barriers name no device; `_connect` has told nccl which one it is.
+    warnings.filterwarnings("ignore", r"barrier\(\): using the device|No device id is provided", UserWarning)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # gloo and nccl both remark on the device they were not given
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             try:
-                dist.init_process_group(backend, timeout=timeout, device_id=device if backend == "nccl" else None)
+                # Without `device_id`: nccl would connect at once, and split off a communicator for every group that is
+                # made later, members or not: minutes for the thousands of groups of a thousand ranks.
+                dist.init_process_group(backend, timeout=timeout)
+                if backend == "nccl":
+                    _connect(device)
             except (dist.DistError, TimeoutError) as error:
                 raise cannot_join(error) from error
         else:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists, even in a job of one
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _connect(device: torch.device) -> None:
+    """The first collective of the job: who cannot be reached is known here, and barriers know this rank's device.
+
+    DeepSpeed's barriers name none. nccl then takes the device of an earlier collective; where there was none it
+    guesses it from the global rank, which is another one where a scheduler deals ranks out in turns.
+    """
+    number = torch.ones(1, device=device)
+    dist.all_reduce(number)
+    number.item()

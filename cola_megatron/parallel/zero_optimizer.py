@@ -230,6 +230,13 @@ class ZeroOptimizer:
             else:
                 safe_set_local_grad(parameter, torch.zeros_like(deepspeeds(parameter).ds_tensor, dtype=torch.float32))
 
+    def let_go(self) -> None:
+        """Takes the model out of the list in which ZeRO 3 keeps, for ever, those whose forward pass it has seen."""
+        if self.stage == 3:
+            from deepspeed.runtime.zero import parameter_offload
+
+            parameter_offload.FWD_MODULE_STACK.clear()
+
     def _ask_before_updates(self) -> None:
         """Has ZeRO leave out an update that is refused, as it does by itself where the norm is not a number.
 

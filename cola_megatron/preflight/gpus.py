@@ -2,9 +2,11 @@
 
 import csv
 import io
+import os
 import subprocess
 from collections.abc import Iterator
 
+from cola_megatron.cuda_environment import ALLOCATOR, ALLOCATOR_NEW_NAME, QUEUES
 from cola_megatron.preflight.check import Check, Status
 
 FIELDS = (
@@ -29,7 +31,7 @@ USED_MIB = 1024
 
 
 def gpu_checks() -> list[Check]:
-    """One line for each GPU of this machine, and one for torch's view of them."""
+    """A line for each GPU of this machine, one for torch's view of them, one for what CUDA is told at its start."""
     try:
         done = subprocess.run(QUERY, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
     except FileNotFoundError:
@@ -41,7 +43,7 @@ def gpu_checks() -> list[Check]:
         said = " ".join((done.stdout + done.stderr).split())
         return [Check("GPUs", Status.FAILED, f"nvidia-smi: {said}", "see the driver's log on that node (dmesg)")]
     checks = [_gpu(row) for row in read_query(done.stdout)]
-    return [*checks, _torch(len(checks))]
+    return [*checks, _torch(len(checks)), *([_environment()] if checks else [])]
 
 
 def read_query(text: str) -> list[dict[str, str | None]]:
@@ -101,3 +103,18 @@ def _torch(gpus: int) -> Check:
         return Check("torch and CUDA", Status.FAILED, f"torch (CUDA {built}) sees none of {gpus} GPUs", cure)
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     return Check("torch and CUDA", Status.OK, f"CUDA {built}, nccl {nccl}, {seen} of {gpus} GPUs")
+
+
+def _environment() -> Check:
+    """What `cuda_environment.py` has set, or the user before it."""
+    name = ALLOCATOR_NEW_NAME if ALLOCATOR_NEW_NAME in os.environ else ALLOCATOR
+    allocator, queues = os.environ.get(name), os.environ.get(QUEUES)
+    value = f"{name}={allocator}, {QUEUES}={queues}"
+    if queues is None:
+        value = f"{name}={allocator}; {QUEUES} is set to 1 under tensor parallelism"
+    cures = []
+    if "expandable_segments:True" not in (allocator or ""):
+        cures.append("without expandable_segments:True memory can lie free in pieces")
+    if queues not in (None, "1"):
+        cures.append(f"tensor parallelism wants {QUEUES}=1")
+    return Check("CUDA environment", Status.NOTE if cures else Status.OK, value, "; ".join(cures))

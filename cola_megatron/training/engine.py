@@ -1,6 +1,5 @@
 """One optimiser step on DeepSpeed: ZeRO 0 to 3, accumulation, clipping, mixed precision."""
 
-import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from cola_megatron.models.compiled_blocks import compile_blocks, compiles
 from cola_megatron.models.steps import Stage
 from cola_megatron.parallel import ProcessGroups, sum_partial_gradients
 from cola_megatron.parallel.deepspeed_grid import DeepSpeedGrid
+from cola_megatron.parallel.deepspeed_output import quiet_deepspeed
 from cola_megatron.parallel.pipeline import Neighbours, SeedGradients, Tensors, one_forward_one_backward
 from cola_megatron.parallel.zero_optimizer import ZeroOptimizer
 from cola_megatron.training.batches import micro_batches_per_step
@@ -28,9 +28,6 @@ class Engine:
     """
 
     def __init__(self, model: Cola, config: RunConfig, groups: ProcessGroups):
-        import deepspeed  # slow to import, and only training needs it
-
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.config, self.groups = config, groups
         self.accumulation = micro_batches_per_step(config, groups.data_parallel_size)
         sum_partial_gradients(model, groups)
@@ -41,13 +38,15 @@ class Engine:
         self._neighbours_of: dict[Stage, Neighbours] = {}
         self.skipped_updates = 0
         """Steps so far whose update was refused: AdamW has counted so many fewer."""
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(model, config, groups),
-            config=deepspeed_config(config, groups, self.accumulation),
-            mpu=DeepSpeedGrid,
-            dist_init_required=False,
-        )
+        optimizer = build_optimizer(model, config, groups)
+        with quiet_deepspeed() as deepspeed:
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=deepspeed_config(config, groups, self.accumulation),
+                mpu=DeepSpeedGrid,
+                dist_init_required=False,
+            )
         self.optimizer = ZeroOptimizer(
             self.deepspeed,
             config.parallel.zero_stage,
@@ -130,6 +129,14 @@ class Engine:
         metrics |= {f"gradient_norm_{name}": norm for name, norm in self.optimizer.network_norms().items()}
         metrics["learning_rate"] = rate
         return metrics
+
+    def close(self) -> None:
+        """Removes DeepSpeed's hooks and what it holds globally: only then does the memory go with the last reference.
+
+        There is no step after it.
+        """
+        self.deepspeed.destroy()
+        self.optimizer.let_go()
 
     def _update_without_zero(self) -> float:
         """Clips and updates where there is no ZeRO; returns the norm before."""

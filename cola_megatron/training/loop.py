@@ -69,7 +69,9 @@ def train(config: RunConfig, progress: bool = True) -> Summary:
     with hang, PeerWatch(groups, config.parallel.peer_timeout_seconds, hang.write_stacks) as watch:
         hang.peers = watch
         while (summary := _train(config, groups, watch, hang, progress)) is None:
-            gc.collect()  # the engine of the state that was given up
+            # The engine of the state that was given up; its parameters go in the second round, when torch has let go.
+            gc.collect()
+            gc.collect()
         return summary
 
 
@@ -99,6 +101,8 @@ def _train(
             judged = Divergence(config.training.divergence, None if checkpoint is None else divergence_of(checkpoint))
             run = _Run(config, groups, engine, train_shards, held_out_shards, start, recorder, watch, hang, judged)
             summary = run.to_the_end()
+        if summary is None:
+            engine.close()  # the next one needs its memory
         groups.barrier()  # a launcher ends what is left when the first rank has ended: not before the last is through
         return summary
 
