@@ -212,8 +212,8 @@ def test_the_step_is_measured_at_every_size_on_one_engine(setting):
     overrides = ("training.activation_checkpointing=true",)
     records = {record.name: record for record in gpu_step.check_step(setting, "step", overrides, sweep=True)}
     assert all(record.ok for record in records.values())
-    assert records["step.micro4.step"].value > records["step.micro4.forward_backward"].value > 0
-    assert {name.split(".")[1] for name in records} == {"micro8", "micro4"}
+    assert records["step.micro16.step"].value > records["step.micro16.forward_backward"].value > 0
+    assert {name.split(".")[1] for name in records} == {"micro8", "micro16"}
 
 
 def test_a_size_that_the_plan_says_does_not_fit_is_left_out(setting, monkeypatch):
