@@ -14,7 +14,9 @@ from cola_megatron.config import load_config
 from cola_megatron.models.steps import Step
 from cola_megatron.parallel import initialize_parallel
 from cola_megatron.scaling.parts import chain_parts
+from cola_megatron.training.build_model import initialize_run
 from cola_megatron.training.engine import Engine
+from tests.ranks import run_ranks
 from tools import bench_step, step_floors, step_profile
 from tools.gpu_setting import random_model
 from tools.step_floors import Floor, Rates
@@ -211,3 +213,16 @@ def test_floors_are_the_model_flops_and_what_the_frozen_reference_does_forward()
     reference = parts["reference"]
     assert floors["reference"].products == pytest.approx(samples * 2 * reference.macs / RATES.product)
     assert "communication" not in floors and floors["optimizer"].bytes > 0
+
+
+def measured_stage() -> tuple[set[str], bench_step.Answer]:
+    config = load_config("tiny", [*TINY, "parallel.pipeline_parallel_size=2"])
+    groups = initialize_run(config)
+    answer = bench_step.measure(config, groups, steps=1, trace=None)
+    return {row.part for row in answer.rows if row.times_floor}, bench_step.busiest(groups, answer)
+
+
+def test_each_rank_of_a_pipeline_has_the_parts_of_its_stage_and_the_busiest_speaks():
+    (first, one), (second, other) = run_ranks(measured_stage, 2)
+    assert "vae.encoder.embed" in first - second and "vae.decoder.head" in second - first
+    assert "communication" in first & second and one == other
