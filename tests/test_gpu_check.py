@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,17 @@ import torch
 from cola_megatron.config import load_config
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
 from cola_megatron.scaling.hardware import gpu_of_device
-from tools import gpu_ceilings, gpu_check, gpu_checks, gpu_generation, gpu_log, gpu_parity, gpu_step, gpu_training
+from tools import (
+    gpu_ceilings,
+    gpu_check,
+    gpu_checkpoint,
+    gpu_checks,
+    gpu_generation,
+    gpu_log,
+    gpu_parity,
+    gpu_step,
+    gpu_training,
+)
 from tools.gpu_setting import Record, Setting, random_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -262,3 +273,9 @@ def test_graphs_pass_where_the_tokens_are_those_without_them(setting, monkeypatc
 
     monkeypatch.setattr(gpu_generation, "record_on_cuda", wrong)
     assert not gpu_generation.with_graphs(setting, model.vae, model.dit, prompts, 16).ok
+
+
+def test_both_forms_of_saving_are_measured(setting):
+    records = {record.name: record for record in gpu_checkpoint.check_save(replace(setting, quick=False))}
+    assert all(record.ok and record.value > 0 for record in records.values())
+    assert list(records) == ["checkpoint.synchronous", "checkpoint.asynchronous.wait"]

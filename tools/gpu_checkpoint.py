@@ -22,16 +22,16 @@ def check_save(setting: Setting) -> Iterator[Record]:
         config = setting.config(setting.large_preset, *sizes, one_step)
         with fresh_engine(config, setting.groups) as engine:
             engine.step(synthetic_batches(config, 1, setting.device), 0)  # AdamW has moments only then
-            for number, asynchronous in enumerate(forms, start=1):
-                yield save(setting, engine, number, asynchronous)
+            for asynchronous in forms:
+                yield save(setting, engine, 1, asynchronous)
 
 
-def save(setting: Setting, engine: Engine, number: int, asynchronous: bool) -> Record:
-    """One save; its folder is gone again afterwards, for a disk may not hold two."""
+def save(setting: Setting, engine: Engine, steps: int, asynchronous: bool) -> Record:
+    """One save after so many steps; its folder is gone again afterwards, for a disk may not hold two."""
     saved: list[Saved] = []
     with CheckpointWriter(engine, "synthetic", setting.groups, asynchronous, saved.append) as writer:
         began = time.perf_counter()
-        writer.save(number)
+        writer.save(steps)
         waited = time.perf_counter() - began
     took, folder = saved[0], engine.config.run_folder
     rate = took.bytes / took.seconds / 1e9
