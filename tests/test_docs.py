@@ -35,7 +35,7 @@ LAYERS = (
     ("models", "objectives", "records", "data"),
     ("layers",),
     ("parallel",),
-    ("config", "errors.py"),
+    ("config", "errors.py", "cuda_environment.py"),
 )
 
 
