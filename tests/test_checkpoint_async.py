@@ -178,10 +178,10 @@ def run_until_killed(config: RunConfig, moment: str) -> None:
     ("moment", "ranks", "left"),
     [("writing", 1, 2), ("writing", 2, 2), ("index", 2, 2), ("rename", 1, 2), ("renamed", 1, 4), ("removing", 1, 4)],
 )
-def test_a_kill_at_any_moment_of_a_save_leaves_a_good_checkpoint(tiny, moment, ranks, left):
+def test_a_kill_at_any_moment_of_a_save_leaves_a_good_checkpoint(tiny, saved, moment, ranks, left):
+    straight, _ = saved(ranks)
     overrides = ["training.checkpoint.every=2", "training.checkpoint.keep_last=1", f"parallel.zero_stage={ranks}"]
-    straight, killed = tiny(1, "name=straight", *overrides), tiny(1, "name=killed", *overrides)
-    run_on(ranks, run, straight)
+    killed = tiny(1, "name=killed", *overrides)
     ends = ends_of_ranks(run_until_killed, ranks, killed, moment)
     assert -signal.SIGKILL in [end.exit_code for end in ends]
     assert newest_checkpoint(killed.run_folder).name == f"step_{left:08d}"
@@ -296,7 +296,7 @@ def saved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[i
     def pair(ranks: int) -> tuple[RunConfig, RunConfig]:
         if ranks not in done:
             common = [*TINY, *EVERY_TWO, "stage=1", f"data.path={corpus}", f"runs_folder={folder}"]
-            common.append("parallel.zero_stage=1")
+            common.append(f"parallel.zero_stage={ranks}")
             straight, stopped = (load_config("tiny", [*common, f"name={name}{ranks}"]) for name in ("whole", "part"))
             run_on(ranks, run, straight)
             part = stopped.training.model_copy(update={"stop_after": 4})

@@ -67,9 +67,12 @@ FLOAT32 = ("training.precision=fp32",)
 BFLOAT16 = ("training.precision=bf16",)
 INTERVAL = (
     "training.vae_update.mode=interval",
-    "training.vae_update.joint_steps=2",
+    "training.vae_update.joint_steps=1",
     "training.vae_update.frozen_steps=2",
 )
+STEPS = 4
+HALF_WAY = "training.stop_after=2"
+"""Past the warm-up, and in the middle of the frozen steps of `INTERVAL`."""
 
 PAIRS = [
     (FLOAT32, ALONE, TENSOR),
@@ -92,6 +95,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
     make_text(folder / "text.jsonl", documents=60)
     shards = prepared(folder / "shards", [folder / "text.jsonl"], vocab_size=VOCABULARY)
     common = [*TINY, f"model.vocab_size={VOCABULARY}", f"data.path={shards}", f"runs_folder={folder / 'runs'}"]
+    common.append(f"training.steps={STEPS}")
     first = load_config("tiny", [*common, "stage=1", "name=first", "training.steps=1"])
     train(first, progress=False)
     joint = ["training.vae_update.from_scratch=false", f"training.stage_one={first.run_folder}"]
@@ -100,7 +104,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
 
 @pytest.fixture(scope="module")
 def uninterrupted(start: Start) -> Callable[[tuple[str, ...]], RunConfig]:
-    """Six steps in one process, once for each set of overrides."""
+    """All steps in one process, once for each set of overrides."""
     done: dict[tuple[str, ...], RunConfig] = {}
 
     def run(overrides: tuple[str, ...]) -> RunConfig:
@@ -114,13 +118,13 @@ def uninterrupted(start: Start) -> Callable[[tuple[str, ...]], RunConfig]:
 
 @pytest.fixture(scope="module")
 def stopped(start: Start) -> Callable[[tuple[str, ...], Layout], RunConfig]:
-    """Three of six steps under a layout, once for each."""
+    """Half of the steps under a layout, once for each."""
     done: dict[tuple, RunConfig] = {}
 
     def run(overrides: tuple[str, ...], layout: Layout) -> RunConfig:
         key = (overrides, layout)
         if key not in done:
-            done[key] = start(f"stopped{len(done)}", *overrides, *layout.overrides, "training.stop_after=3")
+            done[key] = start(f"stopped{len(done)}", *overrides, *layout.overrides, HALF_WAY)
             run_layout(train, layout, done[key], False)
         return done[key]
 
@@ -173,9 +177,9 @@ def test_a_checkpoint_resumes_under_another_layout(uninterrupted, stopped, overr
         tolerance = 0.02 if overrides is BFLOAT16 else 1e-5
         for expected, found in zip(curve(straight), curve(resumed), strict=True):
             assert found == pytest.approx(expected, rel=tolerance)
-        assert read_state(newest_checkpoint(resumed.run_folder))["samples_seen"] == 6 * 8
+        assert read_state(newest_checkpoint(resumed.run_folder))["samples_seen"] == STEPS * 8
         if overrides is not BFLOAT16:
-            bound = 0.05 * straight.training.optimizer.learning_rate * 6
+            bound = 0.05 * straight.training.optimizer.learning_rate * STEPS
             expected, found = (read_weights(newest_checkpoint(run.run_folder))[1] for run in (straight, resumed))
             for name, value in expected.items():
                 assert (found[name] - value).abs().max() < bound, name
@@ -201,7 +205,7 @@ def load_and_save(config: RunConfig, again: RunConfig) -> None:
     engine = Engine(model.to(groups.device), config, groups)
     load_optimizer(engine, checkpoint)
     engine.config = again
-    save_checkpoint(engine, 3, "", groups)
+    save_checkpoint(engine, STEPS // 2, "", groups)
 
 
 @pytest.mark.parametrize(

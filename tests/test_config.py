@@ -1,7 +1,5 @@
 """The config tree: presets, overrides, and refusals in one line that names key, value and cure."""
 
-import subprocess
-import sys
 from typing import Annotated, Literal, get_args, get_origin
 
 import pytest
@@ -19,6 +17,7 @@ from cola_megatron.config import (
 from cola_megatron.config.types import NOT_BOOL
 from data_prep.recipe import Recipe
 from launchers.slurm.site import Site
+from tests.commands import cola
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -199,15 +198,10 @@ def test_a_number_is_a_name_in_a_file_too_and_a_date_is_to_be_quoted(tmp_path):
 
 
 def test_the_command_prints_the_tree_and_exits_with_2_on_wrong_use():
-    def cola(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", "launchers.cli", "config", *arguments], capture_output=True, text=True, timeout=60
-        )
-
-    shown = cola("tiny", "model.dit.block_size=8")
+    shown = cola("config", "tiny", "model.dit.block_size=8")
     assert shown.returncode == 0
     assert yaml.safe_load(shown.stdout)["model"]["dit"]["block_size"] == 8
-    refused = cola("tiny", "model.dit.block_size=7")
+    refused = cola("config", "tiny", "model.dit.block_size=7")
     assert refused.returncode == 2
     assert refused.stderr.startswith("cola: model.dit.block_size=7") and refused.stderr.count("\n") == 1
 

@@ -132,27 +132,27 @@ SKIP = ["training.divergence.not_finite=skip", "training.checkpoint.every=2"]
         (2, ["parallel.zero_stage=1", "parallel.pipeline_parallel_size=2"]),
     ],
 )
-@pytest.mark.parametrize("factor", [math.nan, 1e4])
-def test_a_skipped_update_changes_nothing(tiny, ranks: int, overrides: list[str], factor: float) -> None:
-    spike = ["training.divergence.spike=skip", "training.divergence.spike_window=2"] if factor == 1e4 else []
-    config = tiny(2, *SKIP, *spike, "training.steps=4", "training.checkpoint.keep_last=9", *overrides)
-    if ranks == 1:
-        poisoned_train(config, [3], factor)
-    else:
-        run_ranks(poisoned_train, ranks, config, [3], factor)
-    folder = config.run_folder / "checkpoints"
+def test_a_skipped_update_changes_nothing(tiny, ranks: int, overrides: list[str]) -> None:
     # Steps 3 (good) and 4 (bad): as after step 3 of a run that ends there.
-    straight = tiny(2, *SKIP, *spike, "training.steps=3", "name=straight", *overrides)
+    straight = tiny(2, *SKIP, "training.steps=3", "name=straight", *overrides)
     if ranks == 1:
         train(straight, progress=False)
     else:
         run_ranks(train, ranks, straight, False)
-    _, after = read_weights(folder / "step_00000004")
     _, before = read_weights(newest_checkpoint(straight.run_folder))
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    state = read_state(folder / "step_00000004")
-    assert state["divergence"]["skipped_updates"] == 1
-    assert sorted(losses(config)) == [1, 2, 3]
+    spike = ["training.divergence.spike=skip", "training.divergence.spike_window=2"]
+    for name, factor, more in (("nan", math.nan, []), ("spike", 1e4, spike)):
+        config = tiny(2, *SKIP, *more, "training.steps=4", f"name={name}", *overrides)
+        if ranks == 1:
+            poisoned_train(config, [3], factor)
+        else:
+            run_ranks(poisoned_train, ranks, config, [3], factor)
+        newest = newest_checkpoint(config.run_folder)
+        assert newest.name == "step_00000004"
+        _, after = read_weights(newest)
+        assert all(torch.equal(after[tensor], before[tensor]) for tensor in before), name
+        assert read_state(newest)["divergence"]["skipped_updates"] == 1
+        assert sorted(losses(config)) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("policy", ["skip", "roll_back"])

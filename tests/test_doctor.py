@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +15,7 @@ from cola_megatron.preflight import Check, Status, cluster, installation, machin
 from cola_megatron.preflight.cluster import Findings, check_cluster
 from cola_megatron.preflight.gpus import FIELDS, gpu_checks, problems_of, read_query
 from launchers.cli import app
+from tests.commands import cola
 from tests.ranks import run_ranks
 from tests.support import small_disk
 
@@ -172,7 +171,6 @@ def test_good_nodes() -> None:
 def test_it_never_waits_for_ever() -> None:
     environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    command = [sys.executable, "-m", "launchers.cli", "doctor", "--timeout", "12"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = cola("doctor", "--timeout", 4, env=environment)
     assert done.returncode == ExitCode.CRASHED
-    assert "no end within 12 s at: rendezvous" in done.stderr or "did not meet" in done.stderr
+    assert "no end within 4 s at: rendezvous" in done.stderr or "did not meet" in done.stderr

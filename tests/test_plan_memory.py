@@ -119,7 +119,9 @@ def fake_paper_2b(overrides: list[str], world_size: int) -> dict[str, tuple[floa
 )
 def test_memory_of_paper_2b(tensor, sequence, recompute, accumulation):
     replicas = 8
+    layers = [] if tensor == 1 else ["model.dit.num_layers=8"]  # one like the other: once with all of them is enough
     overrides = [
+        *layers,
         f"parallel.tensor_parallel_size={tensor}",
         f"parallel.sequence_parallel={sequence}",
         f"training.activation_checkpointing={recompute}",
@@ -187,6 +189,7 @@ def check_peaks(world_size: int, cases: list[list[str]]) -> None:
 
 BF16, RECOMPUTED = "training.precision=bf16", "training.activation_checkpointing=true"
 EXACT = "parallel.gradient_reduction=fp32"
+HALF = "training.global_batch_size=8"
 
 
 @pytest.mark.parametrize(
@@ -210,7 +213,8 @@ def test_memory_of_replicas(zero_stage, overrides):
 
 def test_memory_under_tensor_parallelism():
     two = "parallel.tensor_parallel_size=2"
-    check_peaks(2, [[two], [two, "parallel.sequence_parallel=true", BF16]])
+    # Half of the replicas' batch: two micro-batches here, too.
+    check_peaks(2, [[two, HALF], [two, HALF, "parallel.sequence_parallel=true", BF16]])
 
 
 def test_memory_of_pipeline_stages():

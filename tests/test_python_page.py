@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import traceback
 from pathlib import Path
 
@@ -41,22 +42,29 @@ def _execute(blocks: list[str], folder: Path) -> None:
                 raise SystemExit(1) from None
 
 
+@pytest.fixture(scope="module")
+def of_the_page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder in which the page was run, and what it printed."""
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("page")
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 8
+    return folder, run(blocks, folder, "print(len(texts), [run.label for run in runs], page.name)")
+
+
 def cells(kind: str) -> list[dict]:
     return [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == kind]
 
 
-def test_the_page_runs_from_top_to_bottom(tmp_path):
-    pytest.importorskip("matplotlib")
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 8
-    shown = run(blocks, tmp_path, "print(len(texts), [run.label for run in runs], page.name)")
+def test_the_page_runs_from_top_to_bottom(of_the_page):
+    folder, shown = of_the_page
     assert shown.splitlines()[-1] == "2 ['slow', 'fast'] comparison.html"
     assert "training.optimizer.learning_rate ('0.0001', '0.001')" in shown
-    assert (tmp_path / "comparison" / "comparison.html").is_file()
+    assert (folder / "comparison" / "comparison.html").is_file()
 
 
-def test_the_notebook_runs_from_top_to_bottom(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_the_notebook_runs_from_top_to_bottom(of_the_page, tmp_path):
+    shutil.copytree(of_the_page[0] / "data", tmp_path / "data")  # by the same recipe
     blocks = ["".join(cell["source"]) for cell in cells("code")]
     shown = run(
         blocks, tmp_path, "print([prior.step for prior in priors], sorted(metrics)[0], [r.label for r in runs])"

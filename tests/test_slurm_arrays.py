@@ -1,8 +1,6 @@
 """`cola submit array`, `cola status` and `cola cancel` on a real Slurm."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from cola_megatron.config import dump_config
@@ -82,11 +80,6 @@ def test_status_without_slurm(tiny, tmp_path: Path) -> None:
 
     config = tiny(1, "training.steps=2")
     train(config, progress=False)
-    done = subprocess.run(
-        [sys.executable, "-m", "launchers.cli", "status", str(config.runs_folder)],
-        env={"PATH": str(tmp_path), "PYTHONPATH": ":".join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
+    done = commands.cola("status", config.runs_folder, env={"PATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert "finished" in done.stdout and str(config.run_folder) in done.stdout

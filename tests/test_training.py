@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 from cola_megatron.checkpoint.errors import CheckpointError
 from cola_megatron.checkpoint.find import newest_checkpoint
 from cola_megatron.checkpoint.load import read_weights
-from cola_megatron.config import ConfigError, load_config
+from cola_megatron.config import ConfigError, RunConfig, load_config
 from cola_megatron.errors import UserError
 from cola_megatron.parallel.deepspeed_output import quiet_deepspeed
 from cola_megatron.records.metrics import read_metrics
@@ -32,6 +34,21 @@ def curve(config, *names: str) -> list[tuple[float, ...]]:
 
 def run(config) -> None:
     train(config, progress=False)
+
+
+@pytest.fixture(scope="module")
+def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunConfig]:
+    """`alone(stage, *overrides)`: a run to its end in this process, once for each."""
+    folder, done = tmp_path_factory.mktemp("alone"), {}
+
+    def trained(stage: int, *overrides: str) -> RunConfig:
+        if (stage, overrides) not in done:
+            common = [*TINY, f"stage={stage}", f"data.path={corpus}", f"runs_folder={folder}", f"name=run{len(done)}"]
+            done[stage, overrides] = load_config("tiny", [*common, *overrides])
+            run(done[stage, overrides])
+        return done[stage, overrides]
+
+    return trained
 
 
 def weights(config) -> dict[str, torch.Tensor]:
@@ -331,18 +348,17 @@ def test_bf16_keeps_float32_master_weights(tiny):
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_two_processes_equal_one(tiny, stage, zero_stage):
-    alone = tiny(stage, "name=alone", "parallel.zero_stage=0")
-    run(alone)
-    together = tiny(stage, "name=together", f"parallel.zero_stage={zero_stage}")
+def test_two_processes_equal_one(tiny, alone, stage, zero_stage):
+    one, together = alone(stage, "parallel.zero_stage=0"), tiny(stage, f"parallel.zero_stage={zero_stage}")
     run_ranks(run, 2, together)
     # float32 sums in another order: 1e-5 at the first step, and AdamW carries it on.
-    first, *others = zip(curve(alone), curve(together), strict=True)
+    first, *others = zip(curve(one), curve(together), strict=True)
     assert first[1] == pytest.approx(first[0], rel=1e-5)
     for expected, found in others:
         assert found == pytest.approx(expected, rel=1e-3)
-    for name, value in weights(alone).items():
-        assert (weights(together)[name] - value).abs().max() < 0.05 * alone.training.optimizer.learning_rate * 6, name
+    found = weights(together)
+    for name, value in weights(one).items():
+        assert (found[name] - value).abs().max() < 0.05 * one.training.optimizer.learning_rate * 6, name
 
 
 def test_a_batch_that_the_replicas_cannot_share_is_refused(tiny):
@@ -352,34 +368,27 @@ def test_a_batch_that_the_replicas_cannot_share_is_refused(tiny):
 
 @pytest.mark.parametrize("mode", ["interval", "frozen"])
 @pytest.mark.parametrize("zero_stage", [2, 3])
-def test_frozen_steps_under_zero(tiny, mode, zero_stage):
-    first = tiny(1, "name=first", "training.steps=1")
-    run(first)
+def test_frozen_steps_under_zero(tiny, alone, mode, zero_stage):
     overrides = [
-        f"training.stage_one={first.run_folder}",
+        f"training.stage_one={alone(1, 'training.steps=1').run_folder}",
         "training.vae_update.from_scratch=false",
         f"training.vae_update.mode={mode}",
         "training.vae_update.joint_steps=2",
         "training.vae_update.frozen_steps=2",
     ]
-    alone = tiny(2, "name=alone", *overrides)
-    run(alone)
-    together = tiny(2, "name=together", f"parallel.zero_stage={zero_stage}", *overrides)
+    together = tiny(2, f"parallel.zero_stage={zero_stage}", *overrides)
     run_ranks(run, 2, together)
-    for expected, found in zip(curve(alone), curve(together), strict=True):
+    for expected, found in zip(curve(alone(2, *overrides)), curve(together), strict=True):
         assert found == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("sequence_parallel", ["false", "true"])
 @pytest.mark.parametrize("stage", [1, 2])
-def test_tensor_parallel_equals_one_process(tiny, stage, sequence_parallel):
-    alone = tiny(stage, "name=alone")
-    run(alone)
-    together = tiny(
-        stage, "name=together", "parallel.tensor_parallel_size=2", f"parallel.sequence_parallel={sequence_parallel}"
-    )
+def test_tensor_parallel_equals_one_process(tiny, alone, stage, sequence_parallel):
+    steps = "training.steps=4"  # past the warm-up
+    together = tiny(stage, steps, "parallel.tensor_parallel_size=2", f"parallel.sequence_parallel={sequence_parallel}")
     run_ranks(run, 2, together)
-    first, *others = zip(curve(alone), curve(together), strict=True)
+    first, *others = zip(curve(alone(stage, steps)), curve(together), strict=True)
     assert first[1] == pytest.approx(first[0], rel=1e-5)
     for expected, found in others:
         assert found == pytest.approx(expected, rel=1e-3)
