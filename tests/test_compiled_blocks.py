@@ -1,5 +1,8 @@
 """Compiled transformer layers: the same numbers, whole graphs, and no compilation after the first step."""
 
+import signal
+from pathlib import Path
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -7,9 +10,11 @@ from torch._dynamo.utils import counters
 
 from cola_megatron.config import ConfigError, RunConfig, load_config
 from cola_megatron.models.cola import Cola
-from cola_megatron.models.compiled_blocks import compile_blocks, compiles, uncompiled
+from cola_megatron.models.compiled_blocks import compile_blocks, compiles, start_compilers, uncompiled
 from cola_megatron.parallel import initialize_parameters
 from cola_megatron.training.build_model import build_model, initialize_run
+from cola_megatron.training.stop_signals import STOP_SIGNALS
+from tests.ranks import run_ranks
 from tests.support import perturbed, random_batch
 
 # The graphs are traced and differentiated by the compiler and run by torch's own kernels: what the compiler may get
@@ -75,3 +80,22 @@ def test_automatic_means_where_it_can_and_helps(tiny):
 def test_a_layout_in_which_layers_do_not_compile_is_refused(layout):
     with pytest.raises(ConfigError, match="use another layout, or compile_blocks=never"):
         load_config("tiny", ["stage=2", "training.compile_blocks=always", layout])
+
+
+def blocked_signals_of_the_compilers() -> int:
+    """The mask of signals that the process which compiles for this one does not hear, as the system has it."""
+    from torch._inductor import config
+    from torch._inductor.async_compile import AsyncCompile
+
+    config.compile_threads = 2  # on a machine of one core there would be no such process
+    start_compilers(STOP_SIGNALS)
+    pool = AsyncCompile.process_pool()
+    status = Path(f"/proc/{pool.process.pid}/status").read_text()
+    pool.shutdown()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+    return int(status.split("SigBlk:")[1].split()[0], 16)
+
+
+def test_a_stop_signal_does_not_take_the_compilers_away():
+    (blocked,) = run_ranks(blocked_signals_of_the_compilers, 1)
+    assert all(blocked & 1 << number - 1 for number in STOP_SIGNALS)

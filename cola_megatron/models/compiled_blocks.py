@@ -5,7 +5,8 @@ another, than in attention (docs/performance.md).
 """
 
 import contextlib
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,6 +23,21 @@ def compiles(config: RunConfig, device: torch.device) -> bool:
     if wanted == "auto":
         return device.type == "cuda" and config.parallel.can_compile_blocks
     return wanted == "always"
+
+
+def start_compilers(stop_signals: Iterable[signal.Signals]) -> None:
+    """Starts the processes in which torch compiles kernels, deaf to signals that ask a run to stop.
+
+    A scheduler sends these to every process of a job. torch's own compilers would end, and the run, which goes on to
+    the end of its step to save itself, would wait for their answer for ever.
+    """
+    from torch._inductor.async_compile import AsyncCompile  # slow to import, and only compiled runs need it
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)  # which the processes inherit
+    try:
+        AsyncCompile.warm_pool()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> int:

@@ -10,7 +10,7 @@ from cola_megatron.checkpoint.pieces import frozen_weights
 from cola_megatron.config import RunConfig
 from cola_megatron.layers.attention import allow_cudnn_in_training
 from cola_megatron.models.cola import Cola
-from cola_megatron.models.compiled_blocks import compile_blocks, compiles
+from cola_megatron.models.compiled_blocks import compile_blocks, compiles, start_compilers
 from cola_megatron.models.steps import Stage
 from cola_megatron.parallel import ProcessGroups, sum_partial_gradients
 from cola_megatron.parallel.deepspeed_grid import DeepSpeedGrid
@@ -19,6 +19,7 @@ from cola_megatron.parallel.pipeline import Neighbours, SeedGradients, Tensors, 
 from cola_megatron.parallel.zero_optimizer import ZeroOptimizer
 from cola_megatron.training.batches import micro_batches_per_step
 from cola_megatron.training.optimizer import build_optimizer, learning_rate, set_learning_rates, trained_networks
+from cola_megatron.training.stop_signals import STOP_SIGNALS
 
 
 class Engine:
@@ -33,7 +34,10 @@ class Engine:
         sum_partial_gradients(model, groups)
         self.frozen = frozen_weights(model, groups)
         allow_cudnn_in_training(config.attention_lengths)
-        if compiles(config, groups.device):
+        compiled = compiles(config, groups.device)
+        if compiled or groups.device.type == "cuda":  # where a chunked cross-entropy is compiled in any case
+            start_compilers(STOP_SIGNALS)
+        if compiled:
             compile_blocks(model)
         self._neighbours_of: dict[Stage, Neighbours] = {}
         self.skipped_updates = 0
