@@ -134,19 +134,24 @@ def gpu_of_device(device_name: str) -> GPU | None:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of the peaks that real work reaches: assumptions, each to be replaced by a measurement."""
+    """Shares of the peaks that real work reaches, each to be replaced by a measurement of your own.
+
+    Those of computation were measured on an H200 (docs/performance.md); those of traffic are assumptions.
+    """
 
     mfu: float | None = None
-    """A measured share of the peak FLOP/s for all computation of a micro-batch; it replaces the next five."""
-    matrix: float = 0.6
+    """A measured share of the peak FLOP/s for all computation of a micro-batch; it replaces the next six."""
+    matrix: float = 0.77
     """Share of the peak FLOP/s in matrix products, everything elementwise around them left out."""
-    attention: float = 0.35
-    """Share of the peak FLOP/s in the attention product."""
-    memory: float = 0.8
+    attention: float = 0.23
+    """Share of the peak FLOP/s in the attention product, over the pairs that the kernel computes."""
+    memory: float = 0.88
     """Share of the HBM bandwidth in elementwise work and in the optimiser step."""
     elementwise_passes: float = 8.0
-    """How often a byte that autograd keeps crosses the HBM in one forward and backward pass: written and read forward,
-    read backward, its gradient written and read, and the float32 intermediates of norms and rotations."""
+    """How often a byte that autograd keeps crosses the HBM in one forward and backward pass of compiled layers: written
+    and read forward, read backward, its gradient written and read, and what the kernels between two products share."""
+    plain_elementwise_passes: float = 21.0
+    """The same of layers that are not compiled, each of whose operations reads and writes for itself."""
     kernel_seconds: float = 6e-6
     """Start of one kernel by the host: the least time that small operations take."""
     link: float = 0.75
@@ -176,7 +181,7 @@ def efficiency_with(assignments: Iterable[str]) -> Efficiency:
             value = float(text)
         except ValueError:
             raise ConfigError(f"{assignment}: give a number, as in {name}=0.5") from None
-        largest = float("1e15") if name in ("elementwise_passes", "host_bandwidth") else 1.0
+        largest = float("1e15") if name.endswith(("elementwise_passes", "host_bandwidth")) else 1.0
         if not 0 < value <= largest:
             raise ConfigError(f"{assignment}: must lie above 0 and not above {largest:g}")
         values[name] = value
