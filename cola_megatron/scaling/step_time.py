@@ -24,8 +24,8 @@ from cola_megatron.scaling.parts import Part, chain_parts, two_copy_pairs, two_c
 # Forward and backward against forward alone: matrix products, attention (which computes its scores once more), bytes.
 MATRIX_PASSES, ATTENTION_PASSES, BYTE_PASSES = 3.0, 3.5, 3.0
 
-# Kernels that one transformer block starts, forward and backward: counted are 134 of the DiT's, and 3,800 of 40 compiled
-# blocks.
+# Kernels that one transformer block starts, forward and backward: counted are 134 of the DiT's, and 3,800 of 40 blocks
+# that are compiled.
 KERNELS_OF_A_BLOCK, KERNELS_OF_A_COMPILED_BLOCK = 130, 95
 
 
