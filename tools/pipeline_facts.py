@@ -109,10 +109,17 @@ def boxes(stage: Stage) -> list[Box]:
     found = []
     for key, steps in groupby(stage.steps, key=_place):
         if key in _NETWORKS.values():
-            found.append(Box("net", key, _pieces([step.part for step in steps])))
+            own = list(steps)
+            found.append(Box("net", key, _pieces([step.part for step in own])))
+            # A cross-entropy in chunks is computed together with the head.
+            found += [_term(name) for step in own for name in step.writes if name.startswith(LOSS)]
         elif key:
-            found.append(Box("loss" if key.startswith(LOSS) else "latent", key.removeprefix(LOSS).replace("_", " ")))
+            found.append(_term(key) if key.startswith(LOSS) else Box("latent", key.replace("_", " ")))
     return found
+
+
+def _term(name: str) -> Box:
+    return Box("loss", name.removeprefix(LOSS).replace("_", " "))
 
 
 def _place(step: Step) -> str:
