@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from cola_megatron.config import load_config
-from cola_megatron.layers.masks import block_causal_mask, two_copy_mask
+from cola_megatron.layers.attention import attend
+from cola_megatron.layers.masks import block_causal_mask, two_copies_in_chunks, two_copy_mask
 from cola_megatron.layers.time_embedding import look_up
 from cola_megatron.models import DiT, TextVAE
-from cola_megatron.models.cola import Cola
+from cola_megatron.models.cola import Cola, attention_chunk
 from cola_megatron.models.dit import two_copy_times
 from cola_megatron.models.steps import run_steps, steps_for
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
@@ -131,3 +132,35 @@ def test_rows_of_times_have_the_gradient_of_an_embedding(blocks):
     assert torch.equal(found, expected)
     (ours,), (theirs,) = (torch.autograd.grad((rows * weight).sum(), table) for rows in (found, expected))
     assert (ours - theirs).norm() <= 1e-6 * theirs.norm()  # float32 sums in another order
+
+
+@pytest.mark.parametrize("size", [4, 6, 8, 100])
+@pytest.mark.parametrize("clean_length", [28, 32])
+def test_attention_in_chunks_is_attention(size, clean_length):
+    random = torch.Generator().manual_seed(0)
+    dropped = torch.rand(3, 8, generator=random) < 0.3
+    documents = torch.arange(32).expand(3, 32) // torch.tensor([[9], [20], [32]])
+    mask = two_copy_mask(32, 4, clean_length, dropped, documents_BL=documents)
+    chunked = two_copies_in_chunks(mask, 32, clean_length, 4, size)
+    q, k, v = (
+        torch.randn(clean_length + 32, 3, 2, 8, generator=random, dtype=torch.float64, requires_grad=True)
+        for _ in range(3)
+    )
+    weight = torch.randn(clean_length + 32, 3, 16, generator=random, dtype=torch.float64)
+    whole, in_chunks = (attend(q, k, v, form) for form in (mask, chunked))
+    assert torch.allclose(in_chunks, whole, rtol=0, atol=1e-12)
+    for ours, theirs in zip(
+        *(torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (in_chunks, whole)), strict=True
+    ):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_chunks_leave_out_pairs_and_come_by_themselves_on_a_cpu_where_they_pay(tiny):
+    mask = two_copy_mask(512, 16, 496)
+    pairs = sum(chunk.visible.numel() for chunk in two_copies_in_chunks(mask, 512, 496, 16, 256).chunks)
+    assert pairs < 0.53 * 1008**2
+    long = tiny(2, "data.sequence_length=512", "training.micro_batch_size=1", "training.global_batch_size=1")
+    assert attention_chunk(long, torch.device("cpu")) == 256
+    assert attention_chunk(long, torch.device("cuda")) == 0
+    assert attention_chunk(tiny(2), torch.device("cpu")) == 0
+    assert attention_chunk(tiny(2, "training.attention_chunk=8"), torch.device("cuda")) == 8

@@ -24,8 +24,9 @@ ONE_OF_EIGHT = 22
 SWITCHES: Mapping[str, tuple[str, ...]] = {
     "without_compile": ("training.compile_blocks=never",),
     "without_loss_chunks": ("training.loss_chunk_tokens=0",),
+    "attention_in_chunks": ("training.attention_chunk=256",),
 }
-"""Name -> overrides that turn one thing off."""
+"""Name -> overrides that turn one thing off, or on that has not been measured on a GPU."""
 
 SIZES = (8, 16)
 """Micro-batches; the preset's own first, for a run that is cut off should have had it."""

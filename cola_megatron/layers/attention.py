@@ -46,7 +46,22 @@ class InContext(Protocol):
 def attend(q_SBAD: torch.Tensor, k_KBAD: torch.Tensor, v_KBAD: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v over the visible keys; (S, B, A, D) -> (S, B, A * D)."""
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBAD, k_KBAD, v_KBAD))
-    return product(q, k, v, mask.visible, mask.causal).permute(2, 0, 1, 3).flatten(2)
+    if mask.chunks:
+        out = torch.cat(
+            [
+                product(q[:, :, chunk.queries], _joined(k, chunk.keys), _joined(v, chunk.keys), chunk.visible)
+                for chunk in mask.chunks
+            ],
+            dim=2,
+        )
+    else:
+        out = product(q, k, v, mask.visible, mask.causal)
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def _joined(x_BAKD: torch.Tensor, parts: tuple[slice, ...]) -> torch.Tensor:
+    pieces = [x_BAKD[:, :, part] for part in parts]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
 def product(

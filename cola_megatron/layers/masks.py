@@ -5,9 +5,19 @@ a clean query of block i sees clean blocks <= i; a noisy query of block i sees c
 (paper section 2: V_b = {sg(z0^(<b)), zt^(b)}).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+
+@dataclass(frozen=True)
+class QueryChunk:
+    """Queries next to each other, and all the keys that any of them sees."""
+
+    queries: slice
+    keys: tuple[slice, ...]
+    visible: torch.Tensor
+    """Of these queries and keys, as in `AttentionMask`."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +26,8 @@ class AttentionMask:
 
     visible: torch.Tensor | None = None
     causal: bool = False
+    chunks: tuple[QueryChunk, ...] = ()
+    """The same mask as products over fewer pairs, one for each chunk of the queries in order; empty: one product."""
 
 
 def block_causal_mask(
@@ -79,6 +91,28 @@ def two_copy_mask(
         dropped_BL = context_dropped_BN.repeat_interleave(block_size, dim=1)
         visible[:, clean_length:, :clean_length] &= ~dropped_BL[:, :, None]
     return AttentionMask(visible[:, None])
+
+
+def two_copies_in_chunks(
+    mask: AttentionMask, length: int, clean_length: int, block_size: int, size: int
+) -> AttentionMask:
+    """A `two_copy_mask` with its products over chunks of `size` queries, rounded up to whole blocks.
+
+    A chunk of the clean copy sees clean keys up to its own end; one of the noisy copy the same and its own noisy keys.
+    Half the queries or a quarter of them in a chunk leave about a half or three eighths of all pairs.
+    """
+    visible, size = mask.visible, -(-size // block_size) * block_size
+    assert visible is not None, "a two-copy mask is never plainly causal"
+    chunks = []
+    for start in range(0, clean_length, size):
+        end = min(start + size, clean_length)
+        chunks.append(QueryChunk(slice(start, end), (slice(end),), visible[..., start:end, :end].contiguous()))
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        clean, own = slice(min(end, clean_length)), slice(clean_length + start, clean_length + end)
+        seen = torch.cat((visible[..., own, clean], visible[..., own, own]), dim=-1)
+        chunks.append(QueryChunk(own, (clean, own), seen))
+    return replace(mask, chunks=tuple(chunks))
 
 
 def _same(query_documents_BS: torch.Tensor, key_documents_BK: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from cola_megatron.config import DiTConfig
 from cola_megatron.layers import initializers
 from cola_megatron.layers.attention import Attention, AttentionContext, KeyValueStore
 from cola_megatron.layers.linear import ColumnLinear, RowLinear
-from cola_megatron.layers.masks import AttentionMask, two_copy_mask
+from cola_megatron.layers.masks import AttentionMask, two_copies_in_chunks, two_copy_mask
 from cola_megatron.layers.mlp import GELUFeedForward
 from cola_megatron.layers.norms import LayerNorm
 from cola_megatron.layers.rotary import rotary_table, rotate_interleaved
@@ -122,6 +122,8 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig, groups: ProcessGroups):
         super().__init__()
         self.config, self.groups = config, groups
+        self.attention_chunk = 0
+        """Queries of one attention product over both copies (`two_copies_in_chunks`); 0: all of them."""
         self.input = ColumnLinear(
             config.latent_dim,
             config.hidden_size,
@@ -178,7 +180,10 @@ class DiT(nn.Module):
     ) -> AttentionContext:
         """`[clean copy | noisy copy]`, both at positions 0, 1, ...; see `two_copy_mask`."""
         positions = torch.arange(length, device=device)
-        mask = two_copy_mask(length, self.config.block_size, clean_length, context_dropped_BN, device, documents_BL)
+        block_size = self.config.block_size
+        mask = two_copy_mask(length, block_size, clean_length, context_dropped_BN, device, documents_BL)
+        if self.attention_chunk:
+            mask = two_copies_in_chunks(mask, length, clean_length, block_size, self.attention_chunk)
         return self.context_at(torch.cat((positions[:clean_length], positions)), mask)
 
     def head(

@@ -142,9 +142,23 @@ def computation_seconds(config: RunConfig, part: Part, gpu: GPU, efficiency: Eff
 def _computed_pairs(config: RunConfig, part: Part) -> float:
     """Pairs that the kernel computes over pairs that the mask keeps: with a mask tensor it skips none."""
     if part.label == "dit.block":
-        return two_copy_positions(config) ** 2 / two_copy_pairs(config.latent_length, config.model.dit.block_size)
+        return _pairs_of_the_prior(config) / two_copy_pairs(config.latent_length, config.model.dit.block_size)
     length, block = config.latent_length, config.model.vae.block_size
     return 1.0 if block == 1 else 2 * length / (length + block)
+
+
+def _pairs_of_the_prior(config: RunConfig) -> int:
+    """Pairs in the products of one sample: of all positions, or of the chunks of `two_copies_in_chunks`."""
+    positions, length, block = two_copy_positions(config), config.latent_length, config.model.dit.block_size
+    chosen = config.training.attention_chunk
+    if not chosen:
+        return positions**2
+    size, clean_length = -(-chosen // block) * block, positions - length
+    of_clean = [(min(start + size, clean_length), start) for start in range(0, clean_length, size)]
+    of_noisy = [(min(start + size, length), start) for start in range(0, length, size)]
+    return sum((end - start) * end for end, start in of_clean) + sum(
+        (end - start) * (min(end, clean_length) + end - start) for end, start in of_noisy
+    )
 
 
 def _kept_bytes(config: RunConfig, part: Part) -> float:
