@@ -12,7 +12,9 @@ from launchers.output import fail, print_json, print_table
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 app = typer.Typer(
-    help="Checkpoints to and from the published inference layout; checkpoints in other files.", no_args_is_help=True
+    help="Checkpoints to and from the published inference layout; checkpoints in other files.",
+    epilog="Example: cola convert export runs/my-run exports/my-model",
+    no_args_is_help=True,
 )
 
 

@@ -11,7 +11,11 @@ from launchers.output import fail, print_json
 if TYPE_CHECKING:
     from launchers.slurm.site import Site
 
-app = typer.Typer(help="Turn raw corpora into sharded token data sets, and check them.", no_args_is_help=True)
+app = typer.Typer(
+    help="Turn raw corpora into sharded token data sets, and check them.",
+    epilog="Example: cola prep run data_prep/recipes/embedded.yaml",
+    no_args_is_help=True,
+)
 
 WORK = typer.Argument(..., help="Work folder of a preparation: NAME.work, beside its output.")
 

@@ -22,6 +22,7 @@ class ConfigByDefault(TyperGroup):
 app = typer.Typer(
     cls=ConfigByDefault,
     help="Hand training to Slurm: `cola submit CONFIG --nodes N`, or a pipeline, or an array.",
+    epilog="Example: cola submit paper-2b --nodes 8 name=vae stage=1 data.path=data/my_corpus",
     no_args_is_help=True,
 )
 

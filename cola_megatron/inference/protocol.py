@@ -7,7 +7,7 @@ blocks as they are unmasked. Everything that is text (tokenizer, stop texts, str
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -70,9 +70,9 @@ class Generation:
 
     text: str
     """Ends before a stop text or an end-of-text token."""
-    token_ids: torch.Tensor
+    token_ids: torch.Tensor = field(repr=False)
     """(blocks * block_size * patch_size,), int64; begins with the prompt's part of the first block."""
-    latents: torch.Tensor | None
+    latents: torch.Tensor | None = field(repr=False)
     """(blocks, block_size, d), float32, in the prior's coordinates; None for a family without latents."""
     prompt_tokens: int
     """How many of `token_ids` repeat the end of the prompt; `text` starts after them."""
