@@ -76,8 +76,8 @@ class ParallelConfig(Section):
 
     @property
     def can_compile_blocks(self) -> bool:
-        """Whether the layers of a rank are whole graphs: neither ZeRO 3's hooks nor collectives inside."""
-        return self.zero_stage < 3 and self.tensor_parallel_size == 1
+        """Whether the layers of a rank may be compiled: ZeRO 3 hangs hooks on them that would not run."""
+        return self.zero_stage < 3
 
 
 class RunConfig(Section):
@@ -179,9 +179,8 @@ class RunConfig(Section):
         self._check_pipeline()
         if self.training.compile_blocks == "always" and not self.parallel.can_compile_blocks:
             raise ValueError(
-                "training.compile_blocks=always needs parallel.zero_stage below 3, whose hooks a compiled layer would "
-                "not run, and parallel.tensor_parallel_size=1, for megatron-core's collectives do not compile; use "
-                "another layout, or compile_blocks=never"
+                "training.compile_blocks=always with parallel.zero_stage=3: a compiled layer would not run the hooks "
+                "that gather its parameters; use zero_stage=2, or compile_blocks=never"
             )
         if self.parallel.offload_optimizer and self.parallel.zero_stage == 0:
             raise ValueError("parallel.offload_optimizer=true needs parallel.zero_stage of 1 or more")

@@ -146,8 +146,8 @@ class TrainingConfig(Section):
     """Recompute every transformer layer in the backward pass instead of keeping its activations."""
     compile_blocks: Annotated[Literal["auto", "never", "always"], OURS, FREE] = "auto"
     """Compile the transformer layers with torch.compile: fewer passes over the memory, and no work of the host between
-    them. auto: on CUDA, below ZeRO 3 and without tensor parallelism. It rounds elsewhere than the plain layers do, so a
-    run that is resumed with another value goes on, but not bit for bit."""
+    them. auto: on CUDA, below ZeRO 3. Under tensor parallelism layers that communicate stay as they are. It rounds
+    elsewhere than the plain layers do, so a run that is resumed with another value goes on, but not bit for bit."""
     attention_chunk: Annotated[NonNegativeInt | None, OURS, FREE] = None
     """Queries of one attention product over the prior's two copies, rounded up to whole blocks: smaller products leave
     out pairs that the mask hides. 0: one product; null: what was found to be the faster, which is 256 on a CPU from 512

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from cola_megatron.config import RunConfig
+from cola_megatron.layers.linear import ColumnLinear, RowLinear
+from cola_megatron.layers.norms import ShardedLayerNorm
 from cola_megatron.models.dit import DiTBlock
 from cola_megatron.models.text_vae import TextBlock
 
@@ -47,8 +49,24 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
     """
     blocks = [module for module in model.modules() if isinstance(module, TextBlock | DiTBlock)]
     for block in blocks:
+        _leave_collectives_out(block)
         block.compile(backend=backend, dynamic=False)
     return len(blocks)
+
+
+def _leave_collectives_out(block: nn.Module) -> None:
+    """Under tensor parallelism layers that communicate run as they are written, between compiled pieces.
+
+    megatron-core's collectives change tensors in place inside their autograd functions, which cannot be traced.
+    """
+    for module in block.modules():
+        if isinstance(module, ColumnLinear | RowLinear):
+            group: Any = module.tp_group
+            communicates = torch.distributed.get_world_size(group) > 1
+        else:
+            communicates = isinstance(module, ShardedLayerNorm) and module.groups.tensor_parallel_size > 1
+        if communicates:
+            vars(module)["forward"] = torch.compiler.disable(module.forward)
 
 
 def uncompiled() -> contextlib.AbstractContextManager[Any]:
