@@ -159,8 +159,9 @@ class CheckpointWriter:
         try:
             return write_pieces(folder, stem, save.pieces_until_abandoned())
         except OSError:
-            for file in folder.glob(f"{stem}_*"):
-                file.unlink()  # at once: a full disk is full for the log of the run, too
+            with contextlib.suppress(OSError):  # what went wrong with the write is what counts
+                for file in folder.glob(f"{stem}_*"):
+                    file.unlink()  # at once: a full disk is full for the log of the run, too
             raise
 
     def _finish(self, save: "_Save", written: list[Written]) -> None:
