@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cola_megatron.config import RunConfig
-from cola_megatron.data import TokenShards, held_out_samples, read_tokenizer, tokenizer_file
+from cola_megatron.data import TokenShards, held_out_samples, read_tokenizer
 from cola_megatron.errors import UserError
 from cola_megatron.held_out.text_passes import TextPasses
 from cola_megatron.inference.noise import block_noise
@@ -166,14 +166,13 @@ def marked(decode: Decode, tokens: Sequence[int], right: Sequence[bool]) -> Mark
     return pieces
 
 
-def decoder_for(place: str | Path | None, cache_folder: Path | None) -> Decode:
-    """Token ids to text, by the tokenizer beside the data; without one the ids themselves, and a line in the log."""
+def decoder_for(file: Path | None) -> Decode:
+    """Token ids to text, by the tokenizer of a run; without one the ids themselves, and a line in the log."""
     try:
-        file = None if place is None else tokenizer_file(place, cache_folder)
-        if file is not None:
+        if file is not None and file.is_file():
             tokenizer = read_tokenizer(file)
             return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False)
-        reason = f"{place} has no tokenizer"
+        reason = "the run has no tokenizer"
     except UserError as error:
         reason = str(error)
     logger.warning("%s: texts are written as token ids", reason)

@@ -2,6 +2,7 @@
 
 config.yaml     the resolved config of the last start
 manifest.json   command, versions and git revision of the first start, and under `resumed` of each later one
+tokenizer.json  the tokenizer of its tokens (`checkpoint.tokenizer`)
 summary.json    how the last job of the run ended
 """
 
@@ -79,6 +80,21 @@ def record_start(config: RunConfig) -> None:
     unfinished = path.with_suffix(".writing")
     unfinished.write_text(json.dumps(manifest, indent=1) + "\n")
     unfinished.replace(path)
+
+
+def placed(path: str | Path, config: RunConfig, folder: Path) -> str | Path:
+    """A path or URL of the config of the run in `folder`, which it may have had from another working directory.
+
+    A relative one is looked for from where the run's own `runs_folder/name` leads here, so that a run that was moved
+    together with its neighbours finds them, and not what has the same path elsewhere.
+    """
+    if "://" in str(path):
+        return path
+    path, own, here = Path(path).expanduser(), config.run_folder, folder.resolve()
+    if path.is_absolute() or own.is_absolute() or here.parts[-len(own.parts) :] != own.parts:
+        return path
+    found, working = Path(*here.parts[: -len(own.parts)]) / path, Path.cwd()
+    return found.relative_to(working) if found.is_relative_to(working) else found
 
 
 def write_summary(summary: Summary) -> None:

@@ -10,9 +10,11 @@ from dataclasses import replace
 from cola_megatron.checkpoint.folder import step_folders, step_of
 from cola_megatron.checkpoint.load import divergence_of, load_optimizer, load_weights
 from cola_megatron.checkpoint.resume import resume_from
+from cola_megatron.checkpoint.tokenizer import keep_tokenizer
 from cola_megatron.checkpoint.writer import CheckpointWriter, Saved
 from cola_megatron.config import RunConfig
 from cola_megatron.data import TokenShards, training_samples
+from cola_megatron.data.manifest import TOKENIZER_NAME
 from cola_megatron.data.run_shards import open_shards
 from cola_megatron.errors import ExitCode, UserError
 from cola_megatron.held_out.measure import evaluate
@@ -95,6 +97,7 @@ def _train(
         engine = Engine(model.to(groups.device), config, groups)
         if checkpoint is not None:
             load_optimizer(engine, checkpoint)
+        from_main(groups, functools.partial(keep_tokenizer, config, checkpoint, train_shards))
         # From here on the folder is written to: all that could refuse this start has had its say.
         hang.progress()
         with open_recorder(config, start, groups, progress) as recorder:
@@ -260,7 +263,7 @@ class _Run:
             return
         texts = held_out_texts(self.engine.model, self.held_out_shards, self.config, count, self.hang.progress)
         if self.groups.is_main:
-            self.decode = self.decode or decoder_for(self.config.data.path, self.config.data.cache_folder)
+            self.decode = self.decode or decoder_for(self.config.run_folder / TOKENIZER_NAME)
             kind = "reconstructions" if self.config.stage == 1 else "continuations"
             self.recorder.texts(kind, self.step, [text.readable(self.decode) for text in texts])
 
