@@ -312,6 +312,18 @@ def test_multiples_of_keep_every_stay(tiny):
     assert checkpoints(config) == [f"step_{step:08d}" for step in (3, 6, 7)]
 
 
+@pytest.mark.parametrize(("preset", "steps"), [("paper-2b", 50_000), ("base", 20_000), ("small", 4_000)])
+def test_a_preset_keeps_the_checkpoints_that_its_curve_over_training_needs(tmp_path, preset, steps):
+    config = load_config(preset, [f"runs_folder={tmp_path}"])
+    assert config.training.steps == 5 * steps
+    folder = config.run_folder / "checkpoints"
+    for step in range(steps // 2, config.training.steps + 1, steps // 2):
+        (folder / f"step_{step:08d}").mkdir(parents=True)
+        checkpoints_folder.prune(config.run_folder, config.training.checkpoint)
+    kept = {int(path.name[-8:]) for path in folder.iterdir()}
+    assert set(range(steps, config.training.steps + 1, steps)) <= kept and len(kept) == 6
+
+
 def test_no_save_is_reported_before_it_is_complete(tiny, monkeypatch):
     reported: list[Saved] = []
     config = tiny(1, "training.checkpoint.every=1")
