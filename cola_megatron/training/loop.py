@@ -21,6 +21,7 @@ from cola_megatron.held_out.measure import evaluate
 from cola_megatron.held_out.texts import Decode, decoder_for, held_out_texts
 from cola_megatron.parallel import HangWatch, PeerWatch, ProcessGroups, initialize_parameters
 from cola_megatron.parallel.consensus import StepConsensus, from_main
+from cola_megatron.records.output import outliving_its_readers
 from cola_megatron.records.recorder import RunRecorder, open_recorder
 from cola_megatron.records.run_folder import (
     Summary,
@@ -68,7 +69,11 @@ def train(config: RunConfig, progress: bool = True) -> Summary:
     require_tensorboard(config)
     groups = initialize_run(config)
     hang = HangWatch(config.run_folder, config.training.hang_seconds, groups.rank, groups.world_size)
-    with hang, PeerWatch(groups, config.parallel.peer_timeout_seconds, hang.write_stacks) as watch:
+    with (
+        outliving_its_readers(),
+        hang,
+        PeerWatch(groups, config.parallel.peer_timeout_seconds, hang.write_stacks) as watch,
+    ):
         hang.peers = watch
         while (summary := _train(config, groups, watch, hang, progress)) is None:
             # The engine of the state that was given up; its parameters go in the second round, when torch has let go.
