@@ -7,14 +7,15 @@ summary.json    how the last job of the run ended
 """
 
 import fcntl
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from cola_megatron.config import RunConfig, dump_config
 from cola_megatron.errors import ExitCode, UserError
+from cola_megatron.records.json_files import read_object, set_aside_if_damaged, write_json, write_whole
 from cola_megatron.records.metrics import read_metrics
+from cola_megatron.records.progress import PROGRESS
 from cola_megatron.records.provenance import provenance
 
 CONFIG, MANIFEST, SUMMARY, METRICS, LOCK = "config.yaml", "manifest.json", "summary.json", "metrics.jsonl", ".lock"
@@ -70,16 +71,16 @@ def record_start(config: RunConfig) -> None:
     """Writes config.yaml and notes this start in manifest.json; the main process calls it."""
     folder = config.run_folder
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(dump_config(config))
+    for name in (MANIFEST, SUMMARY, PROGRESS):
+        set_aside_if_damaged(folder / name)
+    write_whole(folder / CONFIG, dump_config(config))
     path = folder / MANIFEST
-    if path.is_file():
-        manifest = json.loads(path.read_text())
+    manifest: dict[str, Any] = read_object(path)
+    if manifest:
         manifest.setdefault("resumed", []).append(provenance())
     else:
         manifest = provenance()
-    unfinished = path.with_suffix(".writing")
-    unfinished.write_text(json.dumps(manifest, indent=1) + "\n")
-    unfinished.replace(path)
+    write_json(path, manifest)
 
 
 def placed(path: str | Path, config: RunConfig, folder: Path) -> str | Path:
@@ -99,15 +100,20 @@ def placed(path: str | Path, config: RunConfig, folder: Path) -> str | Path:
 
 def write_summary(summary: Summary) -> None:
     """Writes summary.json."""
-    (Path(summary.run_folder) / SUMMARY).write_text(json.dumps(asdict(summary), indent=1) + "\n")
+    write_json(Path(summary.run_folder) / SUMMARY, asdict(summary))
 
 
 def finished_summary(config: RunConfig, step: int) -> Summary | None:
-    """The summary of a run that has nothing left to do at its checkpoint of `step`, else None."""
-    path = config.run_folder / SUMMARY
-    if step < config.training.steps or not path.is_file():
+    """The summary of a run that has nothing left to do at its checkpoint of `step`, else None.
+
+    A run whose summary is lost or damaged has to write it: it measures, where that is missing, and ends.
+    """
+    if step < config.training.steps:
         return None
-    summary = Summary(**json.loads(path.read_text()))
+    try:
+        summary = Summary(**read_object(config.run_folder / SUMMARY))
+    except TypeError:
+        return None
     return summary if summary.finished and summary.step == step else None
 
 
@@ -127,7 +133,7 @@ def read_history(run_folder: Path, step: int) -> History:
     if not step or not path.exists():
         return History()
     records = [record for record in read_metrics(path) if record["step"] <= step]
-    seconds = max((record["seconds"] for record in records), default=0.0)
+    seconds = max((record.get("seconds", 0.0) for record in records), default=0.0)
     last = next((record for record in reversed(records) if record["kind"] == "evaluation"), None)
     if last is None:
         return History(seconds)
