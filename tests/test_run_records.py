@@ -1,12 +1,16 @@
 """The records of a run: whole or not at all, strict JSON, and what is damaged in them ends no start."""
 
+import errno
 import json
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from cola_megatron.data import ShardError
+from cola_megatron.data.cache import ShardCache
 from cola_megatron.errors import UserError
 from cola_megatron.records.goodput import read_attempts
 from cola_megatron.records.json_files import read_object, to_json, write_json
@@ -103,6 +107,27 @@ def test_a_number_that_is_not_finite_is_null_in_files_and_answers(tiny, tmp_path
     write_summary(summary)
     assert strict((config.run_folder / "summary.json").read_text())["metrics"] == {"loss": None}
     assert strict(to_json([asdict(summary)]))[0]["metrics"] == {"loss": None}
+
+
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+
+
+def test_a_run_on_a_file_system_without_locks_is_warned_and_goes_on(tiny, monkeypatch, caplog):
+    no_locks(monkeypatch)
+    config = tiny(1, "training.steps=1")
+    assert train(config, progress=False).finished
+    assert f"{config.run_folder}: this file system has no locks (No locks available)" in caplog.text
+    assert "give a runs_folder= elsewhere" in caplog.text
+
+
+def test_a_cache_on_a_file_system_without_locks_is_refused_with_its_path(tmp_path: Path, monkeypatch):
+    no_locks(monkeypatch)
+    with pytest.raises(ShardError, match=rf"{tmp_path}.*has no locks.*give a data\.cache_folder on a disk of the node"):
+        ShardCache(tmp_path / "cache", 10**6).path("0" * 64, 10, lambda file: None)
 
 
 def test_a_document_is_written_whole_or_not_at_all(tmp_path: Path):

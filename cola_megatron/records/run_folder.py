@@ -7,6 +7,7 @@ summary.json    how the last job of the run ended
 """
 
 import fcntl
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,6 +18,8 @@ from cola_megatron.records.json_files import read_object, set_aside_if_damaged, 
 from cola_megatron.records.metrics import read_metrics
 from cola_megatron.records.progress import PROGRESS
 from cola_megatron.records.provenance import provenance
+
+logger = logging.getLogger(__name__)
 
 CONFIG, MANIFEST, SUMMARY, METRICS, LOCK = "config.yaml", "manifest.json", "summary.json", "metrics.jsonl", ".lock"
 
@@ -54,6 +57,8 @@ class RunFolderTaken(UserError):
 def lock_run_folder(folder: Path) -> IO:
     """Claims a run folder for this job until the returned file is closed or the process ends.
 
+    On a file system without locks there is a warning instead: a run there is worth more than the claim.
+
     Raises:
         RunFolderTaken: another job holds it.
     """
@@ -64,6 +69,13 @@ def lock_run_folder(folder: Path) -> IO:
     except BlockingIOError:
         file.close()
         raise RunFolderTaken(f"{folder}: another job is training here; wait for it, or use another name=") from None
+    except OSError as error:  # Lustre without -o flock, NFS without its lock daemon
+        logger.warning(
+            "%s: this file system has no locks (%s), so that nothing here sees whether another job trains in the same "
+            "folder: see to it that none does, or give a runs_folder= elsewhere",
+            folder,
+            error.strerror,
+        )
     return file
 
 
