@@ -26,6 +26,7 @@ from cola_megatron.parallel import gather_state_dict, initialize_parallel, load_
 from cola_megatron.parallel.megatron import gather_from_tensor_model_parallel_region
 
 PADDING_TOKENS = ("<|pad|>", "<|endoftext|>")
+END_OF_TEXT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
 class ColaDLM:
@@ -329,6 +330,12 @@ class ColaDLM:
         return robustness.reconstruction_curve(
             self.vae, scored, times, settings.noise_seed, self._padding_of_texts(padding_id), batch_size, progress
         )
+
+    @property
+    def end_of_text_ids(self) -> tuple[int, ...]:
+        """Of the tokens that end a text in the tokenizers that we know, those that this one has."""
+        found = [self.tokenizer.token_to_id(token) for token in END_OF_TEXT_TOKENS] if self.tokenizer else []
+        return tuple(token for token in found if token is not None)
 
     def _prior(self) -> DiT:
         if self.dit is None:

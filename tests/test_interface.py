@@ -138,3 +138,7 @@ def test_bfloat16_on_the_cpu_computes_what_float32_computes(model):
     for found, expected in zip(outputs(half), outputs(model), strict=True):
         assert found.dtype == torch.float32
         assert (found - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
+def test_a_model_knows_the_token_that_ends_a_text(model):
+    assert model.end_of_text_ids == (model.tokenizer.token_to_id("<|endoftext|>"),)
