@@ -40,7 +40,8 @@ def read_prompts(file: Path) -> list[Prompt]:
         ConfigError: the file cannot be read, or a line is not of that form.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Lines as everybody counts them: `str.splitlines` also ends one at U+2028 and others that a text may hold.
+        lines = [line.removesuffix("\r") for line in file.read_bytes().decode("utf-8-sig").split("\n")]
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
     except UnicodeDecodeError:

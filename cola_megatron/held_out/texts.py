@@ -19,7 +19,7 @@ from cola_megatron.errors import UserError
 from cola_megatron.held_out.text_passes import TextPasses
 from cola_megatron.inference.noise import block_noise
 from cola_megatron.inference.settings import FlowSettings
-from cola_megatron.inference.text_stream import TextStream
+from cola_megatron.inference.text_stream import Decode, TextStream, following
 from cola_megatron.models.cola import Cola
 from cola_megatron.objectives.samples import latent_positions, positions
 
@@ -33,7 +33,6 @@ SETTINGS = FlowSettings(steps=16, guidance_scale=3.0, repetition_penalty=1.0)
 STRIP_STEPS = (0, 4, 8, 12, SETTINGS.steps)
 """Steps of the solver at which the first block is decoded: at t = 1, 0.75, 0.5, 0.25 and 0."""
 
-Decode = Callable[[list[int]], str]
 Marked = list[tuple[str, bool]]
 """A text in pieces; True: its tokens are the original's."""
 
@@ -50,11 +49,12 @@ class Continuation:
 
     def readable(self, decode: Decode) -> dict[str, Any]:
         """For a record."""
+        after = following(decode, self.prompt)
         return {
             "prompt": decode(self.prompt),
-            "continuation": decode(self.found),
-            "truth": decode(self.truth),
-            "strip": [{"t": time, "text": decode(tokens)} for time, tokens in self.strip],
+            "continuation": after(self.found),
+            "truth": after(self.truth),
+            "strip": [{"t": time, "text": after(tokens)} for time, tokens in self.strip],
         }
 
 

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from cola_megatron.inference.requests import read_sample_ids, read_token_ids
+from cola_megatron.inference.text_stream import following
 from cola_megatron.models.text_vae import TextVAE
 from cola_megatron.parallel.megatron import gather_from_tensor_model_parallel_region
 
@@ -79,7 +80,7 @@ def read_texts(
             joint_ids = encode(context + text)
             if joint_ids[: len(context_ids)] == context_ids and len(joint_ids) > len(context_ids):
                 token_ids = joint_ids[len(context_ids) :]
-        spelled = text if isinstance(text, str) else decode(token_ids) if decode is not None else None
+        spelled = text if isinstance(text, str) else following(decode, context_ids)(token_ids) if decode else None
         sizes = (None, None) if spelled is None else (len(spelled.encode(errors="replace")), len(spelled.split()))
         found.append(ScoredText(tuple(context_ids), tuple(token_ids), sample_id, *sizes))
     return found

@@ -59,6 +59,7 @@ def continue_held_out(
     """
     from cola_megatron.data import TokenShards, require_same_tokenizer
     from cola_megatron.errors import UserError
+    from cola_megatron.inference.text_stream import following
 
     if model.tokenizer is None:
         raise UserError("there is no tokenizer beside the model: texts cannot be shown")
@@ -72,12 +73,15 @@ def continue_held_out(
         repetition_penalty=sampling.repetition_penalty,
         steps=sampling.steps,
     )
-    decode = model.tokenizer.decode
+
+    def decode(tokens: list[int]) -> str:
+        return model.tokenizer.decode(tokens, skip_special_tokens=False)
+
     found = [
         Sample(
-            decode(tokens[:prompt], skip_special_tokens=False),
+            decode(tokens[:prompt]),
             output.text,
-            decode(tokens[prompt : prompt + sampling.new_tokens], skip_special_tokens=False),
+            following(decode, tokens[:prompt])(tokens[prompt : prompt + sampling.new_tokens]),
             output.latents,
         )
         for tokens, output in zip(picked, outputs, strict=True)
