@@ -51,6 +51,14 @@ def read_prompts(file: Path) -> list[Prompt]:
     return [_of_json(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
+def as_line(result: dict[str, Any]) -> str:
+    """JSON in one line for every reader, also for those that end a line at more than a line feed."""
+    return json.dumps(result, ensure_ascii=False).translate(_LINE_ENDS)
+
+
+_LINE_ENDS = {number: f"\\u{number:04x}" for number in (0x85, 0x2028, 0x2029)}
+
+
 def _of_json(line: str, place: str) -> Prompt:
     try:
         entry = json.loads(line)

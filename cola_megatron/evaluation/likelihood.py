@@ -70,7 +70,7 @@ def texts_of_file(file: Path, field: str, context_field: str | None, limit: int 
         if context_field is not None:
             raise ConfigError(f"{file}: a line of text has no field {context_field}")
         try:
-            lines = file.read_text(encoding="utf-8").split("\n")
+            lines = [line.removesuffix("\r") for line in file.read_bytes().decode("utf-8-sig").split("\n")]
         except UnicodeDecodeError:
             raise EvaluationError(f"{file}: not UTF-8") from None
         texts, contexts = list(islice((line for line in lines if line.strip()), limit)), None

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from cola_megatron.inference.requests import read_sample_ids, read_token_ids
+from cola_megatron.inference.requests import read_sample_ids, read_token_ids, require_several
 from cola_megatron.inference.text_stream import following
 from cola_megatron.models.text_vae import TextVAE
 from cola_megatron.parallel.megatron import gather_from_tensor_model_parallel_region
@@ -66,6 +66,8 @@ def read_texts(
     Raises:
         ValueError: a text without tokens, numbers that do not match, ids or token ids out of range.
     """
+    for name, given in (("texts", texts), ("contexts", contexts)):
+        require_several(name, given)
     sample_ids = read_sample_ids("texts", len(texts), ids)
     contexts = [()] * len(texts) if contexts is None else contexts
     if len(contexts) != len(texts):
