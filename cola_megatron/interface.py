@@ -26,6 +26,7 @@ from cola_megatron.parallel import gather_state_dict, initialize_parallel, load_
 from cola_megatron.parallel.megatron import gather_from_tensor_model_parallel_region
 
 PADDING_TOKENS = ("<|pad|>", "<|endoftext|>")
+END_OF_TEXT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
 class ColaDLM:
@@ -211,7 +212,7 @@ class ColaDLM:
         batch_size: int | None = None,
         **options: Any,
     ) -> list[Generation]:
-        """Continues each prompt.
+        """Continues each prompt. Without a tokenizer prompts are token ids, and the texts of the answers are empty.
 
         Args:
             prompts: texts, or token ids where they are known.
@@ -250,20 +251,22 @@ class ColaDLM:
             ValueError, UserError: as `generate`, at the call.
         """
         self._prior()
-        flow, tokenizer = self._flow, self.tokenizer
+        flow = self._flow
         assert flow is not None, "there is one with every prior"
-        if tokenizer is None:
-            raise ValueError("this model came without a tokenizer.json")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         lengths = options.pop("max_new_tokens", FlowSettings.max_new_tokens)
         settings = read_settings(FlowSettings, options)
         requests = read_requests(FlowSettings, prompts, ids, lengths, self._encode_text, self.config.vocab_size)
-        padding = self._checked_padding(padding_id)
+        if self.tokenizer is None and settings.stop:
+            raise ValueError("stop texts need a tokenizer, and this model came without a tokenizer.json")
+        block = self.config.dit.block_size * self.config.vae.patch_size
+        needs_none = padding_id is None and all(len(request.token_ids) % block == 0 for request in requests)
+        padding = 0 if self.tokenizer is None and needs_none else self._checked_padding(padding_id)
         return text_generation.stream(
             lambda batch: flow.start(batch, settings, padding),
             requests,
-            lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=False),
+            self._decode_ids,
             settings,
             batch_size,
             preview_steps,
@@ -330,6 +333,12 @@ class ColaDLM:
             self.vae, scored, times, settings.noise_seed, self._padding_of_texts(padding_id), batch_size, progress
         )
 
+    @property
+    def end_of_text_ids(self) -> tuple[int, ...]:
+        """Of the tokens that end a text in the tokenizers that we know, those that this one has."""
+        found = [self.tokenizer.token_to_id(token) for token in END_OF_TEXT_TOKENS] if self.tokenizer else []
+        return tuple(token for token in found if token is not None)
+
     def _prior(self) -> DiT:
         if self.dit is None:
             raise UserError("this model has no prior: it comes from a stage-1 run; train stage 2 first")
@@ -352,6 +361,9 @@ class ColaDLM:
             raise ValueError("this model came without a tokenizer.json: give token ids")
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def _decode_ids(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=False) if self.tokenizer is not None else ""
+
     def _check_latents(self, name: str, z: torch.Tensor, dims: int) -> None:
         channels, form = self.config.vae.latent_dim, "(rows, d)" if dims == 2 else "(B, L, d)"
         if z.dim() != dims or z.shape[-1] != channels:
@@ -368,7 +380,8 @@ class ColaDLM:
         return padding
 
     def _padding_id(self) -> int:
-        assert self.tokenizer is not None, "asked for where there is one"
+        if self.tokenizer is None:
+            raise ValueError("prompts that end inside a block need padding_id, and this model came without a tokenizer")
         for token in PADDING_TOKENS:
             found = self.tokenizer.token_to_id(token)
             if found is not None:

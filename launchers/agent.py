@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 PRESENT, FAILED, ENDED = "present/", "failed", "ended"
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 15.0
@@ -86,7 +86,7 @@ def run_processes(command: Sequence[str], processes: int, node: Node) -> int:
         max_restarts=0,  # whoever started this node knows of the others, and tries again
         monitor_interval=0.5,
         start_method="spawn",
-        signals_to_handle="SIGHUP",  # the others are ours
+        signals_to_handle="SIGQUIT",  # the others are ours
     )
     others = _OtherNodes(node)
     with _handing_on_signals(), others:
@@ -197,7 +197,8 @@ def _decisive(failures: dict[int, "ProcessFailure"], failed_elsewhere: str | Non
 
 @contextlib.contextmanager
 def _handing_on_signals() -> Iterator[None]:
-    before = {number: signal.signal(number, _ask_processes_to_stop) for number in STOP_SIGNALS}
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores one
+    before = {number: signal.signal(number, _ask_processes_to_stop) for number in handled}
     try:
         yield
     finally:

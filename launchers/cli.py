@@ -3,6 +3,7 @@
 How it ends is in `cola_megatron.errors`.
 """
 
+import contextlib
 import sys
 import traceback
 
@@ -71,8 +72,10 @@ def main() -> None:
     """Entry point of the console script."""
     from cola_megatron.cuda_environment import set_allocator
     from cola_megatron.errors import ExitCode, UserError
+    from cola_megatron.records.output import Output
 
     set_allocator()  # no command has imported torch yet
+    sys.stdout, sys.stderr = Output(sys.stdout, ends=True), Output(sys.stderr)
     try:
         app()
     except UserError as error:
@@ -83,6 +86,9 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
         sys.exit(ExitCode.CRASHED)
+    finally:
+        with contextlib.suppress(SystemExit):  # the code that it ends with is known
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -51,9 +51,9 @@ def likelihood(
     Example: `cola eval likelihood exports/my-model --file pairs.jsonl --field answer --context-field question`
     """
     from cola_megatron.evaluation.likelihood import from_all_replicas, own_part, progress_bar, summarize
-    from cola_megatron.evaluation.records import write_json
     from cola_megatron.evaluation.results import format_table
     from cola_megatron.inference.settings import LikelihoodSettings
+    from cola_megatron.records.json_files import write_json
     from launchers.generation_options import open_model
 
     with _wrong_use():

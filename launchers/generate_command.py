@@ -1,6 +1,5 @@
 """`cola generate`: continue prompts."""
 
-import json
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from launchers.generate_prompts import Prompt, read_prompts
+from launchers.generate_prompts import Prompt, as_line, read_prompts
 from launchers.generation_options import (
     FIRST_BLOCK,
     GUIDANCE_INTERVAL,
@@ -82,6 +81,8 @@ def generate(
         )
     if not prompts and not interactive:
         raise ConfigError("give --prompt TEXT, --prompts-file FILE or --interactive")
+    if output is not None and prompts_file is not None and output.resolve() == prompts_file.resolve():
+        raise ConfigError(f"--output {output} would overwrite the prompts: give another file")
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "steps": steps,
@@ -150,7 +151,7 @@ def _continue(
             results[index] = prompts[index].result(generation, ids[index])
             bar.update()
             while file is not None and written in results:
-                file.write(json.dumps(results[written], ensure_ascii=False) + "\n")
+                file.write(as_line(results[written]) + "\n")
                 file.flush()
                 written += 1
     if not main:

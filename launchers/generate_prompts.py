@@ -40,7 +40,8 @@ def read_prompts(file: Path) -> list[Prompt]:
         ConfigError: the file cannot be read, or a line is not of that form.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Lines as everybody counts them: `str.splitlines` also ends one at U+2028 and others that a text may hold.
+        lines = [line.removesuffix("\r") for line in file.read_bytes().decode("utf-8-sig").split("\n")]
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -48,6 +49,14 @@ def read_prompts(file: Path) -> list[Prompt]:
     if file.suffix != ".jsonl":
         return [Prompt(line) for line in lines if line]
     return [_of_json(line, f"{file}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def as_line(result: dict[str, Any]) -> str:
+    """JSON in one line for every reader, also for those that end a line at more than a line feed."""
+    return json.dumps(result, ensure_ascii=False).translate(_LINE_ENDS)
+
+
+_LINE_ENDS = {number: f"\\u{number:04x}" for number in (0x85, 0x2028, 0x2029)}
 
 
 def _of_json(line: str, place: str) -> Prompt:

@@ -1,11 +1,13 @@
 """`cola generate --interactive`: a terminal that shows blocks as they settle."""
 
-import json
+import io
 import shutil
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
+
+from launchers.generate_prompts import as_line
 
 if TYPE_CHECKING:
     from cola_megatron import ColaDLM
@@ -29,20 +31,25 @@ def converse(model: "ColaDLM", options: dict[str, Any], preview_steps: list[int]
             continue
         for piece in pieces:
             record = {"prompt": number, "text": piece.text, "finish_reason": piece.finish_reason}
-            print(json.dumps(record, ensure_ascii=False) if as_json else piece.text, flush=True)
+            print(as_line(record) if as_json else piece.text, flush=True)
 
 
 def _prompts(in_terminal: bool) -> Iterator[str]:
     if in_terminal:
         print("One prompt per line; Ctrl-D ends.", file=sys.stderr)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 ends itself, not the session
     while True:
         if in_terminal:
             print("> ", end="", flush=True)
         line = sys.stdin.readline()
         if not line:
             return
-        if line.rstrip("\n"):
-            yield line.rstrip("\n")
+        line = line.rstrip("\n")
+        if any("\udc80" <= character <= "\udcff" for character in line):
+            print("cola: this line is not UTF-8 and is passed over", file=sys.stderr)
+        elif line:
+            yield line
 
 
 def show(prompt: str, pieces: Iterable["Piece | Preview"], screen: TextIO, columns: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lm_eval.api.registry import register_model
 
-from cola_megatron.evaluation.lm_eval_adapter import EvaluationLM
+from cola_megatron.evaluation.lm_eval_adapter import BATCH_SIZE, EvaluationLM, read_batch_size
 from cola_megatron.parallel import initialize_parallel
 from launchers.eval_benchmarks import open_for_evaluation
 
@@ -20,12 +20,15 @@ class ColaLM(EvaluationLM):
 
     Args:
         path: published folder, run folder or checkpoint folder.
-        batch_size: prompts that are continued at once.
+        batch_size: prompts that are continued at once; "auto": 20.
         max_batch_size: lm-eval gives it to every model; not used.
         settings: fields of `FlowSettings`, such as `guidance_scale`, and of `LikelihoodSettings`, such as
             `likelihood_samples`.
     """
 
-    def __init__(self, path: str, batch_size: int = 20, max_batch_size: int | None = None, **settings: Any):
+    def __init__(
+        self, path: str, batch_size: int | str = BATCH_SIZE, max_batch_size: int | None = None, **settings: Any
+    ):
+        size = read_batch_size(batch_size)
         model = open_for_evaluation(Path(path), **settings)
-        super().__init__(model, initialize_parallel(), int(batch_size))
+        super().__init__(model, initialize_parallel(), size)

@@ -1,6 +1,5 @@
 """What the commands print."""
 
-import json
 import sys
 from typing import Any
 
@@ -12,8 +11,10 @@ def fail(message: str, code: int) -> int:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout, for scripts."""
-    print(json.dumps(value, indent=1, default=str))
+    """One JSON document on stdout, for scripts and strict readers: a number that is not finite is null."""
+    from cola_megatron.records.json_files import to_json
+
+    print(to_json(value, indent=1, default=str))
 
 
 def print_table(rows: list[tuple[str, str]], title: str | None = None) -> None:

@@ -27,14 +27,16 @@ def train(
 
     config = load_config(source, overrides or [])
     set_queues(config.parallel.tensor_parallel_size)
+    from cola_megatron.records.output import outliving_its_readers
     from cola_megatron.training.loop import train as run
 
     summary = run(config)
     if int(os.environ.get("RANK", 0)) == 0:
-        if as_json:
-            print_json(asdict(summary))
-        else:
-            print_summary(summary)
+        with outliving_its_readers():  # the exit code is for the scheduler, whoever reads this
+            if as_json:
+                print_json(asdict(summary))
+            else:
+                print_summary(summary)
     if summary.stopped_by_signal:
         raise typer.Exit(ExitCode.STOPPED)
 

@@ -259,10 +259,69 @@ def test_what_kills_left_is_removed_before_space_is_counted(tiny, tmp_path):
         assert checkpoints(config) == ["step_00000001"]
 
 
+EVERY_STEP = ["training.checkpoint.every=1", "training.checkpoint.keep_last=1"]
+
+
+def test_what_cannot_be_removed_is_left_with_a_warning_and_training_goes_on(tiny, monkeypatch, caplog):
+    """As a file of an old checkpoint that another node holds open: its folder cannot go while that is so."""
+    rmtree, held = shutil.rmtree, []
+
+    def remove(folder, *arguments, **options):
+        if "step_00000001" in Path(folder).name:
+            held.append(Path(folder).name)
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        rmtree(folder, *arguments, **options)
+
+    monkeypatch.setattr(checkpoints_folder.shutil, "rmtree", remove)
+    config = tiny(1, "training.steps=3", *EVERY_STEP)
+    run(config)
+    assert checkpoints(config) == [".deleting_step_00000001", "step_00000003"]
+    assert len(held) == 2  # the next save tried again
+    assert "step_00000001 cannot be removed and is left (Directory not empty)" in caplog.text
+    run(tiny(1, "training.steps=5", *EVERY_STEP))
+    monkeypatch.undo()
+    run(tiny(1, "training.steps=6", *EVERY_STEP))
+    assert checkpoints(config) == ["step_00000006"]
+
+
+def test_a_busy_mount_in_an_old_checkpoint_does_not_end_a_run(tiny, caplog):
+    config = tiny(1, "training.steps=1", *EVERY_STEP)
+    run(config)
+    with small_disk(config.run_folder / "checkpoints" / "step_00000001" / "busy", kilobytes=100):
+        run(tiny(1, "training.steps=3", *EVERY_STEP))
+        assert checkpoints(config) == [".deleting_step_00000001", "step_00000003"]
+        left = config.run_folder / "checkpoints" / ".deleting_step_00000001"
+        left.rename(left.with_name("step_00000001"))  # where it was mounted
+    assert os.strerror(errno.EBUSY) in caplog.text
+
+
+def test_of_a_checkpoint_that_is_a_link_the_link_is_removed(tiny, tmp_path, caplog):
+    config = tiny(1, "training.steps=1", *EVERY_STEP)
+    run(config)
+    link = newest_checkpoint(config.run_folder)
+    link.rename(tmp_path / "elsewhere")
+    link.symlink_to(tmp_path / "elsewhere")
+    run(tiny(1, "training.steps=3", *EVERY_STEP))
+    assert checkpoints(config) == ["step_00000003"]
+    assert (tmp_path / "elsewhere" / "state.json").is_file() and "which it led to, stays" in caplog.text
+
+
 def test_multiples_of_keep_every_stay(tiny):
     config = tiny(1, "training.steps=7", "training.checkpoint.every=1", "training.checkpoint.keep_every=3")
     run(config)
     assert checkpoints(config) == [f"step_{step:08d}" for step in (3, 6, 7)]
+
+
+@pytest.mark.parametrize(("preset", "steps"), [("paper-2b", 50_000), ("base", 20_000), ("small", 4_000)])
+def test_a_preset_keeps_the_checkpoints_that_its_curve_over_training_needs(tmp_path, preset, steps):
+    config = load_config(preset, [f"runs_folder={tmp_path}"])
+    assert config.training.steps == 5 * steps
+    folder = config.run_folder / "checkpoints"
+    for step in range(steps // 2, config.training.steps + 1, steps // 2):
+        (folder / f"step_{step:08d}").mkdir(parents=True)
+        checkpoints_folder.prune(config.run_folder, config.training.checkpoint)
+    kept = {int(path.name[-8:]) for path in folder.iterdir()}
+    assert set(range(steps, config.training.steps + 1, steps)) <= kept and len(kept) == 6
 
 
 def test_no_save_is_reported_before_it_is_complete(tiny, monkeypatch):

@@ -136,6 +136,32 @@ def test_generation_arguments(adapter, arguments, decoding):
     assert adapter.read_decoding(arguments) == decoding
 
 
+def test_a_text_ends_at_the_end_of_text_token(adapter):
+    """What a model writes behind it is no part of an answer, and an exact match would fail on it."""
+    asked: list[dict[str, Any]] = []
+
+    def generate(prompts: Sequence[str], **options: Any) -> list[Any]:
+        asked.append(options)
+        return [types.SimpleNamespace(text="42") for _ in prompts]
+
+    generator = types.SimpleNamespace(generate=generate, end_of_text_ids=(7,))
+    model = GeneratorModel(generator, "ends", FlowSettings(end_of_text=(9,)))
+    assert wrapped(adapter, model).generate_until([Request(("x", {"until": ["\n"]}))]) == ["42"]
+    model.generate(["x"], [0], Decoding())  # as the published tasks ask
+    assert [options["end_of_text"] for options in asked] == [(9, 7), (9,)]
+
+
+@pytest.mark.parametrize(("given", "size"), [("auto", 20), ("auto:4", 20), ("8", 8), (3, 3)])
+def test_a_batch_size_is_read_as_lm_eval_writes_it(adapter, given, size):
+    assert adapter.read_batch_size(given) == size
+
+
+@pytest.mark.parametrize("given", ["many", 0, "-1"])
+def test_a_batch_size_that_is_none_is_refused(adapter, given):
+    with pytest.raises(UserError, match=rf"batch_size={given} must be a number of prompts, at least 1, or auto"):
+        adapter.read_batch_size(given)
+
+
 def test_other_ways_of_sampling_are_refused(adapter):
     with pytest.raises(UserError, match=r"num_beams=4: sampling here knows temperature, top_k and top_p alone"):
         adapter.read_decoding({"do_sample": True, "num_beams": 4})

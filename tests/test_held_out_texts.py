@@ -141,7 +141,7 @@ def test_the_last_of_two_records_of_a_step_counts(tmp_path: Path):
 
 
 def test_without_a_tokenizer_the_texts_are_token_ids(tiny, monkeypatch, caplog):
-    monkeypatch.setattr("cola_megatron.held_out.texts.tokenizer_file", lambda *arguments: None)
+    monkeypatch.setattr("cola_megatron.training.loop.keep_tokenizer", lambda *arguments: None)
     config = tiny(1, ON)
     train(config, progress=False)
     (record,), _ = readable_texts(config.run_folder)

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from cola_megatron import ColaDLM
 from cola_megatron.config import ConfigError
+from cola_megatron.evaluation.likelihood import texts_of_file
 from cola_megatron.inference.protocol import Piece, Preview
 from launchers.cli import app
 from launchers.generate_terminal import show
@@ -227,3 +228,46 @@ def test_what_a_terminal_would_obey_is_not_written():
     screen = Screen(20, 5)
     show("a", [piece("\033[2J\x07\tb\r")], screen, 20)
     assert screen.text == "a\ufffd[2J\ufffd    b"
+
+
+# ---- lines and bytes -----------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_ends_at_a_line_feed_alone_and_its_results_are_lines_for_every_reader(tmp_path):
+    prompts = ["of\u2028noise", "the\u0085prior", "a\x1eb"]
+    file, output = tmp_path / "prompts.txt", tmp_path / "found.jsonl"
+    file.write_bytes(("\ufeff" + "\r\n".join(prompts) + "\r\n").encode())
+    answers = json.loads(cola("--prompts-file", file, "--json", *SHORT))
+    assert [(answer["prompt"], answer["id"]) for answer in answers] == list(zip(prompts, range(3), strict=True))
+    cola("--prompts-file", file, "--output", output, *SHORT)
+    lines = output.read_text().splitlines()  # ends lines at every one of them
+    assert [json.loads(line)["prompt"] for line in lines] == prompts
+    again = json.loads(cola("--prompts-file", output, "--json", *SHORT))
+    assert [answer["text"] for answer in again] == [answer["text"] for answer in answers]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text_that_is_scored(tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_bytes("\ufeffthe prior\r\nof noise\r\n".encode())
+    assert texts_of_file(file, "text", None, None).texts == ["the prior", "of noise"]
+
+
+def test_a_prompt_that_is_not_utf_8_is_one_line():
+    with pytest.raises(ConfigError, match=r"prompts\[0\] is not text: its character 1 is no UTF-8"):
+        cola("-p", "a\udcff", *SHORT)
+
+
+def test_a_line_that_is_not_utf_8_does_not_end_an_interactive_session(model):
+    command = ["generate", str(FOLDER), "-i", "--json", *map(str, SHORT)]
+    result = CliRunner().invoke(app, command, input=b"the prior\n\xff\xfe\na\n", catch_exceptions=False)
+    answers = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert {answer["prompt"] for answer in answers} == {0, 1}
+    assert result.output.count("this line is not UTF-8 and is passed over") == 1
+
+
+def test_results_do_not_overwrite_the_prompts(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n')
+    with pytest.raises(ConfigError, match="would overwrite the prompts"):
+        cola("--prompts-file", file, "--output", tmp_path / "." / "prompts.jsonl")
+    assert file.read_text() == '{"prompt": "a"}\n'

@@ -3,8 +3,9 @@
 import random
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
-from cola_megatron.inference.text_stream import TextStream
+from cola_megatron.inference.text_stream import TextStream, following
 
 
 def decode_bytes(token_ids: list[int]) -> str:
@@ -77,3 +78,41 @@ def test_a_preview_follows_what_was_handed_out():
     stream.add(list(b"now E"))
     assert stream.text == "now " and stream.preview(list(b"ND?")) == "END?"
     assert stream.text == "now "
+
+
+# ---- text that follows other text ----------------------------------------------------------------------------------
+
+WORDS = ["\u2581the", "\u2581prior", "\u2581writes", "s", "ly", ".", *(f"<0x{byte:02X}>" for byte in "é€".encode())]
+
+
+@pytest.fixture(scope="module")
+def llama_like():
+    """Words with their space before them, single bytes, and a decoder that drops the first space of all."""
+    tokenizer = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(WORDS)}, merges=[]))
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return lambda token_ids: tokenizer.decode(token_ids, skip_special_tokens=False)
+
+
+def test_a_continuation_is_what_decoding_all_ids_at_once_gives_beyond_the_prompt(llama_like):
+    chooser, lost = random.Random(0), 0
+    for _ in range(200):
+        ids = [chooser.randrange(6) for _ in range(chooser.randrange(2, 20))]
+        cut = chooser.randrange(1, len(ids))
+        whole, prompt = llama_like(ids), llama_like(ids[:cut])
+        assert prompt + following(llama_like, ids[:cut])(ids[cut:]) == whole
+        lost += prompt + llama_like(ids[cut:]) != whole
+    assert lost > 50
+    assert following(llama_like, [])([0, 1]) == "the prior"
+
+
+def test_a_character_over_the_border_belongs_to_the_continuation(llama_like):
+    euro = [WORDS.index(f"<0x{byte:02X}>") for byte in "€".encode()]
+    after = following(llama_like, [0, *euro[:1]])
+    assert after(euro[1:]) == "€" and after([*euro[1:], 1]) == "€ prior" and after([]) == ""
+
+
+def test_streams_and_stop_texts_have_the_space_too(llama_like):
+    stream = TextStream(following(llama_like, [0]), stop=[" writes"])
+    assert [stream.add([1]), stream.add([1, 3]), stream.add([2, 5])] == [" prior", " priors", ""]
+    assert stream.finish_reason == "stop"

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from cola_megatron import ColaDLM
+from cola_megatron.inference.settings import FlowSettings
+from cola_megatron.interop.published import PublishedModel
 
 FOLDER = Path(__file__).parent / "data" / "reference_tiny"  # vocabulary 320, 8 channels, VAE and DiT blocks of 4
 IDS = list(range(100, 116))
@@ -138,3 +140,35 @@ def test_bfloat16_on_the_cpu_computes_what_float32_computes(model):
     for found, expected in zip(outputs(half), outputs(model), strict=True):
         assert found.dtype == torch.float32
         assert (found - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
+def test_a_model_knows_the_token_that_ends_a_text(model):
+    assert model.end_of_text_ids == (model.tokenizer.token_to_id("<|endoftext|>"),)
+
+
+def test_one_text_where_a_list_belongs_is_refused_and_not_taken_letter_by_letter(model):
+    for use in (model.generate, model.log_likelihood, lambda text: model.reconstruction_curve(text, [0.5])):
+        with pytest.raises(ValueError, match=re.escape("must be a list: give ['hello']")):
+            use("hello")
+    with pytest.raises(ValueError, match="contexts must be a list"):
+        model.log_likelihood(["hello"], "hello")
+
+
+def test_token_ids_are_continued_without_a_tokenizer(model):
+    published = PublishedModel(FOLDER)
+    bare = ColaDLM(published.config, {name: published.read(name) for name in published.shapes}, None)
+    settings, whole = {"steps": 2, "max_new_tokens": 4}, [5, 6, 7, 8]
+    expected, found = (each.generate([whole], **settings)[0] for each in (model, bare))
+    assert torch.equal(found.token_ids, expected.token_ids) and found.text == ""
+    assert len(bare.generate([[5]], padding_id=2, **settings)[0].token_ids) == 4
+    for prompts, options, words in (
+        ([[5]], {}, "need padding_id"),
+        ([whole], {"stop": ["a"]}, "stop texts need a tokenizer"),
+        (["a"], {}, "give token ids"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            bare.generate(prompts, **settings, **options)
+
+
+def test_no_stop_texts_may_be_written_as_none():
+    assert FlowSettings(stop=None, end_of_text=None) == FlowSettings()

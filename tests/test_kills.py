@@ -77,7 +77,10 @@ def test_a_kill_during_a_save_leaves_the_previous_checkpoint_good(tiny, tmp_path
     assert not list(folder.glob(".saving_*"))
 
 
-@pytest.mark.parametrize(("number", "anew"), [(signal.SIGTERM, True), (signal.SIGUSR1, False), (signal.SIGINT, False)])
+@pytest.mark.parametrize(
+    ("number", "anew"),
+    [(signal.SIGTERM, True), (signal.SIGUSR1, False), (signal.SIGINT, False), (signal.SIGHUP, False)],
+)
 def test_a_signal_to_the_process_group_ends_the_step_saves_and_resumes(tiny, tmp_path, number, anew):
     """As schedulers send it: the loader's worker gets it too."""
     longer = ["training.steps=400", "training.log.every=1", "training.loader_workers=1"]

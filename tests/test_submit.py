@@ -118,7 +118,7 @@ def test_apptainer_starts_every_process(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("gpu_per_node: 4", "did you mean gpus_per_node"),
-        ("time: 4:00:00", "in quotes"),
+        ("time: 14400", "in quotes"),
         ("launcher: mpi", "agent"),
         ("directives: [exclusive]", "--name=value"),
         ("environment: {A B: c}", "no name of a variable"),

@@ -5,14 +5,20 @@ checkpoints/
     .saving_step_00000300      not yet complete
     .deleting_step_00000100    no longer
     damaged_step_00000250      moved aside by `resume`, for somebody to look at; never removed
+
+What cannot be removed (open on another node, a busy mount) stays under its `.deleting_` name, with a warning: cleaning
+never fails a save, and every save tries again.
 """
 
+import logging
 import shutil
 from pathlib import Path
 
 from cola_megatron.checkpoint.errors import CheckpointError
 from cola_megatron.checkpoint.sharded_tensors import flush
 from cola_megatron.config import CheckpointConfig
+
+logger = logging.getLogger(__name__)
 
 UNFINISHED, UNWANTED, DAMAGED = ".saving_", ".deleting_", "damaged_"
 
@@ -54,8 +60,10 @@ def begin_folder(final: Path, size: int) -> None:
     """
     folder = final.parent
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in (*folder.glob(f"{UNFINISHED}*"), *folder.glob(f"{UNWANTED}*")):
-        shutil.rmtree(leftover)
+    for unwanted in folder.glob(f"{UNWANTED}*"):
+        _delete(unwanted)
+    for unfinished in folder.glob(f"{UNFINISHED}*"):
+        _remove(unfinished)
     free = shutil.disk_usage(folder).free
     if free < size:
         raise CheckpointError(f"it takes {size / 1e9:.4g} GB and {free / 1e9:.4g} GB are free")
@@ -64,17 +72,14 @@ def begin_folder(final: Path, size: int) -> None:
 
 def complete_folder(final: Path) -> None:
     """Gives a checkpoint whose files are on the disk its final name."""
-    if final.exists():
-        _remove(final)
+    _remove(final)
     unfinished_folder(final).rename(final)
     flush(final.parent)
 
 
 def move_aside(checkpoint: Path) -> Path:
     """Takes a damaged checkpoint out of those that runs resume from; returns its new place."""
-    aside, number = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}"), 2
-    while aside.exists():
-        aside, number = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}_{number}"), number + 1
+    aside = _free_name(checkpoint.with_name(f"{DAMAGED}{checkpoint.name}"))
     checkpoint.rename(aside)
     return aside
 
@@ -93,9 +98,35 @@ def prune(run_folder: Path, kept: CheckpointConfig) -> None:
 
 def _remove(checkpoint: Path) -> None:
     """Under another name first: a kill must not leave half of a checkpoint under its own."""
-    unwanted = checkpoint.with_name(f"{UNWANTED}{checkpoint.name}")
-    checkpoint.rename(unwanted)
-    shutil.rmtree(unwanted)
+    unwanted = _free_name(checkpoint.with_name(f"{UNWANTED}{checkpoint.name.removeprefix(UNFINISHED)}"))
+    try:
+        checkpoint.rename(unwanted)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        logger.warning("%s cannot be removed and is left (%s); the next save tries again", checkpoint, error.strerror)
+        return
+    _delete(unwanted)
+
+
+def _delete(unwanted: Path) -> None:
+    try:
+        if unwanted.is_symlink():
+            leads_to = unwanted.readlink()
+            unwanted.unlink()
+            logger.warning("%s was a link: it is removed, %s, which it led to, stays", unwanted, leads_to)
+        else:
+            shutil.rmtree(unwanted)
+    except OSError as error:
+        logger.warning("%s cannot be removed and is left (%s); the next save tries again", unwanted, error.strerror)
+
+
+def _free_name(wanted: Path) -> Path:
+    """The name, with a number after it where it is taken."""
+    free, number = wanted, 2
+    while free.exists() or free.is_symlink():
+        free, number = wanted.with_name(f"{wanted.name}_{number}"), number + 1
+    return free
 
 
 def _number(folder: Path) -> str:

@@ -26,7 +26,9 @@ from cola_megatron.checkpoint.pieces import TrainingState, frozen_pieces, traine
 from cola_megatron.checkpoint.sharded_tensors import Piece, Written, write_index, write_pieces
 from cola_megatron.checkpoint.staging import StagingBuffers
 from cola_megatron.checkpoint.state_file import TENSORS, write_state
+from cola_megatron.checkpoint.tokenizer import store_tokenizer
 from cola_megatron.config import RunConfig, stored_tree
+from cola_megatron.data.manifest import TOKENIZER_NAME
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.consensus import any_rank, together
 from cola_megatron.records.provenance import versions
@@ -159,15 +161,17 @@ class CheckpointWriter:
         try:
             return write_pieces(folder, stem, save.pieces_until_abandoned())
         except OSError:
-            for file in folder.glob(f"{stem}_*"):
-                file.unlink()  # at once: a full disk is full for the log of the run, too
+            with contextlib.suppress(OSError):  # what went wrong with the write is what counts
+                for file in folder.glob(f"{stem}_*"):
+                    file.unlink()  # at once: a full disk is full for the log of the run, too
             raise
 
     def _finish(self, save: "_Save", written: list[Written]) -> None:
         config = self.engine.config
         write_index(save.unfinished / TENSORS, written)
         state = _state(config, save.step, self.data_fingerprint, self.groups)
-        write_state(save.unfinished, {**state, **save.more_state})
+        tokenizer = store_tokenizer(config.run_folder / TOKENIZER_NAME, save.unfinished)
+        write_state(save.unfinished, {**state, **tokenizer, **save.more_state})
         complete_folder(save.final)
         prune(config.run_folder, config.training.checkpoint)
         save.ended = time.perf_counter()

@@ -4,7 +4,6 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from cola_megatron.config.errors import ConfigError
@@ -12,6 +11,7 @@ from cola_megatron.config.resolve import Config, resolve_tree
 from cola_megatron.config.run import RunConfig
 from cola_megatron.config.stored import tree_of_file
 from cola_megatron.config.walk import alternatives, annotations_of
+from cola_megatron.config.yaml_files import read_value
 
 
 def preset_names() -> list[str]:
@@ -53,12 +53,10 @@ def _apply(kind: type[BaseModel], tree: dict[str, Any], override: str) -> None:
     if not separator or not all(parts):
         raise ConfigError(f"{override}: an override has the form section.key=value")
     try:
-        value = yaml.safe_load(text) if text else None
-    except (yaml.YAMLError, ValueError):
-        value = text
-    if not _takes_text(kind, key):
-        value = _number(value)
-    elif value is not None and not isinstance(value, str | list | dict):
+        value = read_value(text)
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    if _takes_text(kind, key) and value is not None and not isinstance(value, str | list | dict):
         value = text  # name=007 is not name=7
     for section in sections:
         tree = tree.setdefault(section, {})
@@ -72,13 +70,3 @@ def _takes_text(kind: type[BaseModel], key: str) -> bool:
     is read out of the text.
     """
     return any(set(alternatives(each)) <= {str, Path, NoneType} for each in annotations_of(kind, key))
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-4` (no dot) as text; people mean a number."""
-    if isinstance(value, str):
-        try:
-            return float(value) if value[:1].isdigit() or value[:1] in "+-." else value
-        except ValueError:
-            return value
-    return value

@@ -7,7 +7,6 @@ read here, so that a key that was added, renamed or removed since is known where
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 
 from cola_megatron.config.changes import SCHEMA_KEY, schema_after, upgraded, without_left_over
@@ -15,7 +14,7 @@ from cola_megatron.config.errors import ConfigError
 from cola_megatron.config.resolve import Config, resolve_tree
 from cola_megatron.config.run import RunConfig
 from cola_megatron.config.walk import annotations_of
-from cola_megatron.config.yaml_files import read_yaml
+from cola_megatron.config.yaml_files import read_yaml, write_yaml
 
 
 def stored_tree(config: BaseModel) -> dict[str, Any]:
@@ -27,7 +26,7 @@ def stored_tree(config: BaseModel) -> dict[str, Any]:
 
 def dump_config(config: BaseModel) -> str:
     """The same as YAML, in the order of the definitions."""
-    return yaml.safe_dump(stored_tree(config), sort_keys=False)
+    return write_yaml(stored_tree(config))
 
 
 def upgraded_tree(tree: dict[str, Any], source: str | Path) -> dict[str, Any]:

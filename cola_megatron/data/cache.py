@@ -130,7 +130,7 @@ def _locked(path: Path) -> Iterator[IO[bytes]]:
     """The file of that name, made where it is absent, with its lock; raises ShardError when its holder is stuck."""
     began = time.time()
     while True:
-        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+        with open(path, "r+b", opener=lambda name, _: os.open(name, os.O_RDWR | os.O_CREAT, 0o600)) as file:
             if _lock_now(file):
                 if _is_at(path, file):
                     os.utime(file.fileno())
@@ -148,6 +148,11 @@ def _lock_now(file: IO[bytes]) -> bool:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise ShardError(
+            f"{file.name}: this file system has no locks ({error.strerror}), which processes that share a cache need: "
+            "give a data.cache_folder on a disk of the node"
+        ) from None
     return True
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import fsspec
 
@@ -25,7 +25,6 @@ from cola_megatron.data.cache import DEFAULT_CACHE_BYTES, ShardCache, default_ca
 from cola_megatron.data.formats import Shard
 from cola_megatron.data.manifest import (
     MANIFEST_NAME,
-    TOKENIZER_NAME,
     BadShardError,
     Manifest,
     ShardError,
@@ -35,12 +34,8 @@ from cola_megatron.data.manifest import (
 )
 from cola_megatron.data.streaming_backend import decompress
 from cola_megatron.data.transfer import copy_verified, is_url, retrying
-from cola_megatron.errors import UserError
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-__all__ = ["PreparedFolder", "read_tokenizer", "tokenizer_file"]
+__all__ = ["PreparedFolder"]
 
 FETCHED = "folders"
 """Below the cache: the small files of remote folders, which count towards no limit."""
@@ -157,31 +152,6 @@ class PreparedFolder:
             raise ShardError(f"{error}: not a finished prepared folder; upload all that `cola prep` wrote") from error
         self._small_files = self.cache_folder / FETCHED / hashlib.sha256(content).hexdigest()
         return parse_manifest(content, url)
-
-
-def tokenizer_file(place: str | Path, cache_folder: Path | None = None) -> Path | None:
-    """The tokenizer.json of a prepared folder on local disk; None where there is none, or it cannot be reached."""
-    if not is_url(place):
-        path = Path(place).expanduser() / TOKENIZER_NAME
-        return path if path.is_file() else None
-    try:
-        return PreparedFolder(place, cache_folder).small_file(TOKENIZER_NAME)
-    except ShardError:
-        return None
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises nothing more specific
-        raise UserError(f"{path}: not a readable tokenizer.json: {error}") from error
 
 
 def _content(url: str) -> bytes:

@@ -16,6 +16,8 @@ class Decoding:
     """Only the k most likely tokens may be drawn; 0: all. Greedy decoding does not ask."""
     top_p: float = 1.0
     """Only the most likely tokens that together reach this probability may be drawn."""
+    until_end_of_text: bool = False
+    """A text also ends where the model writes the token that ends one; the published tasks go on."""
 
 
 def cut_at(text: str, stop: Sequence[str]) -> str:

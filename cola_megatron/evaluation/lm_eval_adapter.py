@@ -34,6 +34,7 @@ except ImportError as error:
 # lm-eval's own default, for requests that name no length.
 DEFAULT_NEW_TOKENS = 256
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+BATCH_SIZE = 20
 # A request's repetitions draw other noise: sample ids of one prompt lie this far apart.
 REPETITION_STRIDE = 2**32
 
@@ -41,7 +42,7 @@ REPETITION_STRIDE = 2**32
 class EvaluationLM(LM):
     """Requests of lm-eval, answered by an `EvaluationModel`; lm-eval shares the items out over data-parallel ranks."""
 
-    def __init__(self, model: EvaluationModel, groups: ProcessGroups, batch_size: int = 20):
+    def __init__(self, model: EvaluationModel, groups: ProcessGroups, batch_size: int = BATCH_SIZE):
         super().__init__()
         self.model, self.groups, self.batch_size = model, groups, batch_size
         self._rank, self._world_size = groups.data_parallel_rank, groups.data_parallel_size
@@ -53,13 +54,13 @@ class EvaluationLM(LM):
         return self.model.name
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Texts cut at the first of each request's `until` strings.
+        """Texts cut at the first of each request's `until` strings, and at the end of a text, as lm-eval's own models.
 
         Raises:
             UserError: a request wants a way of sampling that is none of ours.
         """
         prompts = [request.args[0] for request in requests]
-        decodings = [read_decoding(request.args[1]) for request in requests]
+        decodings = [replace(read_decoding(request.args[1]), until_end_of_text=True) for request in requests]
         ids = _sample_ids(prompts)
         answers: dict[int, str] = {}
         with self._progress("generate", len(requests)) as bar:
@@ -170,7 +171,7 @@ def evaluate_catalogue(
     model: EvaluationModel,
     tasks: Sequence[str],
     groups: ProcessGroups,
-    batch_size: int = 20,
+    batch_size: int = BATCH_SIZE,
     include_path: Path | None = None,
     shots: int | None = None,
     limit: int | None = None,
@@ -199,6 +200,23 @@ def evaluate_catalogue(
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"the data of {', '.join(tasks)} are not here ({reason}); --download fetches them") from error
     return CatalogueResults(document) if document is not None else None
+
+
+def read_batch_size(given: int | str) -> int:
+    """A batch size as lm-eval's users write it: "auto" (or "auto:4") is the default here, no result depends on it.
+
+    Raises:
+        UserError: it is no number.
+    """
+    if str(given).partition(":")[0] == "auto":
+        return BATCH_SIZE
+    try:
+        size = int(given)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise UserError(f"batch_size={given} must be a number of prompts, at least 1, or auto")
+    return size
 
 
 def read_decoding(arguments: dict[str, Any]) -> Decoding:

@@ -82,6 +82,8 @@ class GeneratorModel:
             UserError: the model cannot write text, or a setting is out of range.
         """
         options = asdict(self.settings) | asdict(decoding)
+        if options.pop("until_end_of_text"):
+            options["end_of_text"] = (*self.settings.end_of_text, *getattr(self.generator, "end_of_text_ids", ()))
         try:
             outputs = self.generator.generate(list(prompts), ids=list(sample_ids), **options)
         except ValueError as error:

@@ -4,7 +4,6 @@ A record is {"id", "prompt_hash", "generation", "answer", "ground_truth", "choic
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from cola_megatron.evaluation.errors import EvaluationError
 from cola_megatron.evaluation.items import Item
 from cola_megatron.evaluation.scoring import Verdict
+from cola_megatron.records.json_files import as_lines, write_json
 
 Record = dict[str, Any]
 SETTINGS = "settings.json"
@@ -96,14 +96,7 @@ def drop_half_line(path: Path) -> None:
 def append_records(path: Path, records: Sequence[Record]) -> None:
     """Adds a line per record."""
     with path.open("a") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in records))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a whole document or nothing."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, path)
+        file.write(as_lines(records))
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

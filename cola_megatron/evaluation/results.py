@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from cola_megatron.evaluation.errors import EvaluationError
-from cola_megatron.evaluation.records import Record, write_json
+from cola_megatron.evaluation.records import Record
 from cola_megatron.evaluation.statistics import Interval, mean_interval, wilson_interval
 from cola_megatron.evaluation.tasks import TASKS
+from cola_megatron.records.json_files import write_json
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from typing import Any
 
 from cola_megatron.checkpoint.find import require_checkpoint
 from cola_megatron.checkpoint.load import read_weights
+from cola_megatron.checkpoint.tokenizer import stored_tokenizer
 from cola_megatron.config import ConfigError, resolve_config
-from cola_megatron.data import PreparedFolder, ShardError, TokenShards
+from cola_megatron.data import PreparedFolder, ShardError, TokenShards, require_same_tokenizer
 from cola_megatron.data.run_shards import open_shards
 from cola_megatron.held_out.measure import evaluate
 from cola_megatron.held_out.texts import decoder_for, held_out_texts
@@ -35,7 +36,7 @@ def reconstruct_with_checkpoint(run_folder: Path, data: str | Path | None, texts
         as `measure_checkpoint`.
     """
     model, held_out = _model_and_texts(run_folder, data)
-    decode = decoder_for(data or model.config.data.path, model.config.data.cache_folder)
+    decode = decoder_for(stored_tokenizer(require_checkpoint(run_folder)))
     return [text.readable(decode) for text in held_out_texts(model, held_out, model.config, texts)]
 
 
@@ -52,6 +53,7 @@ def _model_and_texts(run_folder: Path, data: str | Path | None) -> tuple[Cola, T
         if data is not None:
             raise
         raise ConfigError(f"the shards of {run_folder} are gone ({error}): give --data FOLDER") from error
+    require_same_tokenizer(stored_tokenizer(require_checkpoint(run_folder)), folder, config.data.cache_folder)
     # Any length that the model can take will do for measuring.
     length = config.data.model_copy(update={"sequence_length": manifest.sequence_length})
     config = resolve_config(config.model_copy(update={"data": length}).model_dump())

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from cola_megatron.config import RunConfig
-from cola_megatron.data import TokenShards, held_out_samples, read_tokenizer, tokenizer_file
+from cola_megatron.data import TokenShards, held_out_samples, read_tokenizer
 from cola_megatron.errors import UserError
 from cola_megatron.held_out.text_passes import TextPasses
 from cola_megatron.inference.noise import block_noise
 from cola_megatron.inference.settings import FlowSettings
-from cola_megatron.inference.text_stream import TextStream
+from cola_megatron.inference.text_stream import Decode, TextStream, following
 from cola_megatron.models.cola import Cola
 from cola_megatron.objectives.samples import latent_positions, positions
 
@@ -33,7 +33,6 @@ SETTINGS = FlowSettings(steps=16, guidance_scale=3.0, repetition_penalty=1.0)
 STRIP_STEPS = (0, 4, 8, 12, SETTINGS.steps)
 """Steps of the solver at which the first block is decoded: at t = 1, 0.75, 0.5, 0.25 and 0."""
 
-Decode = Callable[[list[int]], str]
 Marked = list[tuple[str, bool]]
 """A text in pieces; True: its tokens are the original's."""
 
@@ -50,11 +49,12 @@ class Continuation:
 
     def readable(self, decode: Decode) -> dict[str, Any]:
         """For a record."""
+        after = following(decode, self.prompt)
         return {
             "prompt": decode(self.prompt),
-            "continuation": decode(self.found),
-            "truth": decode(self.truth),
-            "strip": [{"t": time, "text": decode(tokens)} for time, tokens in self.strip],
+            "continuation": after(self.found),
+            "truth": after(self.truth),
+            "strip": [{"t": time, "text": after(tokens)} for time, tokens in self.strip],
         }
 
 
@@ -166,14 +166,13 @@ def marked(decode: Decode, tokens: Sequence[int], right: Sequence[bool]) -> Mark
     return pieces
 
 
-def decoder_for(place: str | Path | None, cache_folder: Path | None) -> Decode:
-    """Token ids to text, by the tokenizer beside the data; without one the ids themselves, and a line in the log."""
+def decoder_for(file: Path | None) -> Decode:
+    """Token ids to text, by the tokenizer of a run; without one the ids themselves, and a line in the log."""
     try:
-        file = None if place is None else tokenizer_file(place, cache_folder)
-        if file is not None:
+        if file is not None and file.is_file():
             tokenizer = read_tokenizer(file)
             return lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False)
-        reason = f"{place} has no tokenizer"
+        reason = "the run has no tokenizer"
     except UserError as error:
         reason = str(error)
     logger.warning("%s: texts are written as token ids", reason)

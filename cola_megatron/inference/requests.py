@@ -41,6 +41,7 @@ def read_requests(
     Raises:
         ValueError: numbers that do not match the prompts, ids or token ids out of range.
     """
+    require_several("prompts", prompts)
     sample_ids = read_sample_ids("prompts", len(prompts), ids)
     lengths = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * len(prompts)
     if len(lengths) != len(prompts):
@@ -51,6 +52,12 @@ def read_requests(
         read_token_ids(f"prompts[{index}]", prompt, encode, vocab_size) for index, prompt in enumerate(prompts)
     ]
     return [Request(*parts) for parts in zip(token_ids, sample_ids, lengths, strict=True)]
+
+
+def require_several(name: str, given: object) -> None:
+    """Refuses one text where a list of them belongs, of which each character would be one; raises ValueError."""
+    if isinstance(given, str):
+        raise ValueError(f"{name} must be a list: give [{given[:20]!r}{', ...' if len(given) > 20 else ''}]")
 
 
 def read_sample_ids(name: str, count: int, ids: Sequence[int] | None) -> list[int]:
@@ -76,6 +83,13 @@ def read_token_ids(
     name: str, prompt: str | Sequence[int], encode: Callable[[str], list[int]], vocab_size: int
 ) -> list[int]:
     """The ids of a text or of ids in any form of integers; raises ValueError where one is out of range."""
+    if isinstance(prompt, str):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name} is not text: its character {error.start} is no UTF-8, or half of a surrogate pair"
+            ) from None
     token_ids = encode(prompt) if isinstance(prompt, str) else integers(name, prompt)
     for token in token_ids:
         if not 0 <= token < vocab_size:

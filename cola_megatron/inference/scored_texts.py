@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from cola_megatron.inference.requests import read_sample_ids, read_token_ids
+from cola_megatron.inference.requests import read_sample_ids, read_token_ids, require_several
+from cola_megatron.inference.text_stream import following
 from cola_megatron.models.text_vae import TextVAE
 from cola_megatron.parallel.megatron import gather_from_tensor_model_parallel_region
 
@@ -65,6 +66,8 @@ def read_texts(
     Raises:
         ValueError: a text without tokens, numbers that do not match, ids or token ids out of range.
     """
+    for name, given in (("texts", texts), ("contexts", contexts)):
+        require_several(name, given)
     sample_ids = read_sample_ids("texts", len(texts), ids)
     contexts = [()] * len(texts) if contexts is None else contexts
     if len(contexts) != len(texts):
@@ -79,7 +82,7 @@ def read_texts(
             joint_ids = encode(context + text)
             if joint_ids[: len(context_ids)] == context_ids and len(joint_ids) > len(context_ids):
                 token_ids = joint_ids[len(context_ids) :]
-        spelled = text if isinstance(text, str) else decode(token_ids) if decode is not None else None
+        spelled = text if isinstance(text, str) else following(decode, context_ids)(token_ids) if decode else None
         sizes = (None, None) if spelled is None else (len(spelled.encode(errors="replace")), len(spelled.split()))
         found.append(ScoredText(tuple(context_ids), tuple(token_ids), sample_id, *sizes))
     return found

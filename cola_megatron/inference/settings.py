@@ -42,8 +42,9 @@ class CommonSettings:
 
     def __post_init__(self):
         stop, end_of_text = self.stop, self.end_of_text
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
-        object.__setattr__(self, "end_of_text", tuple([end_of_text] if _is_integer(end_of_text) else end_of_text))
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop or ()))
+        ends = (end_of_text,) if _is_integer(end_of_text) else tuple(end_of_text or ())
+        object.__setattr__(self, "end_of_text", ends)
         for name in ("max_new_tokens", "top_k"):
             _require_integer(name, getattr(self, name))
         for name in ("temperature", "top_p", "repetition_penalty"):

@@ -7,13 +7,13 @@ import torch
 
 from cola_megatron.inference.protocol import Generation, Piece, Preview, Request, Session, TokenPreview
 from cola_megatron.inference.settings import CommonSettings
-from cola_megatron.inference.text_stream import TextStream
+from cola_megatron.inference.text_stream import Decode, TextStream, following
 
 
 def stream(
     start: Callable[[Sequence[Request]], Session],
     requests: Sequence[Request],
-    decode: Callable[[list[int]], str],
+    decode: Decode,
     settings: CommonSettings,
     batch_size: int | None = None,
     preview_steps: Sequence[int] = (),
@@ -22,7 +22,7 @@ def stream(
 
     Args:
         start: begins a batch.
-        decode: token ids -> text.
+        decode: token ids -> text. A continuation is what the prompt's tokens and its own have beyond the prompt's.
         batch_size: samples under way at once; None: all. With fewer than all, prompts of like length go together.
     """
     order = list(range(len(requests)))
@@ -31,18 +31,22 @@ def stream(
     for first in range(0, len(order), batch_size or max(1, len(order))):
         members = order[first : first + batch_size] if batch_size else order
         yield from _stream_batch(
-            start([requests[index] for index in members]), members, decode, settings, preview_steps
+            start([requests[index] for index in members]),
+            members,
+            [following(decode, requests[index].token_ids) for index in members],
+            settings,
+            preview_steps,
         )
 
 
 def _stream_batch(
     session: Session,
     members: list[int],
-    decode: Callable[[list[int]], str],
+    decodes: Sequence[Decode],
     settings: CommonSettings,
     preview_steps: Sequence[int],
 ) -> Iterator[Piece | Preview]:
-    texts = [TextStream(decode, settings.stop, settings.end_of_text) for _ in members]
+    texts = [TextStream(decode, settings.stop, settings.end_of_text) for decode in decodes]
     while session.running:
         for event in session.advance(preview_steps):
             text, index = texts[event.sample], members[event.sample]

@@ -2,9 +2,25 @@
 
 from collections.abc import Callable, Sequence
 
+Decode = Callable[[list[int]], str]
+
 REPLACEMENT = "\ufffd"
 # A UTF-8 character has at most four bytes, so an unfinished one shows as at most three replacement characters.
 UNFINISHED = 3
+CONTEXT = 8
+"""Tokens that are decoded before a text that follows others: what a decoder makes of the first one goes no further."""
+
+
+def following(decode: Decode, before: Sequence[int]) -> Decode:
+    """Decodes ids that follow others: some tokenizers drop the space of the first token of all (Llama's do).
+
+    A character that begins in `before` and ends in the ids belongs to the ids.
+    """
+    context = list(before)[-CONTEXT:]
+    if not context:
+        return decode
+    known = decode(context).rstrip(REPLACEMENT)
+    return lambda token_ids: decode([*context, *token_ids])[len(known) :] if token_ids else ""
 
 
 class TextStream:
@@ -19,7 +35,7 @@ class TextStream:
         end_of_text: token ids that end the sample.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = (), end_of_text: Sequence[int] = ()):
+    def __init__(self, decode: Decode, stop: Sequence[str] = (), end_of_text: Sequence[int] = ()):
         self.decode, self.stop, self.end_of_text = decode, tuple(stop), frozenset(end_of_text)
         self.token_ids: list[int] = []
         self.text = ""

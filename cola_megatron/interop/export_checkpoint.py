@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from cola_megatron.interop.published import write_published
+from cola_megatron.interop.errors import PublishedError
+from cola_megatron.interop.published import TOKENIZER, write_published
 from cola_megatron.interop.stored_model import CheckpointModel
 from cola_megatron.interop.weight_files import MAX_SHARD_BYTES
 
@@ -26,8 +27,14 @@ def export_checkpoint(
         what was written.
 
     Raises:
-        CheckpointError: there is none, or it is damaged. PublishedError: the layout cannot hold this model.
+        CheckpointError: there is none, or it is damaged. PublishedError: the layout cannot hold this model; or it was
+            trained, and no tokenizer is known (an import without one is exported as it was).
     """
     model = CheckpointModel(checkpoint)
+    if model.tokenizer is None and model.forms is None:
+        raise PublishedError(
+            f"no tokenizer.json is known for {model.folder}, and an export without one can read no text: copy the one "
+            f"of its data to {model.folder / TOKENIZER}"
+        )
     write_published(output, model.config, model, model.tokenizer, dtype, model.forms, max_shard_bytes, progress)
     return model

@@ -11,9 +11,10 @@ from tqdm import tqdm
 from cola_megatron.checkpoint.pieces import WEIGHTS
 from cola_megatron.checkpoint.sharded_tensors import Piece, write_index, write_pieces
 from cola_megatron.checkpoint.state_file import TENSORS, write_state
+from cola_megatron.checkpoint.tokenizer import store_tokenizer
 from cola_megatron.config import RunConfig, dump_config, load_config, resolve_config, stored_tree
 from cola_megatron.errors import UserError
-from cola_megatron.interop.published import TOKENIZER, PublishedModel
+from cola_megatron.interop.published import PublishedModel
 from cola_megatron.interop.stored_model import FORMS
 from cola_megatron.records.provenance import versions
 from cola_megatron.records.run_folder import CONFIG
@@ -47,12 +48,11 @@ def import_published(
             yield Piece(f"{WEIGHTS}{name}", shape, (0,) * len(shape), model.read(name))
 
     write_index(unfinished / TENSORS, write_pieces(unfinished / TENSORS, "imported", pieces()))
-    if model.tokenizer is not None:
-        shutil.copyfile(model.tokenizer, unfinished / TOKENIZER)
+    tokenizer = {} if model.tokenizer is None else store_tokenizer(model.tokenizer, unfinished)
     (unfinished / CONFIG).write_text(dump_config(config))
     forms = {part: asdict(form) for part, form in model.forms.items()}
     state = {"step": 0, "imported_from": str(published), FORMS: forms, "versions": versions()}
-    write_state(unfinished, {**state, "config": stored_tree(config)})
+    write_state(unfinished, {**state, **tokenizer, "config": stored_tree(config)})
     unfinished.rename(output)
     return model
 

@@ -7,9 +7,9 @@ import torch
 from cola_megatron.checkpoint.find import require_checkpoint
 from cola_megatron.checkpoint.pieces import WEIGHTS
 from cola_megatron.checkpoint.state_file import open_tensors, read_config, read_state
+from cola_megatron.checkpoint.tokenizer import stored_tokenizer
 from cola_megatron.config import ModelConfig, RunConfig
-from cola_megatron.data import tokenizer_file
-from cola_megatron.interop.published import TOKENIZER, Forms, PublishedModel, is_published
+from cola_megatron.interop.published import Forms, PublishedModel, is_published
 from cola_megatron.interop.published_form import PublishedForm
 
 FORMS = "published"
@@ -36,11 +36,7 @@ class CheckpointModel:
             for name, shape in open_tensors(self.folder).shapes.items()
             if name.startswith(WEIGHTS) and not name.startswith(f"{WEIGHTS}reference.")
         }
-        own, data = self.folder / TOKENIZER, self.run.data
-        if own.is_file() or data.path is None:
-            self.tokenizer = own if own.is_file() else None
-        else:
-            self.tokenizer = tokenizer_file(data.path, data.cache_folder)
+        self.tokenizer = stored_tokenizer(self.folder)
 
     @property
     def has_prior(self) -> bool:

@@ -5,7 +5,6 @@ saves that count: what is left are starts, steps that were lost, and waiting for
 """
 
 import itertools
-import json
 import os
 import socket
 import time
@@ -15,6 +14,7 @@ from typing import Any, TypedDict
 
 import psutil
 
+from cola_megatron.records.json_files import as_lines, read_lines, repair_lines
 from cola_megatron.records.progress import read_progress
 
 ATTEMPTS = "attempts.jsonl"
@@ -49,7 +49,8 @@ class Accounts:
 
 def begin_attempt(run_folder: Path, from_step: int, world_size: int) -> Accounts:
     """Notes a start in attempts.jsonl, before progress.json is written anew; the main process calls it."""
-    earlier, progress = read_attempts(run_folder), read_progress(run_folder)
+    earlier = repair_lines(run_folder / ATTEMPTS, _is_attempt)
+    progress = read_progress(run_folder)
     alive_until = progress.get("time")
     # The supervisor of a job knows when the try began; in one process a run may start twice.
     began = float(os.environ.get("COLA_ATTEMPT_BEGAN", psutil.Process().create_time()))
@@ -64,7 +65,7 @@ def begin_attempt(run_folder: Path, from_step: int, world_size: int) -> Accounts
         "processes": world_size,
     }
     with (run_folder / ATTEMPTS).open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+        file.write(as_lines([entry]))
         file.flush()
         os.fsync(file.fileno())
     return accounts_of([*earlier, entry])
@@ -80,7 +81,10 @@ def accounts_of(attempts: list[dict[str, Any]]) -> Accounts:
 
 
 def read_attempts(run_folder: Path) -> list[dict[str, Any]]:
-    """The starts of a run, oldest first; a last line that a kill cut short is left out."""
+    """The starts of a run, oldest first; lines that cannot be read are left out."""
     path = run_folder / ATTEMPTS
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return read_lines(path, _is_attempt)[0] if path.is_file() else []
+
+
+def _is_attempt(record: dict[str, Any]) -> bool:
+    return {"began", "from_step", "lost_steps", "previous_alive_until"} <= record.keys()

@@ -1,11 +1,13 @@
 """Where the numbers of a run go: metrics.jsonl always, wandb and TensorBoard as configured."""
 
-import json
+import math
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cola_megatron.config import ConfigError, RunConfig
+from cola_megatron.records.json_files import IsRecord, as_lines, read_lines, repair_lines, write_whole
 from cola_megatron.records.tensorboard_log import TensorBoardLog
 
 
@@ -16,7 +18,8 @@ class MetricsLog:
     those of later steps; it says for how many seconds training was `blocked`, for how many `writing` went on, and how
     many `bytes` the tensors have.
 
-    A resumed run first drops the lines after its checkpoint, so that every step stands there once.
+    A resumed run first drops the lines after its checkpoint, so that every step stands there once. A number that is not
+    finite is null.
     """
 
     def __init__(self, config: RunConfig, resumed_at: int):
@@ -28,7 +31,7 @@ class MetricsLog:
 
     def write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
         """Records the values of a finished step (counted from 1)."""
-        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self.file.write(as_lines([{"kind": kind, "step": step, **values}]))
         if self.wandb is not None:
             self.wandb.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
         if self.tensorboard is not None:
@@ -44,42 +47,26 @@ class MetricsLog:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Takes the records of later steps out of a file of records, if there is one."""
-    if not path.exists():
-        return
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
-    temporary = path.with_suffix(".rewriting")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    temporary.replace(path)
+    """Takes the records of later steps, and lines that are damaged, out of a file of records, if there is one."""
+    repair_lines(path, _is_record, keep=lambda record: record["step"] <= step)
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All records of a metrics.jsonl; a last line that a kill cut short is left out."""
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The records of a metrics.jsonl that can be read."""
+    return readable_metrics(path)[0]
 
 
-def readable_metrics(
-    path: Path, is_record: Callable[[dict], bool] = lambda record: True
-) -> tuple[list[dict], list[int]]:
+def readable_metrics(path: Path, is_record: IsRecord = lambda record: True) -> tuple[list[dict], list[int]]:
     """The records of a metrics.jsonl, or another file of records, and the numbers (from 1) of the lines that are none.
 
-    A last line without an end is neither: it is being written, or a kill cut it short.
+    A number that was not finite, null in the file, is NaN here. Of a last line without an end see `read_lines`.
     """
-    records, damaged = [], []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        if not line.endswith(b"\n"):
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        named = isinstance(record, dict) and isinstance(record.get("kind"), str)
-        if named and isinstance(record.get("step"), int) and is_record(record):
-            records.append(record)
-        else:
-            damaged.append(number)
-    return records, damaged
+    records, damaged = read_lines(path, lambda record: _is_record(record) and is_record(record))
+    return [{name: math.nan if value is None else value for name, value in each.items()} for each in records], damaged
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    return isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
 
 
 def _start_wandb(config: RunConfig):
@@ -112,6 +99,8 @@ def _start_wandb(config: RunConfig):
 def _wandb_id(config: RunConfig) -> str:
     """One id for all jobs of a run, kept in its folder: names repeat, ids must not."""
     path = config.run_folder / "wandb_id"
-    if not path.is_file():
-        path.write_text(uuid.uuid4().hex)
-    return path.read_text()
+    known = path.read_text().strip() if path.is_file() else ""
+    if not known:  # or a full disk left it empty
+        known = uuid.uuid4().hex
+        write_whole(path, known)
+    return known

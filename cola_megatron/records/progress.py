@@ -1,12 +1,13 @@
 """Where a run stands, for people who watch it: progress.json, written anew at most once a second."""
 
-import json
 import os
 import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from cola_megatron.records.json_files import read_object, to_json, write_whole
 
 PROGRESS = "progress.json"
 EVERY_SECONDS = 1.0
@@ -60,12 +61,9 @@ class ProgressFile:
         self.progress.state, self.progress.time, self._last = state, time.time(), time.monotonic()
         if state in ("measuring", "saving"):
             self._stepped = None  # the next step's time would include it
-        unfinished = self._path.with_suffix(".writing")
-        unfinished.write_text(json.dumps(asdict(self.progress)) + "\n")
-        unfinished.replace(self._path)
+        write_whole(self._path, to_json(asdict(self.progress)) + "\n")
 
 
 def read_progress(run_folder: Path) -> dict[str, Any]:
-    """What progress.json says, nothing where there is none."""
-    path = run_folder / PROGRESS
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """What progress.json says, nothing where there is none or it is damaged."""
+    return read_object(run_folder / PROGRESS)

@@ -2,19 +2,24 @@
 
 config.yaml     the resolved config of the last start
 manifest.json   command, versions and git revision of the first start, and under `resumed` of each later one
+tokenizer.json  the tokenizer of its tokens (`checkpoint.tokenizer`)
 summary.json    how the last job of the run ended
 """
 
 import fcntl
-import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from cola_megatron.config import RunConfig, dump_config
 from cola_megatron.errors import ExitCode, UserError
+from cola_megatron.records.json_files import read_object, set_aside_if_damaged, write_json, write_whole
 from cola_megatron.records.metrics import read_metrics
+from cola_megatron.records.progress import PROGRESS
 from cola_megatron.records.provenance import provenance
+
+logger = logging.getLogger(__name__)
 
 CONFIG, MANIFEST, SUMMARY, METRICS, LOCK = "config.yaml", "manifest.json", "summary.json", "metrics.jsonl", ".lock"
 
@@ -52,6 +57,8 @@ class RunFolderTaken(UserError):
 def lock_run_folder(folder: Path) -> IO:
     """Claims a run folder for this job until the returned file is closed or the process ends.
 
+    On a file system without locks there is a warning instead: a run there is worth more than the claim.
+
     Raises:
         RunFolderTaken: another job holds it.
     """
@@ -62,6 +69,13 @@ def lock_run_folder(folder: Path) -> IO:
     except BlockingIOError:
         file.close()
         raise RunFolderTaken(f"{folder}: another job is training here; wait for it, or use another name=") from None
+    except OSError as error:  # Lustre without -o flock, NFS without its lock daemon
+        logger.warning(
+            "%s: this file system has no locks (%s), so that nothing here sees whether another job trains in the same "
+            "folder: see to it that none does, or give a runs_folder= elsewhere",
+            folder,
+            error.strerror,
+        )
     return file
 
 
@@ -69,29 +83,49 @@ def record_start(config: RunConfig) -> None:
     """Writes config.yaml and notes this start in manifest.json; the main process calls it."""
     folder = config.run_folder
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(dump_config(config))
+    for name in (MANIFEST, SUMMARY, PROGRESS):
+        set_aside_if_damaged(folder / name)
+    write_whole(folder / CONFIG, dump_config(config))
     path = folder / MANIFEST
-    if path.is_file():
-        manifest = json.loads(path.read_text())
+    manifest: dict[str, Any] = read_object(path)
+    if manifest:
         manifest.setdefault("resumed", []).append(provenance())
     else:
         manifest = provenance()
-    unfinished = path.with_suffix(".writing")
-    unfinished.write_text(json.dumps(manifest, indent=1) + "\n")
-    unfinished.replace(path)
+    write_json(path, manifest)
+
+
+def placed(path: str | Path, config: RunConfig, folder: Path) -> str | Path:
+    """A path or URL of the config of the run in `folder`, which it may have had from another working directory.
+
+    A relative one is looked for from where the run's own `runs_folder/name` leads here, so that a run that was moved
+    together with its neighbours finds them, and not what has the same path elsewhere.
+    """
+    if "://" in str(path):
+        return path
+    path, own, here = Path(path).expanduser(), config.run_folder, folder.resolve()
+    if path.is_absolute() or own.is_absolute() or here.parts[-len(own.parts) :] != own.parts:
+        return path
+    found, working = Path(*here.parts[: -len(own.parts)]) / path, Path.cwd()
+    return found.relative_to(working) if found.is_relative_to(working) else found
 
 
 def write_summary(summary: Summary) -> None:
     """Writes summary.json."""
-    (Path(summary.run_folder) / SUMMARY).write_text(json.dumps(asdict(summary), indent=1) + "\n")
+    write_json(Path(summary.run_folder) / SUMMARY, asdict(summary))
 
 
 def finished_summary(config: RunConfig, step: int) -> Summary | None:
-    """The summary of a run that has nothing left to do at its checkpoint of `step`, else None."""
-    path = config.run_folder / SUMMARY
-    if step < config.training.steps or not path.is_file():
+    """The summary of a run that has nothing left to do at its checkpoint of `step`, else None.
+
+    A run whose summary is lost or damaged has to write it: it measures, where that is missing, and ends.
+    """
+    if step < config.training.steps:
         return None
-    summary = Summary(**json.loads(path.read_text()))
+    try:
+        summary = Summary(**read_object(config.run_folder / SUMMARY))
+    except TypeError:
+        return None
     return summary if summary.finished and summary.step == step else None
 
 
@@ -111,7 +145,7 @@ def read_history(run_folder: Path, step: int) -> History:
     if not step or not path.exists():
         return History()
     records = [record for record in read_metrics(path) if record["step"] <= step]
-    seconds = max((record["seconds"] for record in records), default=0.0)
+    seconds = max((record.get("seconds", 0.0) for record in records), default=0.0)
     last = next((record for record in reversed(records) if record["kind"] == "evaluation"), None)
     if last is None:
         return History(seconds)

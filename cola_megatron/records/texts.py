@@ -3,11 +3,11 @@
 `kind` is "continuations" or "reconstructions"; `texts` are those of `held_out.texts`, always the same ones.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cola_megatron.records.json_files import as_lines
 from cola_megatron.records.metrics import drop_after, readable_metrics
 
 TEXTS = "texts.jsonl"
@@ -23,7 +23,7 @@ class TextsLog:
     def write(self, kind: str, step: int, texts: Sequence[dict[str, Any]]) -> None:
         """What was written after a step (counted from 1)."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "step": step, "texts": texts}) + "\n")
+            file.write(as_lines([{"kind": kind, "step": step, "texts": texts}]))
 
 
 def readable_texts(run_folder: Path) -> tuple[list[dict[str, Any]], list[int]]:

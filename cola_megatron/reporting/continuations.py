@@ -57,11 +57,13 @@ def continue_held_out(
     Raises:
         ShardError: the sequences cannot be read. UserError: the model has no prior, or no tokenizer.
     """
-    from cola_megatron.data import TokenShards
+    from cola_megatron.data import TokenShards, require_same_tokenizer
     from cola_megatron.errors import UserError
+    from cola_megatron.inference.text_stream import following
 
     if model.tokenizer is None:
-        raise UserError(f"there is no tokenizer beside the model or in {data}: texts cannot be shown")
+        raise UserError("there is no tokenizer beside the model: texts cannot be shown")
+    require_same_tokenizer(model.tokenizer_path, data)
     shards, prompt, count = TokenShards(data, "held_out", verify="size"), sampling.prompt_tokens, sampling.samples
     picked = [shards[index].tolist() for index in range(0, len(shards), max(1, len(shards) // count))][:count]
     outputs = model.generate(
@@ -71,12 +73,15 @@ def continue_held_out(
         repetition_penalty=sampling.repetition_penalty,
         steps=sampling.steps,
     )
-    decode = model.tokenizer.decode
+
+    def decode(tokens: list[int]) -> str:
+        return model.tokenizer.decode(tokens, skip_special_tokens=False)
+
     found = [
         Sample(
-            decode(tokens[:prompt], skip_special_tokens=False),
+            decode(tokens[:prompt]),
             output.text,
-            decode(tokens[prompt : prompt + sampling.new_tokens], skip_special_tokens=False),
+            following(decode, tokens[:prompt])(tokens[prompt : prompt + sampling.new_tokens]),
             output.latents,
         )
         for tokens, output in zip(picked, outputs, strict=True)

@@ -71,7 +71,7 @@ def observe(
         return {} if checkpoint is None else measure_checkpoint(checkpoint, folder, held_out_samples)
 
     def generate() -> list[Sample]:
-        return continue_held_out(_model(checkpoint, export, folder), folder, samples_file, fitting)
+        return continue_held_out(_model(checkpoint, export), folder, samples_file, fitting)
 
     def reconstruct() -> list[ReconstructedText]:
         from cola_megatron.held_out.measure_checkpoint import reconstruct_with_checkpoint
@@ -96,17 +96,14 @@ def _block(run: Run) -> int:
     return run.config.model.dit.block_size * run.config.model.vae.patch_size
 
 
-def _model(checkpoint: Path | None, export: Path | None, data: str):
-    """The model of an export, else of the checkpoint with the tokenizer of the data."""
+def _model(checkpoint: Path | None, export: Path | None):
+    """The model of an export, else of the checkpoint."""
     from cola_megatron import ColaDLM
-    from cola_megatron.checkpoint.load import read_weights
-    from cola_megatron.data import tokenizer_file
 
     if export is not None:
         return ColaDLM.from_published(export)
     assert checkpoint is not None, "asked for where there is one"
-    config, weights = read_weights(checkpoint)
-    return ColaDLM(config.model, weights, tokenizer_file(data, config.data.cache_folder))
+    return ColaDLM.from_checkpoint(checkpoint)
 
 
 def _tried(what: str, attempt: Callable[[], Found], notes: list[str], insist: bool) -> Found | None:

@@ -16,7 +16,7 @@ from cola_megatron.errors import UserError
 from cola_megatron.records.goodput import ATTEMPTS
 from cola_megatron.records.metrics import readable_metrics
 from cola_megatron.records.progress import PROGRESS
-from cola_megatron.records.run_folder import CONFIG, MANIFEST, METRICS, SUMMARY
+from cola_megatron.records.run_folder import CONFIG, MANIFEST, METRICS, SUMMARY, placed
 from cola_megatron.records.texts import TEXTS, readable_texts
 from cola_megatron.scaling.flops import training_flops
 
@@ -72,23 +72,14 @@ class Run:
         return Cost(tokens, training_flops(self.config, step), max(seconds, default=None))
 
     def place(self, path: str | Path) -> Path:
-        """A path of the config, which the run may have had from another working directory.
-
-        A relative one is looked for from where the run's own `runs_folder/name` leads here, so that a run that was
-        moved together with its neighbours finds them, and not what has the same path elsewhere.
-        """
-        path, own = Path(path).expanduser(), self.config.run_folder
-        here = self.folder.resolve()
-        if path.is_absolute() or own.is_absolute() or here.parts[-len(own.parts) :] != own.parts:
-            return path
-        found, working = Path(*here.parts[: -len(own.parts)]) / path, Path.cwd()
-        return found.relative_to(working) if found.is_relative_to(working) else found
+        """A path of the config, where it is from here."""
+        return Path(placed(path, self.config, self.folder))
 
     @property
     def data(self) -> str | None:
         """Folder or URL of the prepared data that the config names."""
         path = self.config.data.path
-        return path if path is None or "://" in path else str(self.place(path))
+        return None if path is None else str(placed(path, self.config, self.folder))
 
 
 def read_run(folder: Path) -> Run:

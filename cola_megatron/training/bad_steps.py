@@ -18,6 +18,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from cola_megatron.config import RunConfig
+from cola_megatron.errors import UserError
+from cola_megatron.records.json_files import write_json
 from cola_megatron.training.batches import Samples
 from cola_megatron.training.divergence import BadStep
 
@@ -37,9 +39,19 @@ class RollBack:
 
 
 def read_roll_backs(run_folder: Path) -> list[RollBack]:
-    """All of a run, oldest first."""
+    """All of a run, oldest first.
+
+    Raises:
+        UserError: they cannot be read. A run does not guess what it reads.
+    """
     path = run_folder / ROLL_BACKS
-    return [RollBack(**each) for each in json.loads(path.read_text())] if path.is_file() else []
+    try:
+        return [RollBack(**each) for each in json.loads(path.read_bytes())] if path.is_file() else []
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}), and says which batches this run leaves out: bring it back from a copy, "
+            "or delete it to train on all of them"
+        ) from None
 
 
 def add_roll_back(run_folder: Path, at: int, to: int) -> None:
@@ -75,5 +87,5 @@ def record_bad_step(
         "first_sample": batch * size,
         "samples": size,
     }
-    (folder / "step.json").write_text(json.dumps(described, indent=1) + "\n")
+    write_json(folder / "step.json", described)
     return folder

@@ -10,15 +10,18 @@ from dataclasses import replace
 from cola_megatron.checkpoint.folder import step_folders, step_of
 from cola_megatron.checkpoint.load import divergence_of, load_optimizer, load_weights
 from cola_megatron.checkpoint.resume import resume_from
+from cola_megatron.checkpoint.tokenizer import keep_tokenizer
 from cola_megatron.checkpoint.writer import CheckpointWriter, Saved
 from cola_megatron.config import RunConfig
 from cola_megatron.data import TokenShards, training_samples
+from cola_megatron.data.manifest import TOKENIZER_NAME
 from cola_megatron.data.run_shards import open_shards
 from cola_megatron.errors import ExitCode, UserError
 from cola_megatron.held_out.measure import evaluate
 from cola_megatron.held_out.texts import Decode, decoder_for, held_out_texts
 from cola_megatron.parallel import HangWatch, PeerWatch, ProcessGroups, initialize_parameters
 from cola_megatron.parallel.consensus import StepConsensus, from_main
+from cola_megatron.records.output import outliving_its_readers
 from cola_megatron.records.recorder import RunRecorder, open_recorder
 from cola_megatron.records.run_folder import (
     Summary,
@@ -66,7 +69,11 @@ def train(config: RunConfig, progress: bool = True) -> Summary:
     require_tensorboard(config)
     groups = initialize_run(config)
     hang = HangWatch(config.run_folder, config.training.hang_seconds, groups.rank, groups.world_size)
-    with hang, PeerWatch(groups, config.parallel.peer_timeout_seconds, hang.write_stacks) as watch:
+    with (
+        outliving_its_readers(),
+        hang,
+        PeerWatch(groups, config.parallel.peer_timeout_seconds, hang.write_stacks) as watch,
+    ):
         hang.peers = watch
         while (summary := _train(config, groups, watch, hang, progress)) is None:
             # The engine of the state that was given up; its parameters go in the second round, when torch has let go.
@@ -95,6 +102,7 @@ def _train(
         engine = Engine(model.to(groups.device), config, groups)
         if checkpoint is not None:
             load_optimizer(engine, checkpoint)
+        from_main(groups, functools.partial(keep_tokenizer, config, checkpoint, train_shards))
         # From here on the folder is written to: all that could refuse this start has had its say.
         hang.progress()
         with open_recorder(config, start, groups, progress) as recorder:
@@ -260,7 +268,7 @@ class _Run:
             return
         texts = held_out_texts(self.engine.model, self.held_out_shards, self.config, count, self.hang.progress)
         if self.groups.is_main:
-            self.decode = self.decode or decoder_for(self.config.data.path, self.config.data.cache_folder)
+            self.decode = self.decode or decoder_for(self.config.run_folder / TOKENIZER_NAME)
             kind = "reconstructions" if self.config.stage == 1 else "continuations"
             self.recorder.texts(kind, self.step, [text.readable(self.decode) for text in texts])
 

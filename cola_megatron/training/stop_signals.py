@@ -1,25 +1,31 @@
 """Ending a run in good order when the machine is wanted for something else."""
 
 import signal
+import threading
 from collections.abc import Sequence
 
 from cola_megatron.parallel import RankLost
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class StopSignals:
-    """SIGTERM and SIGUSR1 (pre-emption, time limit) and Ctrl-C end the run after the step in hand, having saved.
+    """SIGTERM and SIGUSR1 (pre-emption, time limit), Ctrl-C and SIGHUP (the terminal is gone) end the run after the
+    step in hand, having saved.
 
-    A second Ctrl-C interrupts at once. It is a `Participant` of `StepConsensus`: one that was signalled stops all of
-    them at the same step.
+    A second Ctrl-C interrupts at once. A signal that is ignored already, as SIGHUP is under nohup, stays so; in another
+    thread than the main one, where Python handles none, the handlers of the process stay. It is a `Participant` of
+    `StepConsensus`: one that was signalled stops all of them at the same step.
     """
 
     def __init__(self):
         self.received = self._requested = False
 
     def __enter__(self) -> "StopSignals":
-        self.previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():
+            handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self.previous = {number: signal.signal(number, self._receive) for number in handled}
         return self
 
     def __exit__(self, kind: type | None, *rest: object) -> None:

@@ -3,16 +3,22 @@
 The encoder of either is also the frozen reference.
 """
 
+import logging
+
 import torch
 from torch import nn
 
 from cola_megatron.checkpoint.load import load_weights
 from cola_megatron.config import ConfigError, DiTConfig, RunConfig, VAEConfig
+from cola_megatron.data import require_same_tokenizer
+from cola_megatron.errors import UserError
 from cola_megatron.interop.published import PublishedModel
 from cola_megatron.interop.stored_model import CheckpointModel, ModelSource, open_model_source
 from cola_megatron.models.cola import Cola
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.parameters import shard_of
+
+logger = logging.getLogger(__name__)
 
 
 def load_starting_weights(model: Cola, config: RunConfig, groups: ProcessGroups) -> None:
@@ -35,6 +41,8 @@ def load_starting_weights(model: Cola, config: RunConfig, groups: ProcessGroups)
     if isinstance(source, CheckpointModel):
         _check_finished(config, source)
     _check_same(config, source)
+    if groups.is_main and config.data.path is not None:
+        _warn_of_another_tokenizer(config, source, config.data.path)
     networks: list[tuple[nn.Module | None, str]] = [(model.vae, "vae."), (model.reference, "vae.encoder.")]
     if source.has_prior:
         networks.append((model.dit, "dit."))
@@ -54,6 +62,14 @@ def _check_finished(config: RunConfig, source: CheckpointModel) -> None:
             f"training.stage_one={given} stopped at step {step} of {steps}: finish it, or name the checkpoint folder "
             f"itself, training.stage_one={source.folder}"
         )
+
+
+def _warn_of_another_tokenizer(config: RunConfig, source: ModelSource, data: str) -> None:
+    """A warning alone: a VAE may be trained on with other tokens."""
+    try:
+        require_same_tokenizer(source.tokenizer, data, config.data.cache_folder)
+    except UserError as error:
+        logger.warning("training.stage_one=%s knows other tokens: %s", config.training.stage_one, error)
 
 
 def _check_same(config: RunConfig, source: ModelSource) -> None:

@@ -1,12 +1,12 @@
 """What a run folder and the queue say together of a run."""
 
-import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cola_megatron.records.json_files import read_object
 from cola_megatron.records.run_folder import CONFIG, MANIFEST, SUMMARY
 from launchers.slurm import commands
 from launchers.slurm.submission import JOB, SUBMISSIONS
@@ -144,5 +144,5 @@ def _below(folder: Path, pattern: str) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON file that a job writes, whole or not at all; nothing where it is missing."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """A JSON file that a job writes, whole or not at all; nothing where it is missing or damaged."""
+    return read_object(path)
