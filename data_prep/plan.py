@@ -20,7 +20,7 @@ from data_prep.readers import find_parts, read_part
 from data_prep.recipe import Recipe, SourceSettings
 from data_prep.work import PLAN_NAME, WorkFolder
 
-__all__ = ["Plan", "TaskInput", "make_plan", "open_plan", "work_folder_of"]
+__all__ = ["DECIDES_NO_BYTE", "Plan", "TaskInput", "make_plan", "open_plan", "work_folder_of"]
 
 # Of these, other versions may cut, clean or store text otherwise.
 PACKAGES = (
@@ -33,6 +33,13 @@ PACKAGES = (
     "tokenizers",
     "webdataset",
 )
+
+DECIDES_NO_BYTE: dict[str, Any] = {
+    "output": True,
+    "most_removed": True,
+    "sources": {"__all__": {"most_removed"}},
+}
+"""What two recipes that make the same bytes may differ in, as pydantic's `exclude`."""
 
 
 class TaskInput(Section):
@@ -63,14 +70,14 @@ class Plan(Section):
     def documents(self, task: int) -> Iterator[Document | BadDocument]:
         """The documents of an input as they stand in their files; raises DataPrepError."""
         given = self.inputs[task]
-        source = next(source for source in self.recipe.sources if source.name == given.source)
+        source = self.recipe.source(given.source)
         for part in given.parts:
             yield from read_part(part, source)
 
     def token_cap(self, task: int) -> int | None:
         """The share, by size, of an input in its source's `max_tokens`; None where there is no cap."""
         name = self.inputs[task].source
-        cap = next(source for source in self.recipe.sources if source.name == name).max_tokens
+        cap = self.recipe.source(name).max_tokens
         if cap is None:
             return None
         sizes = {number: each.bytes for number, each in enumerate(self.inputs) if each.source == name}
@@ -92,7 +99,7 @@ def make_plan(recipe: Recipe) -> Plan:
     files = _files_of(recipe)
     versions = {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
     content: dict[str, Any] = {
-        "recipe": recipe.model_dump(mode="json", exclude={"output": True, "tokenizer": {"path"}}),
+        "recipe": recipe.model_dump(mode="json", exclude={**DECIDES_NO_BYTE, "tokenizer": {"path"}}),
         "files": files,
         "inputs": [each.model_dump(mode="json") for each in inputs],
         "versions": versions,
@@ -138,12 +145,13 @@ def _version(package: str) -> str:
 
 def _files_of(recipe: Recipe) -> dict[str, str]:
     """Hashes of the files that settings name, by what they are and where."""
-    cleaning, decontamination = recipe.cleaning, recipe.decontamination
+    decontamination = recipe.decontamination
     named = [("the tokenizer", recipe.tokenizer.path)]
-    if cleaning is not None and cleaning.language is not None:
-        named.append(("the language model", cleaning.language.model))
-    if cleaning is not None and cleaning.urls is not None:
-        named += [("the list of domains", path) for path in cleaning.urls.blocked_domains]
+    for cleaning in map(recipe.cleaning_of, recipe.sources):
+        if cleaning.language is not None:
+            named.append(("the language model", cleaning.language.model))
+        if cleaning.urls is not None:
+            named += [("the list of domains", path) for path in cleaning.urls.blocked_domains]
     if decontamination is not None:
         for task in map(task_named, decontamination.tasks):
             named += [("the evaluation set", path) for path in find_files(decontamination.folder, task)]

@@ -39,6 +39,12 @@ class SourceSettings(Section):
     bad_documents: Literal["error", "skip"] = "error"
     """A record that is no document (broken JSON, wrong field, invalid UTF-8) ends the run with its place, or is
     counted and left out."""
+    cleaning: CleaningSettings | None = None
+    """Rules of this source in place of the recipe's; `{}` is none of them."""
+    deduplication: Literal["all", "exact", "none"] = "all"
+    """For which of the recipe's kinds of duplicates it is searched; its documents remove and are removed by those."""
+    most_removed: Share | None = None
+    """As the recipe's, for this source."""
     epochs: PositiveFloat = 1.0
     """How often training sees each sequence for every time it sees one of a source with epochs 1."""
     weight: PositiveFloat | None = None
@@ -95,7 +101,8 @@ class ShardSettings(Section):
 
 
 class Recipe(Section):
-    """What to prepare. Everything but `output` and the place of the tokenizer decides the bytes of the shards."""
+    """What to prepare. Everything but `output`, `most_removed` and the place of the tokenizer decides the bytes of the
+    shards."""
 
     output: Path
     """Folder to make."""
@@ -112,13 +119,29 @@ class Recipe(Section):
     """Share of documents, chosen by a hash of their text, that go to the held-out split."""
     seed: Annotated[int, Field(ge=0, lt=2**64), NOT_BOOL] = 66
     """Key of every hash that chooses documents."""
+    most_removed: Share = 0.5
+    """The run stops where one rule removes a larger share of the documents of a source: hardly ever is that meant."""
     task_bytes: PositiveInt = 256 * 2**20
     """About how much of a source one task reads: what a kill loses at most, and how finely work is shared out."""
 
     @property
     def cleans(self) -> bool:
         """Whether documents are looked at before they are tokenised."""
-        return any(section is not None for section in (self.cleaning, self.deduplication, self.decontamination))
+        sections = [self.cleaning, self.deduplication, self.decontamination]
+        return any(section is not None for section in sections + [source.cleaning for source in self.sources])
+
+    def cleaning_of(self, source: SourceSettings) -> CleaningSettings:
+        """The rules that look at the documents of a source."""
+        own = source.cleaning if source.cleaning is not None else self.cleaning
+        return own if own is not None else CleaningSettings()
+
+    def most_removed_of(self, source: SourceSettings) -> float:
+        """The largest share of a source that one rule may remove."""
+        return self.most_removed if source.most_removed is None else source.most_removed
+
+    def source(self, name: str) -> SourceSettings:
+        """The source of that name."""
+        return next(source for source in self.sources if source.name == name)
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

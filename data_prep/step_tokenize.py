@@ -45,7 +45,8 @@ def tokenize_input(
     """Leaves `train/` and `held_out/` with shards and an index each.
 
     The report holds a `StreamRecord` per split, the documents that were empty, a histogram of their lengths (powers of
-    two of tokens), the outcome of the round-trip check, and the size and hash of every shard.
+    two of tokens), the tokens and those that the tokenizer does not know, the outcome of the round-trip check, and the
+    size and hash of every shard.
     """
     recipe, tokenizer = plan.recipe, open_tokenizer(plan, work)
     left = plan.token_cap(task)
@@ -53,7 +54,7 @@ def tokenize_input(
     lengths: Counter[int] = Counter()
     check = _RoundTrip(tokenizer, recipe.tokenizer.round_trip_share, recipe.seed)
     bad: Counter[str] = Counter()
-    empty = 0
+    empty = unknown = written = 0
     with ExitStack() as stack:
         writers = {split: stack.enter_context(_writer(plan, tokenizer, folder / split)) for split in (TRAIN, HELD_OUT)}
         documents = kept_documents(plan, work, task, lambda document: bad.update([document.rule]))
@@ -68,6 +69,8 @@ def tokenize_input(
                 lengths[int(math.log2(len(tokens)))] += 1
                 kept = tokens[:left]
                 left -= len(kept)
+                written += len(kept)
+                unknown += 0 if tokenizer.unknown_id is None else int((kept == tokenizer.unknown_id).sum())
                 writers[split_of(document.text, recipe.held_out_fraction, recipe.seed)].add(kept, len(document.text))
             advance(sum(document.bytes_read for document in batch))
             if not left:
@@ -77,6 +80,8 @@ def tokenize_input(
         "splits": {split: writer.record for split, writer in writers.items()},
         "empty": empty,
         "bad": dict(bad),
+        "tokens": written,
+        "unknown_tokens": unknown,
         "lengths": {str(2**power): count for power, count in sorted(lengths.items())},
         "round_trip": check.report,
         "files": {

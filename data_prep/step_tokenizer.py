@@ -8,6 +8,7 @@ from typing import Any
 
 from cola_megatron.data.manifest import TOKENIZER_NAME
 from data_prep.kept_documents import kept_documents
+from data_prep.losses import losses_of, refuse_losses
 from data_prep.pack import TRAIN, split_of
 from data_prep.plan import Plan
 from data_prep.tokenizer import DocumentTokenizer, train_tokenizer
@@ -19,7 +20,14 @@ __all__ = ["place_tokenizer"]
 def place_tokenizer(
     plan: Plan, work: WorkFolder, task: int, folder: Path, advance: Callable[[int], None]
 ) -> dict[str, Any]:
-    """Leaves `tokenizer.json`, checked for the tokens that packing needs."""
+    """Leaves `tokenizer.json`, checked for the tokens that packing needs.
+
+    Raises:
+        DataPrepError: a source lost more to one rule than the recipe allows: said before the long step that comes now.
+    """
+    for source in plan.recipe.sources:
+        read, removed = losses_of(plan, work, source.name)
+        refuse_losses(plan, source.name, read["documents"], removed)
     settings, path = plan.recipe.tokenizer, folder / TOKENIZER_NAME
     if settings.path is not None:
         given = settings.path.expanduser()

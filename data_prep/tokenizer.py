@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -68,6 +69,7 @@ class DocumentTokenizer:
             raise DataPrepError(f"{path}: not a tokenizer.json ({error}); check --tokenizer") from error
         self.end_of_text_id = self._id_of(end_of_text, "end_of_text", path)
         self.padding_id = self._id_of(padding, "padding", path)
+        self.unknown_id = self._unknown_id()
         # Not the number of tokens: ids may have gaps.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.token_dtype = "uint16" if self.vocab_size <= 2**16 else "uint32"
@@ -83,6 +85,14 @@ class DocumentTokenizer:
             known = ", ".join(special[:8]) or "none"
             raise DataPrepError(f"{path}: has no token {token!r}; set {setting} to one it has (special ones: {known})")
         return token_id
+
+    def _unknown_id(self) -> int | None:
+        """What the model gives for what it does not know; None where it knows every byte."""
+        model = json.loads(self._tokenizer.to_str())["model"]
+        if model.get("unk_id") is not None:
+            return model["unk_id"]
+        token = model.get("unk_token")
+        return None if token is None else self._tokenizer.token_to_id(token)
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each document, with the end-of-text id after its last token.
