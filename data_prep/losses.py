@@ -7,11 +7,15 @@ from typing import Any
 
 from cola_megatron.data.manifest import Manifest
 from cola_megatron.data.mixture import passes_and_shares
+from data_prep.documents import LeftOut
 from data_prep.errors import DataPrepError
 from data_prep.plan import Plan
 from data_prep.work import WorkFolder
 
-__all__ = ["losses_of", "refuse_losses", "refuse_unknown_tokens", "summary"]
+__all__ = ["left_out_lines", "losses_of", "refuse_losses", "refuse_unknown_tokens", "summary"]
+
+# Lines of a terminal; the report names all.
+NAMED = 20
 
 
 def losses_of(plan: Plan, work: WorkFolder, name: str) -> tuple[Counter[str], Counter[str]]:
@@ -52,6 +56,18 @@ def refuse_unknown_tokens(plan: Plan, name: str, unknown: int, tokens: int) -> N
             f"source {name}: {unknown:,} of {tokens:,} tokens ({unknown / tokens:.1%}) are the tokenizer's token for "
             "what it does not know; give a tokenizer of this language, or raise most_removed of this source"
         )
+
+
+def left_out_lines(left_out: dict[str, list[LeftOut]], most: int = NAMED) -> list[str]:
+    """A line per file that an input shows and no task reads, beyond `most` of a source their number."""
+    lines = []
+    for name, files in left_out.items():
+        lines += [f"source {name}: leaves out {each.location} ({each.why})" for each in files[:most]]
+        if len(files) > most:
+            lines.append(
+                f"source {name}: leaves out {len(files) - most:,} more; `cola prep stats --json` names them all"
+            )
+    return lines
 
 
 def summary(report: dict[str, Any], manifest: Manifest) -> list[str]:

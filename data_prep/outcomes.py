@@ -23,9 +23,9 @@ def report_of(plan: Plan, work: WorkFolder, tokenized: list[dict[str, Any]]) -> 
         tokenized: reports of the step `tokenize`, in order.
 
     Returns:
-        `sources`: for each its parts, bytes, documents and characters read and kept, documents removed by each rule,
-        documents and characters per split, a histogram of lengths in tokens, tokens that the tokenizer does not know,
-        and the round-trip check; `contamination`: what the decontamination hit, where there is one.
+        `sources`: for each its parts, files left out, bytes, documents and characters read and kept, documents removed
+        by each rule, documents and characters per split, a histogram of lengths in tokens, tokens that the tokenizer
+        does not know, and the round-trip check; `contamination`: what the decontamination hit, where there is one.
 
     Raises:
         DataPrepError: a source lost more to one rule than the recipe allows.
@@ -64,6 +64,7 @@ def _source(plan: Plan, work: WorkFolder, tokenized: list[dict[str, Any]], name:
     refuse_unknown_tokens(plan, name, unknown, tokens)
     return {
         "parts": sum(len(plan.inputs[task].parts) for task in tasks),
+        "left_out": [each.model_dump() for each in plan.left_out[name]],
         "bytes": sum(plan.inputs[task].bytes for task in tasks),
         "read": dict(read),
         "removed": {rule: count for rule, count in sorted(removed.items()) if count},

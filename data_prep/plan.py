@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from cola_megatron.config import Section
 from cola_megatron.data.manifest import sha256_of
 from cola_megatron.evaluation.dataset_files import find_files
 from cola_megatron.evaluation.tasks import task_named
-from data_prep.documents import BadDocument, Document, Part
+from data_prep.documents import BadDocument, Document, LeftOut, Part
 from data_prep.errors import DataPrepError
 from data_prep.readers import find_parts, read_part
-from data_prep.recipe import Recipe, SourceSettings
+from data_prep.recipe import Recipe
 from data_prep.work import PLAN_NAME, WorkFolder
 
 __all__ = ["DECIDES_NO_BYTE", "Plan", "TaskInput", "make_plan", "open_plan", "work_folder_of"]
@@ -61,6 +61,8 @@ class Plan(Section):
     recipe: Recipe
     inputs: list[TaskInput]
     """Of all sources, in the order of the recipe."""
+    left_out: dict[str, list[LeftOut]]
+    """By source: what its inputs show and no task reads."""
     files: dict[str, str]
     """SHA-256 of every other file that the recipe names: tokenizer, language model, domains, evaluation sets."""
     versions: dict[str, str]
@@ -95,7 +97,12 @@ def make_plan(recipe: Recipe) -> Plan:
         DataPrepError: a source is missing or of an unknown kind, or another file of the recipe cannot be read.
         EvaluationError: an evaluation set is not where it should be.
     """
-    inputs = [each for source in recipe.sources for each in _grouped(source, recipe.task_bytes)]
+    left_out: dict[str, list[LeftOut]] = {source.name: [] for source in recipe.sources}
+    inputs = [
+        each
+        for source in recipe.sources
+        for each in _grouped(find_parts(source, recipe.task_bytes, _noting(left_out[source.name])), recipe.task_bytes)
+    ]
     files = _files_of(recipe)
     versions = {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
     content: dict[str, Any] = {
@@ -105,18 +112,26 @@ def make_plan(recipe: Recipe) -> Plan:
         "versions": versions,
     }
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return Plan(recipe=recipe, inputs=inputs, files=files, versions=versions, fingerprint=fingerprint)
+    return Plan(
+        recipe=recipe, inputs=inputs, left_out=left_out, files=files, versions=versions, fingerprint=fingerprint
+    )
 
 
-def _grouped(source: SourceSettings, task_bytes: int) -> Iterator[TaskInput]:
+def _noting(left_out: list[LeftOut]) -> Callable[[str, str], None]:
+    return lambda location, why: left_out.append(LeftOut(location=location, why=why))
+
+
+def _grouped(parts: list[Part], task_bytes: int) -> Iterator[TaskInput]:
     """The parts of a source, small ones together."""
     group: list[Part] = []
-    for part in find_parts(source, task_bytes):
-        if group and sum(each.bytes for each in group) + part.bytes > task_bytes:
-            yield TaskInput(source=source.name, parts=group)
-            group = []
+    held = 0
+    for part in parts:
+        if group and held + part.bytes > task_bytes:
+            yield TaskInput(source=part.source, parts=group)
+            group, held = [], 0
         group.append(part)
-    yield TaskInput(source=source.name, parts=group)
+        held += part.bytes
+    yield TaskInput(source=group[0].source, parts=group)
 
 
 def work_folder_of(output: Path) -> WorkFolder:

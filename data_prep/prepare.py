@@ -14,7 +14,7 @@ from cola_megatron.data.manifest import ShardError, file_problems, read_manifest
 from data_prep.errors import DataPrepError
 from data_prep.folders import place_folder
 from data_prep.local import run_steps
-from data_prep.losses import summary
+from data_prep.losses import left_out_lines, summary
 from data_prep.plan import DECIDES_NO_BYTE, Plan, make_plan, open_plan, work_folder_of
 from data_prep.recipe import Recipe
 from data_prep.steps import steps_of
@@ -48,6 +48,8 @@ def prepare(recipe: Recipe, workers: int = 1, progress: bool = True, force: bool
     if work is None:
         _note(f"{output}: already prepared from these sources with this recipe; nothing to do", progress)
         return output
+    for line in left_out_lines(plan.left_out):
+        _note(line, progress)
     run_steps(plan, work, workers, progress)
     finish(plan, work)
     for line in said_at_the_end(output):

@@ -30,10 +30,10 @@ class SourceSettings(Section):
     inputs: Annotated[list[str], Field(min_length=1)]
     """Files, globs, folders (searched recursively) or fsspec URLs, read in this order, files of a folder or glob in
     the order of their paths; or `embedded`: the documentation in the Python installation."""
-    format: Literal["auto", "text", "jsonl", "parquet", "webdataset", "huggingface"] = "auto"
-    """`auto` goes by the names of the files."""
+    format: Literal["auto", "text", "jsonl", "parquet", "csv", "warc", "webdataset", "huggingface"] = "auto"
+    """`auto` goes by the names of the files, and by the content of those whose names say nothing."""
     text_field: str = "text"
-    """JSON field, Parquet or Arrow column, or extension of a WebDataset member that holds the document."""
+    """JSON field, column of a table, or extension of a WebDataset member that holds the document."""
     url_field: str | None = None
     """The field that says where the document came from; the URL rules need it."""
     bad_documents: Literal["error", "skip"] = "error"

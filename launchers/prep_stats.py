@@ -9,6 +9,8 @@ from rich.table import Table
 
 from cola_megatron.data.manifest import ShardError, read_manifest
 from cola_megatron.data.mixture import passes_and_shares
+from data_prep.documents import LeftOut
+from data_prep.losses import left_out_lines
 from data_prep.work import REPORT_NAME
 
 
@@ -32,6 +34,9 @@ def print_statistics(statistics: dict[str, Any]) -> None:
     console = Console(width=None if Console().is_terminal else 160)
     sources = statistics["sources"]
     console.print(_sources(sources))
+    left_out = {name: [LeftOut(**each) for each in source.get("left_out", [])] for name, source in sources.items()}
+    for line in left_out_lines(left_out):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if any(source["removed"] for source in sources.values()):
         console.print(_removed(sources))
     console.print(_splits(statistics))
