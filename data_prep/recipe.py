@@ -66,7 +66,8 @@ class TokenizerSettings(Section):
     end_of_text: Annotated[str, Field(min_length=1)] = "<|endoftext|>"
     """Token that ends every document."""
     padding: Annotated[str, Field(min_length=1)] = "<|pad|>"
-    """Token that fills a sequence; training and generation learn its id from the manifest."""
+    """Token that fills a sequence; training and generation learn its id from the manifest. `cut_and_fill` never pads:
+    with it a given tokenizer may lack this one."""
     round_trip_share: Share = 0.01
     """Share of the documents, by hash, that are decoded again and compared with their text."""
 

@@ -16,6 +16,7 @@ from data_prep.documents import Document
 from data_prep.kept_documents import kept_documents
 from data_prep.pack import HELD_OUT, TRAIN, new_packer, share_of, split_of
 from data_prep.plan import Plan
+from data_prep.recipe import TokenizerSettings
 from data_prep.tokenizer import DocumentTokenizer
 from data_prep.work import WorkFolder
 from data_prep.write import INDEX_NAME, SplitWriter
@@ -29,14 +30,15 @@ EXAMPLES = 3
 
 def open_tokenizer(plan: Plan, work: WorkFolder) -> DocumentTokenizer:
     """The tokenizer that the step before has left."""
-    settings = plan.recipe.tokenizer
-    return _open(work.folder("tokenizer", 0) / TOKENIZER_NAME, settings.end_of_text, settings.padding)
+    recipe = plan.recipe
+    settings = recipe.tokenizer.model_dump_json()
+    return _open(work.folder("tokenizer", 0) / TOKENIZER_NAME, settings, recipe.packing.method == "best_fit")
 
 
 @functools.lru_cache(maxsize=1)
-def _open(path: Path, end_of_text: str, padding: str) -> DocumentTokenizer:
+def _open(path: Path, settings: str, pads: bool) -> DocumentTokenizer:
     """Once for all tasks of a process: a large one takes a fifth of a second."""
-    return DocumentTokenizer(path, end_of_text, padding)
+    return DocumentTokenizer(path, TokenizerSettings.model_validate_json(settings), pads)
 
 
 def tokenize_input(

@@ -29,14 +29,15 @@ def place_tokenizer(
         read, removed = losses_of(plan, work, source.name)
         refuse_losses(plan, source.name, read["documents"], removed)
     settings, path = plan.recipe.tokenizer, folder / TOKENIZER_NAME
+    pads = plan.recipe.packing.method == "best_fit"
     if settings.path is not None:
         given = settings.path.expanduser()
-        DocumentTokenizer(given, settings.end_of_text, settings.padding)
+        DocumentTokenizer(given, settings, pads)
         path.write_bytes(given.read_bytes())
     else:
         trained = train_tokenizer(_sample(plan, work), settings.vocab_size, settings.end_of_text, settings.padding)
         path.write_text(trained.to_str(pretty=True), encoding="utf-8")
-    tokenizer = DocumentTokenizer(path, settings.end_of_text, settings.padding)
+    tokenizer = DocumentTokenizer(path, settings, pads)
     return {"vocab_size": tokenizer.vocab_size, "trained": settings.path is None}
 
 
