@@ -9,6 +9,7 @@ from data_prep.losses import left_out_lines
 from data_prep.plan import make_plan, work_folder_of
 from data_prep.recipe import Recipe
 from data_prep.steps import steps_of
+from launchers.recipe_files import refuse_unclear_keys
 
 
 def from_file(path: Path, overrides: list[str], output: Path | None) -> Recipe:
@@ -19,6 +20,7 @@ def from_file(path: Path, overrides: list[str], output: Path | None) -> Recipe:
         if path.name not in names:
             raise ConfigError(f"{path}: neither a recipe file nor one of the recipes {', '.join(names)}")
         path = Path(str(shipped / f"{path.name}.yaml"))
+    refuse_unclear_keys(path, overrides)
     return load_tree(Recipe, path, [*overrides, *([f"output={output}"] if output is not None else [])])
 
 
