@@ -60,7 +60,7 @@ class BadDocument:
     place: str
     rule: str
     """What is wrong with it, as it is counted: `bad_json`, `bad_field`, `bad_utf8`, `bad_csv`, `bad_archive`,
-    `empty_file`; or `not_text`, `no_text`."""
+    `empty_file`, `too_long`; or `not_text`, `no_text`."""
     message: str
     bytes_read: int = 0
     is_fault: bool = True

@@ -118,6 +118,8 @@ class Recipe(Section):
     shards: ShardSettings = ShardSettings()
     held_out_fraction: Annotated[float, Field(ge=0, lt=1), NOT_BOOL] = 0.02
     """Share of documents, chosen by a hash of their text, that go to the held-out split."""
+    held_out_longest: PositiveInt = 100_000
+    """Characters: a longer document is trained on, as alone it could be most of a held-out split."""
     seed: Annotated[int, Field(ge=0, lt=2**64), NOT_BOOL] = 66
     """Key of every hash that chooses documents."""
     most_removed: Share = 0.5

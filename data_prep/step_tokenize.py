@@ -13,10 +13,12 @@ from typing import Any
 
 from cola_megatron.data.manifest import TOKENIZER_NAME, FileRecord, sha256_of
 from data_prep.documents import Document
+from data_prep.errors import DataPrepError
 from data_prep.kept_documents import kept_documents
 from data_prep.pack import HELD_OUT, TRAIN, new_packer, share_of, split_of
+from data_prep.pieces import LONGEST_PIECE, TooLong
 from data_prep.plan import Plan
-from data_prep.recipe import TokenizerSettings
+from data_prep.recipe import SourceSettings, TokenizerSettings
 from data_prep.tokenizer import DocumentTokenizer
 from data_prep.work import WorkFolder
 from data_prep.write import INDEX_NAME, SplitWriter
@@ -67,13 +69,17 @@ def tokenize_input(
                 if not document.text:
                     empty += 1
                     continue
+                if isinstance(tokens, TooLong):
+                    _refuse(document, tokens, recipe.source(plan.inputs[task].source))
+                    bad["too_long"] += 1
+                    continue
                 check(document, tokens[:-1])
                 lengths[int(math.log2(len(tokens)))] += 1
                 kept = tokens[:left]
                 left -= len(kept)
                 written += len(kept)
                 unknown += 0 if tokenizer.unknown_id is None else int((kept == tokenizer.unknown_id).sum())
-                writers[split_of(document.text, recipe.held_out_fraction, recipe.seed)].add(kept, len(document.text))
+                writers[split_of(document.text, recipe)].add(kept, len(document.text))
             advance(sum(document.bytes_read for document in batch))
             if not left:
                 break
@@ -92,6 +98,14 @@ def tokenize_input(
             if path.name != INDEX_NAME
         },
     }
+
+
+def _refuse(document: Document, error: TooLong, source: SourceSettings) -> None:
+    if source.bad_documents == "error":
+        raise DataPrepError(
+            f"{document.place}: {len(document.text):,} characters are too long for one document ({error}); split it, "
+            f"or set bad_documents of source {source.name} to skip"
+        )
 
 
 def file_record(path: Path) -> FileRecord:
@@ -128,7 +142,12 @@ class _RoundTrip:
         self._examples: list[str] = []
 
     def __call__(self, document: Document, tokens: Any) -> None:
-        if not self._share or share_of(document.text, self._seed, "round trip") >= self._share:
+        # Decoding takes some hundred bytes per token.
+        if (
+            not self._share
+            or len(document.text) > LONGEST_PIECE
+            or share_of(document.text, self._seed, "round trip") >= self._share
+        ):
             return
         self._checked += 1
         if self._tokenizer.decode(tokens) != document.text:

@@ -50,6 +50,6 @@ def _sample(plan: Plan, work: WorkFolder) -> Iterator[str]:
         for document in kept_documents(plan, work, task):
             if left <= 0:
                 break
-            if split_of(document.text, plan.recipe.held_out_fraction, plan.recipe.seed) == TRAIN:
+            if split_of(document.text, plan.recipe) == TRAIN:
                 left -= len(document.text.encode())
                 yield document.text

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from itertools import chain
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.errors import DataPrepError
+from data_prep.pieces import LONGEST_PIECE, PIECE, TooLong, pieces_of
 from data_prep.recipe import TokenizerSettings
 
 __all__ = ["DocumentTokenizer", "train_tokenizer"]
@@ -118,35 +118,58 @@ class DocumentTokenizer:
         token = model.get("unk_token")
         return None if token is None else self._tokenizer.token_to_id(token)
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
+    def encode(self, texts: list[str]) -> list[np.ndarray | TooLong]:
         """Token ids of each document, with the end-of-text id after its last token.
 
         Args:
             texts: documents.
 
         Returns:
-            One array per document, of type `token_dtype`, shape (tokens + 1,).
+            One array per document, of type `token_dtype`, shape (tokens + 1,); TooLong in the place of one that would
+            have to be encoded at once and is too long for that.
+
+        Raises:
+            DataPrepError: the text of a document makes the token of a boundary.
         """
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        encoded = []
-        for text, encoding in zip(texts, encodings, strict=True):
-            ids = np.array([*encoding.ids, self.end_of_text_id], dtype=self.token_dtype)
-            encoded.append(self._in_pieces(text) if self._forges(ids[:-1]) else ids)
+        end = np.array([self.end_of_text_id], dtype=self.token_dtype)
+        short = [text for text in texts if len(text) <= PIECE]
+        ids_of_short = iter(self._ids(short))
+        encoded: list[np.ndarray | TooLong] = []
+        for text in texts:
+            try:
+                parts = [next(ids_of_short)] if len(text) <= PIECE else list(self._ids_in_pieces(text))
+            except TooLong as error:
+                encoded.append(error)
+                continue
+            ids = np.concatenate([*parts, end])
+            encoded.append(self._without_boundaries(text, end) if self._forges(ids[:-1]) else ids)
         return encoded
+
+    def _ids(self, texts: list[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=self.token_dtype) for encoding in encodings]
+
+    def _ids_in_pieces(self, text: str) -> Iterator[np.ndarray]:
+        """Ids of a long text. Without words before its merges a tokenizer's tokens may depend on all that follows."""
+        if self._tokenizer.pre_tokenizer is None:
+            if len(text) > LONGEST_PIECE:
+                raise TooLong(f"a tokenizer without a pre-tokenizer encodes it at once, {LONGEST_PIECE:,} is the most")
+            return iter(self._ids([text]))
+        pieces = pieces_of(text, lambda texts: [ids.tolist() for ids in self._ids(texts)])
+        return (self._ids([piece])[0] for piece in pieces)
 
     def _forges(self, ids: np.ndarray) -> bool:
         """Whether the ids of a text have one that only packing may write."""
         return bool(((ids == self.end_of_text_id) | (ids == self.padding_id)).any())
 
-    def _in_pieces(self, text: str) -> np.ndarray:
+    def _without_boundaries(self, text: str, end: np.ndarray) -> np.ndarray:
         """As `encode`, for a text that has the token of a boundary as a word that the model itself knows.
 
         Raises:
             DataPrepError: it makes that token even in pieces.
         """
         inside = "|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in self._boundaries)
-        pieces = self._tokenizer.encode_batch_fast(re.split(inside, text), add_special_tokens=False)
-        ids = np.array([*chain.from_iterable(piece.ids for piece in pieces), self.end_of_text_id], self.token_dtype)
+        ids = np.concatenate([*self._ids(re.split(inside, text)), end])
         if self._forges(ids[:-1]):
             raise DataPrepError(
                 f"{self._path}: makes {' or '.join(map(repr, self._boundaries))} of the text of a document, which "
