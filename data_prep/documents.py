@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cola_megatron.config import Section
 from cola_megatron.config.types import Int
 
-__all__ = ["BadDocument", "Document", "Part"]
+__all__ = ["BadDocument", "Document", "LeftOut", "Part"]
 
 
 class Part(Section):
@@ -26,8 +26,18 @@ class Part(Section):
     Parquet range."""
     stop: Int | None = None
     """End of the range, exclusive; None reads to the end of the file."""
+    compression: str | None = None
+    """How it is compressed as a whole: gzip, bzip2, xz, zstd, lz4, brotli."""
     version: str
     """Changes when the file does: size and modification time, or what the store says (ETag)."""
+
+
+class LeftOut(Section):
+    """A file that an input shows and no task reads."""
+
+    location: str
+    """Its path or URL; of a hidden folder the folder's."""
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +59,9 @@ class BadDocument:
 
     place: str
     rule: str
-    """What is wrong with it, as it is counted: `bad_json`, `bad_field`, `bad_utf8`, `bad_archive`, `empty_file`."""
+    """What is wrong with it, as it is counted: `bad_json`, `bad_field`, `bad_utf8`, `bad_csv`, `bad_archive`,
+    `empty_file`, `too_long`; or `not_text`, `no_text`."""
     message: str
     bytes_read: int = 0
+    is_fault: bool = True
+    """False for what is as it should be and only no text: it never ends the run."""

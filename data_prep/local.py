@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
+from threading import Thread
 
 from tqdm import tqdm
 
@@ -124,9 +125,18 @@ _worker: _Worker
 
 def _begin_worker(folder: Path, bytes_read: Synchronized[int]) -> None:
     global _worker
+    Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     work = WorkFolder(folder)
     _worker = _Worker(open_plan(work), work, bytes_read)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the process that gives it work is gone, however that ended; a half-done task is none."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has one"
+    parent.join()
+    os._exit(1)
 
 
 def _run_in_worker(step_name: str, task: int) -> None:

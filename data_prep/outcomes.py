@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 from data_prep.contamination import added_up
+from data_prep.losses import losses_of, refuse_losses, refuse_unknown_tokens
 from data_prep.pack import HELD_OUT, TRAIN
 from data_prep.plan import Plan
 from data_prep.work import WorkFolder
@@ -22,9 +23,12 @@ def report_of(plan: Plan, work: WorkFolder, tokenized: list[dict[str, Any]]) -> 
         tokenized: reports of the step `tokenize`, in order.
 
     Returns:
-        `sources`: for each its parts, bytes, documents and characters read and kept, documents removed by each rule,
-        documents and characters per split, a histogram of lengths in tokens, and the round-trip check;
-        `contamination`: what the decontamination hit, where there is one.
+        `sources`: for each its parts, files left out, bytes, documents and characters read and kept, documents removed
+        by each rule, documents and characters per split, a histogram of lengths in tokens, tokens that the tokenizer
+        does not know, and the round-trip check; `contamination`: what the decontamination hit, where there is one.
+
+    Raises:
+        DataPrepError: a source lost more to one rule than the recipe allows.
     """
     sources = {source.name: _source(plan, work, tokenized, source.name) for source in plan.recipe.sources}
     report: dict[str, Any] = {"sources": sources}
@@ -37,37 +41,35 @@ def report_of(plan: Plan, work: WorkFolder, tokenized: list[dict[str, Any]]) -> 
 
 def _source(plan: Plan, work: WorkFolder, tokenized: list[dict[str, Any]], name: str) -> dict[str, Any]:
     tasks = [task for task, part in enumerate(plan.inputs) if part.source == name]
-    removed: Counter[str] = Counter()
-    read: Counter[str] = Counter()
-    if plan.recipe.cleans:
-        for task in tasks:
-            cleaned = work.report("clean", task)
-            removed.update(cleaned["removed"])
-            read.update({key: cleaned[key] for key in ("documents", "characters")})
-    if plan.recipe.deduplication is not None:
-        dropped = work.report("cluster", 0)["dropped"]
-        for task in tasks:
-            removed.update(dropped[str(task)])
+    read, removed = losses_of(plan, work, name)
     lengths: Counter[str] = Counter()
     round_trip: Counter[str] = Counter()
     examples: list[str] = []
     kept: Counter[str] = Counter()
+    unknown = tokens = 0
     for task in tasks:
         each = tokenized[task]
         lengths.update(each["lengths"])
         round_trip.update({key: each["round_trip"][key] for key in ("checked", "different")})
         examples += each["round_trip"]["examples"]
-        removed.update({"empty": each["empty"], **each["bad"]})
+        removed.update({"empty": each["empty"]})
+        removed.update(each["bad"])
+        unknown += each["unknown_tokens"]
+        tokens += each["tokens"]
         for split in (TRAIN, HELD_OUT):
             kept.update({key: each["splits"][split][key] for key in ("documents", "characters")})
     if not plan.recipe.cleans:
         read.update({"documents": kept["documents"] + removed.total(), "characters": kept["characters"]})
+    refuse_losses(plan, name, read["documents"], removed)
+    refuse_unknown_tokens(plan, name, unknown, tokens)
     return {
         "parts": sum(len(plan.inputs[task].parts) for task in tasks),
+        "left_out": [each.model_dump() for each in plan.left_out[name]],
         "bytes": sum(plan.inputs[task].bytes for task in tasks),
         "read": dict(read),
         "removed": {rule: count for rule, count in sorted(removed.items()) if count},
         "kept": dict(kept),
         "lengths": dict(sorted(lengths.items(), key=lambda item: int(item[0]))),
+        "unknown_tokens": unknown,
         "round_trip": {**round_trip, "examples": examples[:EXAMPLES]},
     }

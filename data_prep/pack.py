@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from data_prep.recipe import PackingSettings
+from data_prep.recipe import PackingSettings, Recipe
 
 __all__ = ["HELD_OUT", "TRAIN", "BestFit", "CutAndFill", "Packer", "new_packer", "share_of", "split_of"]
 
@@ -30,13 +30,17 @@ def share_of(text: str, seed: int, purpose: str) -> float:
     return int.from_bytes(digest, "little") / 2**64
 
 
-def split_of(text: str, held_out_fraction: float, seed: int) -> str:
+def split_of(text: str, recipe: Recipe) -> str:
     """The split of a document: a function of its text alone, so that it stays when the corpus around it grows.
+
+    A very long one is always trained on: alone it could be most of the held-out split.
 
     Returns:
         "train" or "held_out".
     """
-    return HELD_OUT if share_of(text, seed, "split") < held_out_fraction else TRAIN
+    if len(text) > recipe.held_out_longest:
+        return TRAIN
+    return HELD_OUT if share_of(text, recipe.seed, "split") < recipe.held_out_fraction else TRAIN
 
 
 class Packer(Protocol):

@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,13 @@ from cola_megatron.config import Section
 from cola_megatron.data.manifest import sha256_of
 from cola_megatron.evaluation.dataset_files import find_files
 from cola_megatron.evaluation.tasks import task_named
-from data_prep.documents import BadDocument, Document, Part
+from data_prep.documents import BadDocument, Document, LeftOut, Part
 from data_prep.errors import DataPrepError
 from data_prep.readers import find_parts, read_part
-from data_prep.recipe import Recipe, SourceSettings
+from data_prep.recipe import Recipe
 from data_prep.work import PLAN_NAME, WorkFolder
 
-__all__ = ["Plan", "TaskInput", "make_plan", "open_plan", "work_folder_of"]
+__all__ = ["DECIDES_NO_BYTE", "Plan", "TaskInput", "make_plan", "open_plan", "work_folder_of"]
 
 # Of these, other versions may cut, clean or store text otherwise.
 PACKAGES = (
@@ -33,6 +33,13 @@ PACKAGES = (
     "tokenizers",
     "webdataset",
 )
+
+DECIDES_NO_BYTE: dict[str, Any] = {
+    "output": True,
+    "most_removed": True,
+    "sources": {"__all__": {"most_removed"}},
+}
+"""What two recipes that make the same bytes may differ in, as pydantic's `exclude`."""
 
 
 class TaskInput(Section):
@@ -54,6 +61,8 @@ class Plan(Section):
     recipe: Recipe
     inputs: list[TaskInput]
     """Of all sources, in the order of the recipe."""
+    left_out: dict[str, list[LeftOut]]
+    """By source: what its inputs show and no task reads."""
     files: dict[str, str]
     """SHA-256 of every other file that the recipe names: tokenizer, language model, domains, evaluation sets."""
     versions: dict[str, str]
@@ -63,14 +72,14 @@ class Plan(Section):
     def documents(self, task: int) -> Iterator[Document | BadDocument]:
         """The documents of an input as they stand in their files; raises DataPrepError."""
         given = self.inputs[task]
-        source = next(source for source in self.recipe.sources if source.name == given.source)
+        source = self.recipe.source(given.source)
         for part in given.parts:
             yield from read_part(part, source)
 
     def token_cap(self, task: int) -> int | None:
         """The share, by size, of an input in its source's `max_tokens`; None where there is no cap."""
         name = self.inputs[task].source
-        cap = next(source for source in self.recipe.sources if source.name == name).max_tokens
+        cap = self.recipe.source(name).max_tokens
         if cap is None:
             return None
         sizes = {number: each.bytes for number, each in enumerate(self.inputs) if each.source == name}
@@ -88,28 +97,41 @@ def make_plan(recipe: Recipe) -> Plan:
         DataPrepError: a source is missing or of an unknown kind, or another file of the recipe cannot be read.
         EvaluationError: an evaluation set is not where it should be.
     """
-    inputs = [each for source in recipe.sources for each in _grouped(source, recipe.task_bytes)]
+    left_out: dict[str, list[LeftOut]] = {source.name: [] for source in recipe.sources}
+    inputs = [
+        each
+        for source in recipe.sources
+        for each in _grouped(find_parts(source, recipe.task_bytes, _noting(left_out[source.name])), recipe.task_bytes)
+    ]
     files = _files_of(recipe)
     versions = {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
     content: dict[str, Any] = {
-        "recipe": recipe.model_dump(mode="json", exclude={"output": True, "tokenizer": {"path"}}),
+        "recipe": recipe.model_dump(mode="json", exclude={**DECIDES_NO_BYTE, "tokenizer": {"path"}}),
         "files": files,
         "inputs": [each.model_dump(mode="json") for each in inputs],
         "versions": versions,
     }
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return Plan(recipe=recipe, inputs=inputs, files=files, versions=versions, fingerprint=fingerprint)
+    return Plan(
+        recipe=recipe, inputs=inputs, left_out=left_out, files=files, versions=versions, fingerprint=fingerprint
+    )
 
 
-def _grouped(source: SourceSettings, task_bytes: int) -> Iterator[TaskInput]:
+def _noting(left_out: list[LeftOut]) -> Callable[[str, str], None]:
+    return lambda location, why: left_out.append(LeftOut(location=location, why=why))
+
+
+def _grouped(parts: list[Part], task_bytes: int) -> Iterator[TaskInput]:
     """The parts of a source, small ones together."""
     group: list[Part] = []
-    for part in find_parts(source, task_bytes):
-        if group and sum(each.bytes for each in group) + part.bytes > task_bytes:
-            yield TaskInput(source=source.name, parts=group)
-            group = []
+    held = 0
+    for part in parts:
+        if group and held + part.bytes > task_bytes:
+            yield TaskInput(source=part.source, parts=group)
+            group, held = [], 0
         group.append(part)
-    yield TaskInput(source=source.name, parts=group)
+        held += part.bytes
+    yield TaskInput(source=group[0].source, parts=group)
 
 
 def work_folder_of(output: Path) -> WorkFolder:
@@ -138,12 +160,13 @@ def _version(package: str) -> str:
 
 def _files_of(recipe: Recipe) -> dict[str, str]:
     """Hashes of the files that settings name, by what they are and where."""
-    cleaning, decontamination = recipe.cleaning, recipe.decontamination
+    decontamination = recipe.decontamination
     named = [("the tokenizer", recipe.tokenizer.path)]
-    if cleaning is not None and cleaning.language is not None:
-        named.append(("the language model", cleaning.language.model))
-    if cleaning is not None and cleaning.urls is not None:
-        named += [("the list of domains", path) for path in cleaning.urls.blocked_domains]
+    for cleaning in map(recipe.cleaning_of, recipe.sources):
+        if cleaning.language is not None:
+            named.append(("the language model", cleaning.language.model))
+        if cleaning.urls is not None:
+            named += [("the list of domains", path) for path in cleaning.urls.blocked_domains]
     if decontamination is not None:
         for task in map(task_named, decontamination.tasks):
             named += [("the evaluation set", path) for path in find_files(decontamination.folder, task)]

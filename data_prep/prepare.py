@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,13 @@ from cola_megatron.data.manifest import ShardError, file_problems, read_manifest
 from data_prep.errors import DataPrepError
 from data_prep.folders import place_folder
 from data_prep.local import run_steps
-from data_prep.plan import Plan, make_plan, open_plan, work_folder_of
+from data_prep.losses import left_out_lines, summary
+from data_prep.plan import DECIDES_NO_BYTE, Plan, make_plan, open_plan, work_folder_of
 from data_prep.recipe import Recipe
 from data_prep.steps import steps_of
-from data_prep.work import WorkFolder
+from data_prep.work import REPORT_NAME, WorkFolder
 
-__all__ = ["begin", "finish", "prepare"]
+__all__ = ["begin", "finish", "prepare", "said_at_the_end"]
 
 
 def prepare(recipe: Recipe, workers: int = 1, progress: bool = True, force: bool = False) -> Path:
@@ -46,17 +48,26 @@ def prepare(recipe: Recipe, workers: int = 1, progress: bool = True, force: bool
     if work is None:
         _note(f"{output}: already prepared from these sources with this recipe; nothing to do", progress)
         return output
+    for line in left_out_lines(plan.left_out):
+        _note(line, progress)
     run_steps(plan, work, workers, progress)
     finish(plan, work)
+    for line in said_at_the_end(output):
+        _note(line, progress)
+    return output
+
+
+def said_at_the_end(output: Path) -> list[str]:
+    """What a finished preparation says of itself, a line per source and per split."""
     manifest = read_manifest(output)
+    lines = summary(json.loads((output / REPORT_NAME).read_bytes()), manifest)
     for split in manifest.splits:
         total = manifest.total(split)
-        _note(
+        lines.append(
             f"{output / split}: {total.documents:,} documents, {total.sequences:,} sequences, {total.tokens:,} tokens "
-            f"({total.padding_tokens:,} padding; {total.dropped_tokens:,} at the ends dropped)",
-            progress,
+            f"({total.padding_tokens:,} padding; {total.dropped_tokens:,} at the ends dropped)"
         )
-    return output
+    return lines
 
 
 def begin(plan: Plan, force: bool = False) -> WorkFolder | None:
@@ -77,6 +88,8 @@ def begin(plan: Plan, force: bool = False) -> WorkFolder | None:
             work.remove()
         elif unfinished.fingerprint != plan.fingerprint:
             _take_over(work, unfinished, plan)
+        elif work.path.exists():
+            work.write_plan(plan.model_dump_json(indent=1))  # what decides no byte may be another
     if not work.path.exists():
         work.path.mkdir(parents=True)
         work.write_plan(plan.model_dump_json(indent=1))
@@ -151,7 +164,7 @@ def _plan_of(work: WorkFolder) -> Plan | None:
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json", exclude={"output"})
+    return recipe.model_dump(mode="json", exclude=DECIDES_NO_BYTE)
 
 
 def _differing(there: Any, here: Any, key: str = "") -> Iterator[str]:

@@ -30,15 +30,21 @@ class SourceSettings(Section):
     inputs: Annotated[list[str], Field(min_length=1)]
     """Files, globs, folders (searched recursively) or fsspec URLs, read in this order, files of a folder or glob in
     the order of their paths; or `embedded`: the documentation in the Python installation."""
-    format: Literal["auto", "text", "jsonl", "parquet", "webdataset", "huggingface"] = "auto"
-    """`auto` goes by the names of the files."""
+    format: Literal["auto", "text", "jsonl", "parquet", "csv", "warc", "webdataset", "huggingface"] = "auto"
+    """`auto` goes by the names of the files, and by the content of those whose names say nothing."""
     text_field: str = "text"
-    """JSON field, Parquet or Arrow column, or extension of a WebDataset member that holds the document."""
+    """JSON field, column of a table, or extension of a WebDataset member that holds the document."""
     url_field: str | None = None
     """The field that says where the document came from; the URL rules need it."""
     bad_documents: Literal["error", "skip"] = "error"
     """A record that is no document (broken JSON, wrong field, invalid UTF-8) ends the run with its place, or is
     counted and left out."""
+    cleaning: CleaningSettings | None = None
+    """Rules of this source in place of the recipe's; `{}` is none of them."""
+    deduplication: Literal["all", "exact", "none"] = "all"
+    """For which of the recipe's kinds of duplicates it is searched; its documents remove and are removed by those."""
+    most_removed: Share | None = None
+    """As the recipe's, for this source."""
     epochs: PositiveFloat = 1.0
     """How often training sees each sequence for every time it sees one of a source with epochs 1."""
     weight: PositiveFloat | None = None
@@ -60,7 +66,8 @@ class TokenizerSettings(Section):
     end_of_text: Annotated[str, Field(min_length=1)] = "<|endoftext|>"
     """Token that ends every document."""
     padding: Annotated[str, Field(min_length=1)] = "<|pad|>"
-    """Token that fills a sequence; training and generation learn its id from the manifest."""
+    """Token that fills a sequence; training and generation learn its id from the manifest. `cut_and_fill` never pads:
+    with it a given tokenizer may lack this one."""
     round_trip_share: Share = 0.01
     """Share of the documents, by hash, that are decoded again and compared with their text."""
 
@@ -95,7 +102,8 @@ class ShardSettings(Section):
 
 
 class Recipe(Section):
-    """What to prepare. Everything but `output` and the place of the tokenizer decides the bytes of the shards."""
+    """What to prepare. Everything but `output`, `most_removed` and the place of the tokenizer decides the bytes of the
+    shards."""
 
     output: Path
     """Folder to make."""
@@ -110,15 +118,33 @@ class Recipe(Section):
     shards: ShardSettings = ShardSettings()
     held_out_fraction: Annotated[float, Field(ge=0, lt=1), NOT_BOOL] = 0.02
     """Share of documents, chosen by a hash of their text, that go to the held-out split."""
+    held_out_longest: PositiveInt = 100_000
+    """Characters: a longer document is trained on, as alone it could be most of a held-out split."""
     seed: Annotated[int, Field(ge=0, lt=2**64), NOT_BOOL] = 66
     """Key of every hash that chooses documents."""
+    most_removed: Share = 0.5
+    """The run stops where one rule removes a larger share of the documents of a source: hardly ever is that meant."""
     task_bytes: PositiveInt = 256 * 2**20
     """About how much of a source one task reads: what a kill loses at most, and how finely work is shared out."""
 
     @property
     def cleans(self) -> bool:
         """Whether documents are looked at before they are tokenised."""
-        return any(section is not None for section in (self.cleaning, self.deduplication, self.decontamination))
+        sections = [self.cleaning, self.deduplication, self.decontamination]
+        return any(section is not None for section in sections + [source.cleaning for source in self.sources])
+
+    def cleaning_of(self, source: SourceSettings) -> CleaningSettings:
+        """The rules that look at the documents of a source."""
+        own = source.cleaning if source.cleaning is not None else self.cleaning
+        return own if own is not None else CleaningSettings()
+
+    def most_removed_of(self, source: SourceSettings) -> float:
+        """The largest share of a source that one rule may remove."""
+        return self.most_removed if source.most_removed is None else source.most_removed
+
+    def source(self, name: str) -> SourceSettings:
+        """The source of that name."""
+        return next(source for source in self.sources if source.name == name)
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.clean import Cleaner, Removed
-from data_prep.clean.settings import CleaningSettings
 from data_prep.contamination import ContaminationCounter
 from data_prep.decontaminate import ContaminationIndex
 from data_prep.deduplicate import Signatures
@@ -40,8 +39,8 @@ def clean_input(
 
     The report holds `documents` and `characters` read, `removed` by rule, and `contamination` by evaluation task.
     """
-    recipe = plan.recipe
-    clean = Cleaner(recipe.cleaning or CleaningSettings())
+    recipe, source = plan.recipe, plan.recipe.source(plan.inputs[task].source)
+    clean = Cleaner(recipe.cleaning_of(source))
     signatures = Signatures(recipe.deduplication) if recipe.deduplication is not None else None
     contamination = None
     if recipe.decontamination is not None:
@@ -65,7 +64,7 @@ def clean_input(
                 continue
             writer.write(kept)
             if signatures is not None:
-                signatures.add(kept.text)
+                signatures.add(kept.text, source.deduplication != "none", source.deduplication == "all")
     if signatures is not None:
         signatures.save(folder)
     return {

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.clean.settings import DeduplicationSettings
-from data_prep.deduplicate import Signatures, clusters, find_pairs
+from data_prep.deduplicate import Signatures, Sketches, find_pairs, near_copies, similarity
 from data_prep.kept_documents import DROPPED_NAME
 from data_prep.plan import Plan
 from data_prep.work import WorkFolder
@@ -52,17 +52,25 @@ def cluster(plan: Plan, work: WorkFolder, task: int, folder: Path, advance: Call
     """Leaves, for every part, which of its kept documents are dropped; the report counts them by part and rule."""
     settings = _settings(plan)
     counts = [report["kept"] for report in work.reports("clean", len(plan.inputs))]
-    first_of = clusters(sum(counts), (_pairs(work, key) for key in range(keys_of(settings))))
-    copies = np.zeros(sum(counts), dtype=bool)
+    exact = np.zeros(sum(counts), dtype=bool)
     if settings.exact:
-        copies[_pairs(work, 0)[:, 0]] = True
+        exact[_pairs(work, 0)[:, 0]] = True
+    near = np.zeros_like(exact)
+    if settings.near is not None:
+        sketches = Sketches([work.folder("clean", part) for part in range(len(plan.inputs))])
+        near = near_copies(
+            len(exact),
+            (_pairs(work, key) for key in range(settings.exact, keys_of(settings))),
+            exact,
+            lambda one, other: similarity(sketches[one], sketches[other]),
+            settings.near.similarity,
+        )
     rules: dict[str, dict[str, int]] = {}
     start = 0
     for part, count in enumerate(counts):
         own = slice(start, start + count)
-        gone = first_of[own] != np.arange(start, start + count)
-        np.save(folder / DROPPED_NAME.format(task=part), np.flatnonzero(gone))
-        rules[str(part)] = {EXACT: int((gone & copies[own]).sum()), NEAR: int((gone & ~copies[own]).sum())}
+        np.save(folder / DROPPED_NAME.format(task=part), np.flatnonzero(exact[own] | near[own]))
+        rules[str(part)] = {EXACT: int(exact[own].sum()), NEAR: int(near[own].sum())}
         start += count
     return {"documents": start, "dropped": rules}
 

@@ -21,7 +21,7 @@ from cola_megatron.data.manifest import (
 from data_prep.errors import DataPrepError
 from data_prep.outcomes import report_of
 from data_prep.pack import HELD_OUT, TRAIN
-from data_prep.plan import Plan
+from data_prep.plan import DECIDES_NO_BYTE, Plan
 from data_prep.step_tokenize import file_record, open_tokenizer
 from data_prep.work import WorkFolder, write_report
 from data_prep.write import INDEX_NAME, merge_indexes
@@ -33,9 +33,11 @@ def merge(plan: Plan, work: WorkFolder, task: int, folder: Path, advance: Callab
     """Leaves the prepared folder as training reads it; its layout is in `cola_megatron.data.shards`.
 
     Raises:
-        DataPrepError: the train documents do not fill one sequence.
+        DataPrepError: the train documents, all or of a source with a weight, do not fill one sequence; or a source lost
+            more to one rule than the recipe allows.
     """
     reports = list(work.reports("tokenize", len(plan.inputs)))
+    statistics = report_of(plan, work, reports)
     splits = {split: _streams(plan, reports, split) for split in (TRAIN, HELD_OUT)}
     if not splits[TRAIN]:
         dropped = sum(report["splits"][TRAIN]["dropped_tokens"] for report in reports)
@@ -43,14 +45,26 @@ def merge(plan: Plan, work: WorkFolder, task: int, folder: Path, advance: Callab
             f"the train documents of no task fill a sequence of {plan.recipe.packing.sequence_length} tokens (all "
             f"together they have {dropped}); give more text or lower sequence_length"
         )
+    for source in plan.recipe.sources:
+        if source.weight is not None and source.name not in splits[TRAIN]:
+            raise DataPrepError(
+                f"source {source.name}: has weight {source.weight:g} and nothing to train on "
+                f"({_what_is_left(statistics, source.name)}), and the others would take its share; give more of it, "
+                "or leave it out"
+            )
     for split in splits:
         _gather(plan, work, reports, split, folder / split)
     shutil.copyfile(work.folder("tokenizer", 0) / TOKENIZER_NAME, folder / TOKENIZER_NAME)
-    statistics = report_of(plan, work, reports)
     write_report(folder, statistics)
     manifest = _manifest(plan, work, splits, _files(reports, folder))
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return statistics
+
+
+def _what_is_left(statistics: dict[str, Any], name: str) -> str:
+    source = statistics["sources"][name]
+    rules = ", ".join(f"{rule} {count:,}" for rule, count in source["removed"].items()) or "none"
+    return f"{source['kept']['documents']:,} documents kept, removed: {rules}"
 
 
 def _streams(plan: Plan, reports: list[dict[str, Any]], split: str) -> dict[str, StreamRecord]:
@@ -122,7 +136,7 @@ def _manifest(
         mixture={source.name: MixtureRecord(epochs=source.epochs, weight=source.weight) for source in recipe.sources},
         splits=splits,
         fingerprint=plan.fingerprint,
-        recipe=recipe.model_dump(mode="json", exclude={"output"}),
+        recipe=recipe.model_dump(mode="json", exclude=DECIDES_NO_BYTE),
         versions=plan.versions,
         files=files,
     )

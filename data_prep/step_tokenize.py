@@ -13,9 +13,12 @@ from typing import Any
 
 from cola_megatron.data.manifest import TOKENIZER_NAME, FileRecord, sha256_of
 from data_prep.documents import Document
+from data_prep.errors import DataPrepError
 from data_prep.kept_documents import kept_documents
 from data_prep.pack import HELD_OUT, TRAIN, new_packer, share_of, split_of
+from data_prep.pieces import LONGEST_PIECE, TooLong
 from data_prep.plan import Plan
+from data_prep.recipe import SourceSettings, TokenizerSettings
 from data_prep.tokenizer import DocumentTokenizer
 from data_prep.work import WorkFolder
 from data_prep.write import INDEX_NAME, SplitWriter
@@ -29,14 +32,15 @@ EXAMPLES = 3
 
 def open_tokenizer(plan: Plan, work: WorkFolder) -> DocumentTokenizer:
     """The tokenizer that the step before has left."""
-    settings = plan.recipe.tokenizer
-    return _open(work.folder("tokenizer", 0) / TOKENIZER_NAME, settings.end_of_text, settings.padding)
+    recipe = plan.recipe
+    settings = recipe.tokenizer.model_dump_json()
+    return _open(work.folder("tokenizer", 0) / TOKENIZER_NAME, settings, recipe.packing.method == "best_fit")
 
 
 @functools.lru_cache(maxsize=1)
-def _open(path: Path, end_of_text: str, padding: str) -> DocumentTokenizer:
+def _open(path: Path, settings: str, pads: bool) -> DocumentTokenizer:
     """Once for all tasks of a process: a large one takes a fifth of a second."""
-    return DocumentTokenizer(path, end_of_text, padding)
+    return DocumentTokenizer(path, TokenizerSettings.model_validate_json(settings), pads)
 
 
 def tokenize_input(
@@ -45,7 +49,8 @@ def tokenize_input(
     """Leaves `train/` and `held_out/` with shards and an index each.
 
     The report holds a `StreamRecord` per split, the documents that were empty, a histogram of their lengths (powers of
-    two of tokens), the outcome of the round-trip check, and the size and hash of every shard.
+    two of tokens), the tokens and those that the tokenizer does not know, the outcome of the round-trip check, and the
+    size and hash of every shard.
     """
     recipe, tokenizer = plan.recipe, open_tokenizer(plan, work)
     left = plan.token_cap(task)
@@ -53,7 +58,7 @@ def tokenize_input(
     lengths: Counter[int] = Counter()
     check = _RoundTrip(tokenizer, recipe.tokenizer.round_trip_share, recipe.seed)
     bad: Counter[str] = Counter()
-    empty = 0
+    empty = unknown = written = 0
     with ExitStack() as stack:
         writers = {split: stack.enter_context(_writer(plan, tokenizer, folder / split)) for split in (TRAIN, HELD_OUT)}
         documents = kept_documents(plan, work, task, lambda document: bad.update([document.rule]))
@@ -64,11 +69,17 @@ def tokenize_input(
                 if not document.text:
                     empty += 1
                     continue
+                if isinstance(tokens, TooLong):
+                    _refuse(document, tokens, recipe.source(plan.inputs[task].source))
+                    bad["too_long"] += 1
+                    continue
                 check(document, tokens[:-1])
                 lengths[int(math.log2(len(tokens)))] += 1
                 kept = tokens[:left]
                 left -= len(kept)
-                writers[split_of(document.text, recipe.held_out_fraction, recipe.seed)].add(kept, len(document.text))
+                written += len(kept)
+                unknown += 0 if tokenizer.unknown_id is None else int((kept == tokenizer.unknown_id).sum())
+                writers[split_of(document.text, recipe)].add(kept, len(document.text))
             advance(sum(document.bytes_read for document in batch))
             if not left:
                 break
@@ -77,6 +88,8 @@ def tokenize_input(
         "splits": {split: writer.record for split, writer in writers.items()},
         "empty": empty,
         "bad": dict(bad),
+        "tokens": written,
+        "unknown_tokens": unknown,
         "lengths": {str(2**power): count for power, count in sorted(lengths.items())},
         "round_trip": check.report,
         "files": {
@@ -85,6 +98,14 @@ def tokenize_input(
             if path.name != INDEX_NAME
         },
     }
+
+
+def _refuse(document: Document, error: TooLong, source: SourceSettings) -> None:
+    if source.bad_documents == "error":
+        raise DataPrepError(
+            f"{document.place}: {len(document.text):,} characters are too long for one document ({error}); split it, "
+            f"or set bad_documents of source {source.name} to skip"
+        )
 
 
 def file_record(path: Path) -> FileRecord:
@@ -121,7 +142,12 @@ class _RoundTrip:
         self._examples: list[str] = []
 
     def __call__(self, document: Document, tokens: Any) -> None:
-        if not self._share or share_of(document.text, self._seed, "round trip") >= self._share:
+        # Decoding takes some hundred bytes per token.
+        if (
+            not self._share
+            or len(document.text) > LONGEST_PIECE
+            or share_of(document.text, self._seed, "round trip") >= self._share
+        ):
             return
         self._checked += 1
         if self._tokenizer.decode(tokens) != document.text:

@@ -35,6 +35,7 @@ def run(
     held_out_fraction: float = typer.Option(0.02, help="Share of documents that are held out, by hash of the text."),
     text_field: str = typer.Option("text", help="Field or column that holds the text."),
     max_tokens: int = typer.Option(None, help="Cap on the tokens."),
+    most_removed: float = typer.Option(0.5, help="Stop where one rule removes a larger share of the documents."),
     shard_format: str = typer.Option("mds", help="mds (mosaicml-streaming) or webdataset."),
     workers: int = typer.Option(None, min=1, help="Processes; by default one per core."),
     force: bool = typer.Option(False, help="Replace a data set made with other settings, and forget unfinished work."),
@@ -61,6 +62,7 @@ def run(
             packing={"sequence_length": sequence_length},
             shards={"format": shard_format},
             held_out_fraction=held_out_fraction,
+            most_removed=most_removed,
         )
     if dry_run:
         print(describe(wanted))
@@ -140,7 +142,7 @@ def task(
     Example: `cola prep task data/web.work tokenize 7`
     """
     from data_prep.plan import open_plan
-    from data_prep.prepare import finish
+    from data_prep.prepare import finish, said_at_the_end
     from data_prep.steps import run_task, steps_of
     from data_prep.work import WorkFolder
 
@@ -155,6 +157,7 @@ def task(
         run_task(plan, folder, steps[step], task_number)
     if step == "merge":
         finish(plan, folder)
+        print("\n".join(said_at_the_end(plan.recipe.output.expanduser().absolute())))
 
 
 @app.command("verify")

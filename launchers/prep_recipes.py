@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from cola_megatron.config import ConfigError, load_tree, resolve_tree
+from data_prep.losses import left_out_lines
 from data_prep.plan import make_plan, work_folder_of
 from data_prep.recipe import Recipe
 from data_prep.steps import steps_of
+from launchers.recipe_files import refuse_unclear_keys
 
 
 def from_file(path: Path, overrides: list[str], output: Path | None) -> Recipe:
@@ -18,6 +20,7 @@ def from_file(path: Path, overrides: list[str], output: Path | None) -> Recipe:
         if path.name not in names:
             raise ConfigError(f"{path}: neither a recipe file nor one of the recipes {', '.join(names)}")
         path = Path(str(shipped / f"{path.name}.yaml"))
+    refuse_unclear_keys(path, overrides)
     return load_tree(Recipe, path, [*overrides, *([f"output={output}"] if output is not None else [])])
 
 
@@ -40,6 +43,7 @@ def describe(recipe: Recipe) -> str:
         formats = ", ".join(sorted({part.format for part in parts}))
         size = sum(part.bytes for part in parts)
         lines.append(f"source {source.name}: {len(parts):,} parts ({formats}), {size:,} bytes in {len(inputs):,} tasks")
+    lines += left_out_lines(plan.left_out)
     work = work_folder_of(recipe.output)
     for step in steps_of(plan):
         done = sum(work.is_finished(step.name, task) for task in range(step.tasks))

@@ -7,7 +7,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cola_megatron.data.manifest import Manifest, ShardError, read_manifest
+from cola_megatron.data.manifest import ShardError, read_manifest
+from cola_megatron.data.mixture import passes_and_shares
+from data_prep.documents import LeftOut
+from data_prep.losses import left_out_lines
 from data_prep.work import REPORT_NAME
 
 
@@ -19,7 +22,11 @@ def read_statistics(folder: Path) -> dict[str, Any]:
         report = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ShardError(f"{path}: cannot be read ({error}); prepare the folder again") from error
-    return {**report, "splits": manifest.model_dump(mode="json")["splits"], "mixture": _mixture(manifest)}
+    return {
+        **report,
+        "splits": manifest.model_dump(mode="json")["splits"],
+        "mixture": {name: share for name, (_, share) in passes_and_shares(manifest).items()},
+    }
 
 
 def print_statistics(statistics: dict[str, Any]) -> None:
@@ -27,6 +34,9 @@ def print_statistics(statistics: dict[str, Any]) -> None:
     console = Console(width=None if Console().is_terminal else 160)
     sources = statistics["sources"]
     console.print(_sources(sources))
+    left_out = {name: [LeftOut(**each) for each in source.get("left_out", [])] for name, source in sources.items()}
+    for line in left_out_lines(left_out):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if any(source["removed"] for source in sources.values()):
         console.print(_removed(sources))
     console.print(_splits(statistics))
@@ -39,16 +49,6 @@ def print_statistics(statistics: dict[str, Any]) -> None:
                 f"{name}: {check['different']:,} of {check['checked']:,} documents change when they are tokenised and "
                 f"decoded, for example {', '.join(check['examples'][:3])}: the tokenizer cannot write all it reads"
             )
-
-
-def _mixture(manifest: Manifest) -> dict[str, float]:
-    """Share of the training samples that each source gives."""
-    streams = manifest.splits["train"]
-    wanted = {
-        name: manifest.mixture[name].weight or manifest.mixture[name].epochs * record.sequences
-        for name, record in streams.items()
-    }
-    return {name: amount / sum(wanted.values()) for name, amount in wanted.items()}
 
 
 def _table(title: str, first: str, *columns: str) -> Table:

@@ -6,8 +6,10 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -29,6 +31,53 @@ def finish(recipe: Path, output: Path) -> None:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def in_session(leader: int) -> list[psutil.Process]:
+    """The living processes that a command has started, itself included."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path, number: signal.Signals) -> None:
+    pytest.importorskip("datatrove", reason="its work is slow enough")
+    words = [f"word{number}" for number in range(5000)]
+    for part in range(7):
+        chooser = random.Random(part)
+        texts = (" ".join(chooser.choices(words, k=500)) for _ in range(300))
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tree = {
+        "output": str(tmp_path / "unused"),
+        "sources": [{"name": "one", "inputs": [str(tmp_path / "*.jsonl")]}],
+        "deduplication": {"near": {}},
+        "task_bytes": 100_000,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    process = start(tmp_path / "recipe.yaml", tmp_path / "out")
+    try:
+        clean = tmp_path / "out.work" / "clean"
+        waited(lambda: clean.is_dir() and any(clean.iterdir()))
+        assert len(in_session(process.pid)) > 2, "workers at work"
+        process.send_signal(number)
+        waited(lambda: not in_session(process.pid))
+        assert sum(path.name.isdecimal() for path in clean.iterdir()) < 7, "they did not go on to the end"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def waited(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Waits until it holds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -36,6 +36,10 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
+def split_at(text: str, held_out_fraction: float, seed: int) -> str:
+    return split_of(text, settings_for("embedded", Path("out"), held_out_fraction=held_out_fraction, seed=seed))
+
+
 TOKENIZER_OPTIONS = {
     "tokenizer": "path",
     "vocab_size": "vocab_size",
@@ -108,7 +112,7 @@ def test_documents_survive_the_way_through_tokenizer_and_shards(tmp_path: Path) 
     assert report["round_trip"] == {"checked": 60, "different": 0, "examples": []}
     assert sum(report["lengths"].values()) == 60
     for name in ("train", "held_out"):
-        expected = [text for text in texts if split_of(text, 0.2, 66) == name]
+        expected = [text for text in texts if split_at(text, 0.2, 66) == name]
         found = texts_in(output, name)
         assert sum(text in found for text in expected) >= len(expected) - 1, "the last document may be cut"
         record = manifest.total(name)
@@ -215,11 +219,11 @@ def test_empty_documents_are_left_out_and_counted(tmp_path: Path) -> None:
 
 def test_a_document_keeps_its_split_when_the_corpus_grows() -> None:
     texts = [document(seed, words=8) for seed in range(2000)]
-    held_out = {text for text in texts[:1000] if split_of(text, 0.1, 66) == "held_out"}
-    assert {text for text in texts if split_of(text, 0.1, 66) == "held_out"} & set(texts[:1000]) == held_out
+    held_out = {text for text in texts[:1000] if split_at(text, 0.1, 66) == "held_out"}
+    assert {text for text in texts if split_at(text, 0.1, 66) == "held_out"} & set(texts[:1000]) == held_out
     assert 60 < len(held_out) < 140
-    assert held_out != {text for text in texts[:1000] if split_of(text, 0.1, 67) == "held_out"}
-    assert held_out < {text for text in texts[:1000] if split_of(text, 0.3, 66) == "held_out"}
+    assert held_out != {text for text in texts[:1000] if split_at(text, 0.1, 67) == "held_out"}
+    assert held_out < {text for text in texts[:1000] if split_at(text, 0.3, 66) == "held_out"}
 
 
 def test_the_embedded_corpus_is_over_a_megabyte_of_distinct_documents() -> None:

@@ -243,7 +243,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None
     ("inputs", "settings", "expected"),
     [
         (["absent.txt"], {}, "absent.txt: does not exist; give a file, a folder, a glob, a URL or `embedded`"),
-        (["*.nothing"], {}, "*.nothing: matches no .txt, .md, .jsonl"),
+        (["*.nothing"], {}, "*.nothing: matches no .txt, .md, .text, .jsonl"),
         (["a.pdf"], {}, "a.pdf: unknown kind of file; set format, or rename or convert it to one of .txt, .md"),
         (["a.pdf"], {"format": "huggingface"}, "a.pdf: unknown kind of file; set format"),
         (["empty"], {}, "empty: holds no .txt, .md"),

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cola_megatron.data.manifest import Manifest
 from cola_megatron.data.order import SampleOrder, permuted
 
-__all__ = ["MixedStream", "Mixture", "epoch_counts", "hashed", "interleave", "stream_seed"]
+__all__ = ["MixedStream", "Mixture", "epoch_counts", "hashed", "interleave", "passes_and_shares", "stream_seed"]
 
 WINDOW = 256
 """Positions over which the turns of the streams are shuffled."""
@@ -157,6 +158,15 @@ def epoch_counts(sizes: Sequence[int], epochs: Sequence[float], weights: Sequenc
     if len(shares) < len(weights):
         return [max(1, round(size * often)) for size, often in zip(sizes, epochs, strict=True)]
     return [max(1, round(sum(sizes) * share / sum(shares))) for share in shares]
+
+
+def passes_and_shares(manifest: Manifest) -> dict[str, tuple[float, float]]:
+    """How often an epoch sees each sequence of a source, and the source's share of the training samples."""
+    records = manifest.splits["train"]
+    sizes = [record.sequences for record in records.values()]
+    mixture = [manifest.mixture[name] for name in records]
+    counts = epoch_counts(sizes, [each.epochs for each in mixture], [each.weight for each in mixture])
+    return {name: (count / size, count / sum(counts)) for name, size, count in zip(records, sizes, counts, strict=True)}
 
 
 def stream_seed(seed: int, name: str) -> int:

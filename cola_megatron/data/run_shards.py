@@ -7,10 +7,14 @@ import torch.distributed as dist
 
 from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.data import TokenShards
-from cola_megatron.data.manifest import Verify
+from cola_megatron.data.manifest import Manifest, Verify
+from cola_megatron.data.mixture import passes_and_shares
 from cola_megatron.parallel import ProcessGroups
 
 logger = logging.getLogger(__name__)
+
+# Text seen more often teaches little that is new ("Scaling Data-Constrained Language Models", arXiv 2305.16264).
+MANY_PASSES = 4
 
 
 def open_shards(
@@ -44,7 +48,24 @@ def open_shards(
             _agree_on_bad_shards(split, groups)
     if groups.is_main:
         _warn_of_a_small_cache(config, shards[0])
+        if "train" in splits:
+            _say_the_mixture(shards[0].manifest)
     return shards
+
+
+def _say_the_mixture(manifest: Manifest) -> None:
+    """What every source gives, and by name those that give nothing."""
+    seen = passes_and_shares(manifest)
+    for name, record in manifest.mixture.items():
+        if name not in seen:
+            logger.warning("source %s gives no training sample: none of its documents was kept", name)
+            continue
+        passes, share = seen[name]
+        weight = "" if record.weight is None else f" (weight {record.weight:g})"
+        level = logging.WARNING if passes > MANY_PASSES else logging.INFO
+        logger.log(
+            level, "source %s%s: %.1f%% of the samples, each %.3g times an epoch", name, weight, 100 * share, passes
+        )
 
 
 def _agree_on_bad_shards(shards: TokenShards, groups: ProcessGroups) -> None:

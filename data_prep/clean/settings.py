@@ -200,10 +200,15 @@ class NearDuplicateSettings(Section):
     """MinHash over word n-grams; the published values of FineWeb (Penedo et al. 2024, arXiv:2406.17557, section 3.4).
 
     Two documents whose n-grams overlap by a share s (Jaccard) meet in a band with probability
-    1 - (1 - s**rows)**bands: 0.21 at 0.6, 0.56 at 0.7, 0.77 at 0.75, 0.92 at 0.8, 0.9996 at 0.9. Case,
-    punctuation, accents and the values of numbers do not count. A document with fewer words than `ngram` is compared
-    by `exact` only.
+    1 - (1 - s**rows)**bands: 0.21 at 0.6, 0.56 at 0.7, 0.77 at 0.75, 0.92 at 0.8, 0.9996 at 0.9. Those that meet are
+    compared: exactly up to 1,024 different n-grams, beyond that with an error of 0.016. Case, punctuation and accents
+    do not count. A document with fewer words than `ngram` is compared by `exact` only.
     """
+
+    similarity: PositiveFraction = 0.75
+    """A document goes where it shares this much with an earlier one that stays."""
+    numbers_alike: bool = False
+    """Whether all numbers count as one: dates and counters then make no difference, but neither do sums and tables."""
 
     ngram: PositiveInt = 5
     """Words of an n-gram."""

@@ -1,4 +1,4 @@
-"""From keys to pairs of documents, and from pairs to the document of each group that stays.
+"""From keys to pairs of documents, and from pairs to groups that have to be looked at together.
 
 Documents are numbered through: those of the first task, then those of the second, and so on.
 """
@@ -26,7 +26,7 @@ def find_pairs(keys: Sequence[np.ndarray], keys_at_once: int = KEYS_AT_ONCE) -> 
 
     Args:
         keys: per task, in their order: uint64, shape (n,) for one band, or (n, 2) for the exact hashes. Keys
-            `NO_KEY` of a band are passed over.
+            `NO_KEY`, in both columns, are passed over.
         keys_at_once: bound of the memory.
 
     Returns:
@@ -68,12 +68,12 @@ def _keys_in_range(
     numbers = []
     for task_keys, offset in zip(keys, offsets, strict=False):
         columns = [task_keys] if task_keys.ndim == 1 else list(task_keys.T)
-        wanted = np.ones(len(task_keys), dtype=bool)
+        wanted = np.zeros(len(task_keys), dtype=bool)
+        for column in columns:
+            wanted |= column != NO_KEY
         # A shift by 64 bits, for one range, is undefined.
         if ranges > 1:
             wanted &= columns[0] >> np.uint64(65 - ranges.bit_length()) == number
-        if task_keys.ndim == 1:
-            wanted &= task_keys != NO_KEY
         places = np.flatnonzero(wanted)
         for collected, column in zip(chosen, columns, strict=True):
             collected.append(column[places])
@@ -95,7 +95,7 @@ def clusters(total: int, pairs: Iterable[np.ndarray]) -> np.ndarray:
 
     Returns:
         For each document the smallest number in its group, shape (total,), uint32, or int64 from 2**32 documents
-        on. A document stays if that is its own.
+        on.
     """
     parents = np.arange(total, dtype=np.uint32 if total < 2**32 else np.int64)
     for some in pairs:

@@ -1,4 +1,4 @@
-"""What duplicates have in common: a hash of the text, and MinHash keys."""
+"""What duplicates have in common: a hash of the text, MinHash keys, and n-grams."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.clean.settings import DeduplicationSettings, NearDuplicateSettings
+from data_prep.deduplicate.sketches import SketchWriter, load_array, sketch_of
 from data_prep.packages import require
 
 __all__ = ["NO_KEY", "BandKeys", "Signatures", "exact_key"]
 
 EXACT_NAME = "exact.npy"
 BANDS_NAME = "bands.npy"
-# A header alone.
-EMPTY_FILE_BYTES = 128
 
-# The key of a document that is too short to have one.
+# The key of a document that has none: too short for one, or of a source whose duplicates stay.
 NO_KEY = 0
+NO_EXACT_KEY = bytes(16)
 # Bounds the memory of a signature: 112 hashes of each n-gram are held at once, 8 bytes each and in three copies.
 NGRAMS_AT_ONCE = 1024
 
@@ -27,8 +27,8 @@ NGRAMS_AT_ONCE = 1024
 class Signatures:
     """The signatures of a sequence of documents.
 
-    Exact duplicates share the hash, near duplicates at least one band key with high probability. Memory: 16 bytes
-    per document for the hash, and 8 per band.
+    Exact duplicates share the hash, near duplicates at least one band key with high probability; their sketches say how
+    alike two documents are. Memory: 16 bytes per document for the hash, 8 per band, and its sketch.
     """
 
     def __init__(self, settings: DeduplicationSettings) -> None:
@@ -42,15 +42,17 @@ class Signatures:
         self._exact_width = 2 if settings.exact else 0
         self._minhash = None if settings.near is None else BandKeys(settings.near)
         self._band_count = 0 if self._minhash is None else self._minhash.bands
-        self._exact, self._bands = bytearray(), bytearray()
+        self._exact, self._bands, self._sketches = bytearray(), bytearray(), SketchWriter()
         self._count = 0
 
-    def add(self, text: str) -> None:
-        """Sign the next document."""
+    def add(self, text: str, exact: bool = True, near: bool = True) -> None:
+        """Sign the next document; one that is not signed for a kind of duplicates has none of that kind."""
         if self._exact_width:
-            self._exact += exact_key(text)
+            self._exact += exact_key(text) if exact else NO_EXACT_KEY
         if self._minhash is not None:
-            self._bands += self._minhash(text).tobytes()
+            ngrams = self._minhash.ngrams(text if near else "")
+            self._bands += self._minhash.keys(ngrams).tobytes()
+            self._sketches.add(sketch_of(ngrams))
         self._count += 1
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -66,31 +68,27 @@ class Signatures:
         return exact, bands.T
 
     def save(self, folder: Path) -> None:
-        """Write them as two files into an existing folder."""
+        """Write them as files into an existing folder."""
         exact, bands = self.arrays()
         np.save(folder / EXACT_NAME, exact)
         # In C order, one band is one contiguous row of the file.
         np.save(folder / BANDS_NAME, np.ascontiguousarray(bands))
+        self._sketches.save(folder)
 
     @staticmethod
     def load_exact(folder: Path) -> np.ndarray:
         """The hashes that were saved there, shape (documents, 2); the file is memory-mapped."""
-        return _load(folder / EXACT_NAME)
+        return load_array(folder / EXACT_NAME)
 
     @staticmethod
     def load_band(folder: Path, band: int) -> np.ndarray:
         """One band of the keys that were saved there, shape (documents,); the file is memory-mapped."""
-        return _load(folder / BANDS_NAME)[band]
+        return load_array(folder / BANDS_NAME)[band]
 
     @staticmethod
     def count(folder: Path) -> int:
         """How many documents were signed there."""
-        return _load(folder / EXACT_NAME).shape[0]
-
-
-def _load(path: Path) -> np.ndarray:
-    # Not mapped while empty: there is nothing to map.
-    return np.load(path, mmap_mode="r" if path.stat().st_size > EMPTY_FILE_BYTES else None)
+        return load_array(folder / EXACT_NAME).shape[0]
 
 
 def exact_key(text: str) -> bytes:
@@ -106,6 +104,7 @@ class BandKeys:
         for package in ("spacy", "xxhash", "datatrove.pipeline.dedup.minhash"):
             require(package, "deduplication.near works with it")
         from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+        from datatrove.utils.text import TextNormConfig
         from xxhash import xxh3_64_intdigest
 
         from data_prep.clean.words import word_tokenizer
@@ -116,14 +115,22 @@ class BandKeys:
             num_buckets=settings.bands,
             hashes_per_bucket=settings.rows,
             seed=settings.seed,
+            norm_config=TextNormConfig(norm_numbers=settings.numbers_alike),
         )
         # The folder is that of a pipeline which never runs here.
         self._minhash = MinhashDedupSignature(".", config, language=word_tokenizer(settings.word_language))
         self._hash = xxh3_64_intdigest
 
     def __call__(self, text: str) -> np.ndarray:
+        """Key of each band of a text; see `keys`."""
+        return self.keys(self.ngrams(text))
+
+    def ngrams(self, text: str) -> np.ndarray:
+        """Hashes of the word n-grams in their order: uint64, shape (count, 1)."""
+        return self._minhash.get_shingles(text)
+
+    def keys(self, ngrams: np.ndarray) -> np.ndarray:
         """Key of each band: uint64, shape (bands,)."""
-        ngrams = self._minhash.get_shingles(text)
         keys = np.full(self.bands, NO_KEY, dtype=np.uint64)
         if not len(ngrams):
             return keys

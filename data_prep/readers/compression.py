@@ -11,7 +11,6 @@ from typing import Any
 
 from data_prep.packages import require
 from data_prep.readers.faults import DamagedFile, one_line
-from data_prep.readers.formats import compression_of
 from data_prep.readers.stores import StoredFile
 
 __all__ = ["open_decompressed"]
@@ -19,16 +18,18 @@ __all__ = ["open_decompressed"]
 # Compressed bytes at a time: gzip makes at most 1,032 times as many of them.
 CHUNK_BYTES = 2**16
 BUFFER_BYTES = 2**20
+ARROW_CODECS = ("lz4", "brotli")
 
 
-def open_decompressed(stored: StoredFile, location: str) -> io.BufferedReader:
-    """The content of a stored file, decompressed where its name says that it is compressed.
+def open_decompressed(stored: StoredFile, location: str, compression: str | None) -> io.BufferedReader:
+    """The content of a stored file, decompressed; `compression` is that of `Part`.
 
     Reading raises DamagedFile where the compressed data is cut or corrupt.
     """
-    compression = compression_of(location)
     if compression is None:
         return io.BufferedReader(stored, BUFFER_BYTES)
+    if compression in ARROW_CODECS:
+        return io.BufferedReader(_ArrowDecompressed(stored, compression, location), BUFFER_BYTES)
     return io.BufferedReader(_Decompressed(stored, compression, location), BUFFER_BYTES)
 
 
@@ -80,6 +81,28 @@ class _Decompressed(io.RawIOBase):
 
     def _damaged(self, why: str) -> DamagedFile:
         return DamagedFile(f"not a whole {self._compression} file ({why}); copy or compress it again")
+
+
+class _ArrowDecompressed(io.RawIOBase):
+    """The content of compressed streams that pyarrow knows and the standard library does not."""
+
+    def __init__(self, stored: StoredFile, compression: str, location: str) -> None:
+        arrow = require("pyarrow", f"{location} needs it")
+        self._compression = compression
+        self._stream = arrow.CompressedInputStream(stored, compression)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            content = self._stream.read(len(buffer))
+        except OSError as error:
+            raise DamagedFile(
+                f"not a whole {self._compression} file ({one_line(error)}); copy or compress it again"
+            ) from error
+        buffer[: len(content)] = content
+        return len(content)
 
 
 def _codec(compression: str, location: str) -> tuple[Callable[[], Any], tuple[type[Exception], ...]]:

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import glob
 import sys
+from collections.abc import Callable
 from itertools import chain, pairwise
 from multiprocessing.pool import ThreadPool
+from typing import NamedTuple
 
 from data_prep.documents import Part
 from data_prep.errors import DataPrepError
+from data_prep.readers.contents import has_extension, look_into
+from data_prep.readers.csv_files import columns_of
 from data_prep.readers.faults import DamagedFile
-from data_prep.readers.formats import EMBEDDED, SUFFIXES, compression_of, format_of, require_packages
+from data_prep.readers.formats import (
+    COMPRESSIBLE,
+    EMBEDDED,
+    SUFFIXES,
+    compression_of,
+    format_of,
+    is_about_the_data,
+    require_packages,
+    why_left_out,
+)
 from data_prep.readers.huggingface import ROW_FORMATS, data_files, is_dataset
 from data_prep.readers.stores import FileState, Store, absolute, store_of
 from data_prep.readers.tables import row_group_bytes
@@ -23,79 +36,147 @@ __all__ = ["find_parts"]
 THREADS = 16
 
 
-def find_parts(source: SourceSettings, task_bytes: int) -> list[Part]:
+class _File(NamedTuple):
+    location: str
+    format: str
+    compression: str | None
+
+
+LeaveOut = Callable[[str, str], None]
+"""Told of a location and why it is left out."""
+
+
+def find_parts(source: SourceSettings, task_bytes: int, leave_out: LeaveOut = lambda location, why: None) -> list[Part]:
     """The parts of a source, in the order in which they are read.
 
-    A folder stands for the files below it whose names say that they are data; a glob for the files it matches and those
-    below the folders it matches. A forced format is believed for every file that an input names by itself or by a glob.
+    A folder stands for the files below it that are data, by their names or, where those say nothing, their content; a
+    glob for the files it matches and those below the folders it matches. A forced format is believed for every file
+    that an input names by itself or by a glob.
 
     Args:
         source: what to find; its inputs are paths, globs or URLs.
         task_bytes: larger JSONL files are cut to ranges of at most this size, unless they are compressed, and larger
             Parquet files to ranges of row groups of about this size. Other files are one part each.
+        leave_out: told of every file of a folder or glob that is not read, and why.
 
     Raises:
         DataPrepError: an input is missing, of an unknown kind, holds no data or cannot be read, a file is named twice,
             or a package is missing. Files that are empty or damaged are left to `read_part` where bad documents are
             skipped.
     """
-    files = list(chain.from_iterable(_files_of(text, source.format) for text in source.inputs))
-    _refuse_repeats([location for location, _ in files])
+    files = list(chain.from_iterable(_files_of(text, source, leave_out) for text in source.inputs))
+    _refuse_repeats([file.location for file in files])
     with ThreadPool(THREADS) as pool:
-        return list(chain.from_iterable(pool.imap(lambda file: _parts_of(*file, source, task_bytes), files)))
+        return list(chain.from_iterable(pool.imap(lambda file: _parts_of(file, source, task_bytes), files)))
 
 
-def _files_of(text: str, wanted: str) -> list[tuple[str, str]]:
-    """Location and format of each file that an input stands for."""
+def _files_of(text: str, source: SourceSettings, leave_out: LeaveOut) -> list[_File]:
+    """Each file that an input stands for."""
     if text == EMBEDDED:
-        return [(EMBEDDED, EMBEDDED)]
+        return [_File(EMBEDDED, EMBEDDED, None)]
     location = absolute(text)
-    store = store_of(location)
+    store, wanted = store_of(location), source.format
+    left: list[str] = []
+
+    def leave(location: str, why: str) -> None:
+        left.append(f"; {location} is left out: {why}")
+        leave_out(location, why)
+
     kind = store.kind(location)
     if kind == "file":
-        return [(location, _format_of_file(location, wanted))]
+        return [_named_file(location, wanted)]
     if kind == "folder":
-        files = _files_in_folder(store, location, wanted)
+        files = _files_in_folder(store, location, source, leave)
         if not files:
-            raise DataPrepError(f"{location}: holds no {_names(wanted)} file; give a folder with data")
+            raise DataPrepError(
+                f"{location}: holds no {_names(wanted)} file; give a folder with data{''.join(left[:1])}"
+            )
         return files
     if not glob.has_magic(text):
         raise DataPrepError(f"{location}: does not exist; give a file, a folder, a glob, a URL or `{EMBEDDED}`")
-    files = _matching_files(store, location, wanted)
+    files = _matching_files(store, location, source, leave)
     if not files:
-        raise DataPrepError(f"{location}: matches no {_names(wanted)} file; check the pattern")
+        raise DataPrepError(f"{location}: matches no {_names(wanted)} file; check the pattern{''.join(left[:1])}")
     return files
 
 
-def _format_of_file(location: str, wanted: str) -> str:
+def _kind_of(location: str) -> tuple[str | None, str | None]:
+    """Format and compression."""
+    return (format_of(location), compression_of(location)) if has_extension(location) else look_into(location)
+
+
+def _named_file(location: str, wanted: str) -> _File:
+    """A file that an input names: its format is known, or believed."""
+    format, compression = _kind_of(location)
     if wanted not in ("auto", "huggingface"):
-        return wanted
-    format = format_of(location)
+        return _File(location, wanted, compression if wanted in COMPRESSIBLE else None)
     if format is None or (wanted == "huggingface" and format not in ROW_FORMATS):
         raise DataPrepError(
             f"{location}: unknown kind of file; set format, or rename or convert it to one of {_names(wanted)}"
         )
-    return format
+    return _File(location, format, compression)
 
 
-def _files_in_folder(store: Store, folder: str, wanted: str) -> list[tuple[str, str]]:
-    files = store.files_below(folder)
+def _files_in_folder(store: Store, folder: str, source: SourceSettings, leave_out: LeaveOut) -> list[_File]:
+    wanted = source.format
+    files, hidden = store.files_below(folder)
+    for location in hidden:
+        leave_out(location, "hidden")
     if wanted == "huggingface" or (wanted == "auto" and is_dataset(folder, files)):
-        files = data_files(folder, files)
-    known = ((file, format_of(file)) for file in files)
-    return [(file, format) for file, format in known if format is not None and format in _formats(wanted)]
+        rows = data_files(folder, files)
+        for location in sorted(set(files) - set(rows)):
+            leave_out(location, "no data file of this Hugging Face dataset")
+        files = rows
+    with ThreadPool(THREADS) as pool:
+        found = _wanted(
+            [(file, *kind) for file, kind in zip(files, pool.imap(_kind_of, files), strict=True)], wanted, leave_out
+        )
+    return _data_alone(found, source, leave_out)
 
 
-def _matching_files(store: Store, pattern: str, wanted: str) -> list[tuple[str, str]]:
-    found: dict[str, str] = {}
+def _data_alone(files: list[_File], source: SourceSettings, leave_out: LeaveOut) -> list[_File]:
+    """Those of some files that are data, where others are records and the source does not say what it wants."""
+    if source.format != "auto" or all(file.format == "text" for file in files):
+        return files
+    return [file for file in files if not _is_beside_the_data(file, source, leave_out)]
+
+
+def _is_beside_the_data(file: _File, source: SourceSettings, leave_out: LeaveOut) -> bool:
+    """Whether a file beside records is no data itself: a description, or a table of something else."""
+    if is_about_the_data(file.location):
+        leave_out(file.location, "describes the data beside it; to read it, name it as an input")
+        return True
+    if file.format == "csv" and source.text_field not in columns_of(file.location, file.compression):
+        leave_out(file.location, f"a table without a column {source.text_field!r}")
+        return True
+    return False
+
+
+def _matching_files(store: Store, pattern: str, source: SourceSettings, leave_out: LeaveOut) -> list[_File]:
+    found: dict[str, _File] = {}
+    wanted = source.format
     for location, kind in store.matches(pattern).items():
         if kind == "folder":
-            found |= dict(_files_in_folder(store, location, wanted))
+            files = _files_in_folder(store, location, source, leave_out)
         elif wanted not in ("auto", "huggingface"):
-            found[location] = wanted
-        elif (format := format_of(location)) is not None and format in _formats(wanted):
-            found[location] = format
-    return sorted(found.items())
+            files = [_named_file(location, wanted)]
+        else:
+            files = _wanted([(location, *_kind_of(location))], wanted, leave_out)
+        found |= {file.location: file for file in files}
+    return _data_alone([found[location] for location in sorted(found)], source, leave_out)
+
+
+def _wanted(files: list[tuple[str, str | None, str | None]], wanted: str, leave_out: LeaveOut) -> list[_File]:
+    """The files whose format is known and among those of a source."""
+    found = []
+    for location, format, compression in files:
+        if format is None:
+            leave_out(location, why_left_out(location))
+        elif format not in _formats(wanted):
+            leave_out(location, f"{format}, and format is {wanted}")
+        else:
+            found.append(_File(location, format, compression))
+    return found
 
 
 def _formats(wanted: str) -> tuple[str, ...]:
@@ -118,12 +199,13 @@ def _refuse_repeats(locations: list[str]) -> None:
         seen[identity] = location
 
 
-def _parts_of(location: str, format: str, source: SourceSettings, task_bytes: int) -> list[Part]:
+def _parts_of(file: _File, source: SourceSettings, task_bytes: int) -> list[Part]:
     """The parts of one file."""
+    location, format, compression = file
     if location == EMBEDDED:
         # The documents follow from the version and build of Python.
         return [Part(source=source.name, location=EMBEDDED, format=EMBEDDED, bytes=0, version=sys.version)]
-    require_packages(location, format)
+    require_packages(location, format, compression)
     state = store_of(location).state(location, listed=True)
     if state.bytes == 0 and source.bad_documents == "error":
         raise DataPrepError(f"{location}: is empty; remove it from the inputs")
@@ -133,7 +215,7 @@ def _parts_of(location: str, format: str, source: SourceSettings, task_bytes: in
             "convert it to JSONL, one document per line"
         )
     try:
-        ranges = _ranges(location, format, state, task_bytes)
+        ranges = _ranges(file, state, task_bytes)
     except DamagedFile as error:
         if source.bad_documents == "error":
             raise DataPrepError(f"{location}: {error}") from error
@@ -146,20 +228,21 @@ def _parts_of(location: str, format: str, source: SourceSettings, task_bytes: in
             bytes=size,
             start=start,
             stop=stop,
+            compression=compression,
             version=state.version,
         )
         for start, stop, size in ranges
     ]
 
 
-def _ranges(location: str, format: str, state: FileState, task_bytes: int) -> list[tuple[int, int | None, int]]:
+def _ranges(file: _File, state: FileState, task_bytes: int) -> list[tuple[int, int | None, int]]:
     """Start, stop and size in bytes of each range; the sizes add up to that of the file."""
-    if state.bytes > task_bytes and format == "jsonl" and compression_of(location) is None:
+    if state.bytes > task_bytes and file.format == "jsonl" and file.compression is None:
         count = -(-state.bytes // task_bytes)
         bounds = [state.bytes * index // count for index in range(count + 1)]
         return [(start, stop, stop - start) for start, stop in pairwise(bounds)]
-    if state.bytes > task_bytes and format == "parquet":
-        return _row_group_ranges(row_group_bytes(location), state.bytes, task_bytes)
+    if state.bytes > task_bytes and file.format == "parquet":
+        return _row_group_ranges(row_group_bytes(file.location), state.bytes, task_bytes)
     return [(0, None, state.bytes)]
 
 

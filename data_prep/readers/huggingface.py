@@ -9,7 +9,7 @@ from data_prep.readers.formats import format_of
 
 __all__ = ["ROW_FORMATS", "data_files", "is_dataset"]
 
-ROW_FORMATS = ("parquet", "arrow", "jsonl", "webdataset")
+ROW_FORMATS = ("parquet", "arrow", "jsonl", "csv", "webdataset")
 _SPLIT = re.compile(r"(?:^|[/_.-])(train|validation|valid|val|dev|test)(?=[/_.-])")
 _DESCRIPTION = re.compile(r"(state|dataset_(dict|infos?))\.json")
 

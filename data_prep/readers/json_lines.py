@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from data_prep.documents import BadDocument, Document, Part
 from data_prep.readers.compression import BUFFER_BYTES, open_decompressed
 from data_prep.readers.faults import BadRecord
-from data_prep.readers.formats import compression_of
 from data_prep.readers.records import BYTE_ORDER_MARK, Meter, parse_object, text_and_url
 from data_prep.readers.stores import StoredFile, open_stored
 from data_prep.recipe import SourceSettings
@@ -22,9 +21,9 @@ LONGEST_LINE_BYTES = 2**28
 
 def read_json_lines(part: Part, source: SourceSettings) -> Iterator[Document | BadDocument]:
     """The documents of the lines whose first byte is in the part; blank lines are passed over."""
-    compressed = compression_of(part.location) is not None
+    compressed = part.compression is not None
     meter = Meter(part)
-    with open_stored(part.location) as stored, open_decompressed(stored, part.location) as stream:
+    with open_stored(part.location) as stored, open_decompressed(stored, part.location, part.compression) as stream:
         for number, (start, stop, line) in enumerate(_lines(stream, part.start, part.stop), start=1):
             if line.isspace():
                 continue

@@ -8,12 +8,14 @@ from dataclasses import replace
 from data_prep import embedded_corpus
 from data_prep.documents import BadDocument, Document, Part
 from data_prep.errors import DataPrepError
+from data_prep.readers.csv_files import read_csv
 from data_prep.readers.faults import DamagedFile
 from data_prep.readers.formats import EMBEDDED
 from data_prep.readers.json_lines import read_json_lines
 from data_prep.readers.stores import store_of
 from data_prep.readers.tables import read_arrow, read_parquet
 from data_prep.readers.text_files import read_text
+from data_prep.readers.warcs import read_warc
 from data_prep.readers.webdataset import read_webdataset
 from data_prep.recipe import SourceSettings
 
@@ -39,7 +41,7 @@ def read_part(part: Part, source: SourceSettings) -> Iterator[Document | BadDocu
     """
     _check_unchanged(part)
     for document in _whole(part, READERS[part.format](part, source)):
-        if isinstance(document, BadDocument) and source.bad_documents == "error":
+        if isinstance(document, BadDocument) and document.is_fault and source.bad_documents == "error":
             raise DataPrepError(f"{document.place}: {document.message}")
         yield document
     _check_unchanged(part)
@@ -55,6 +57,8 @@ READERS: dict[str, Reader] = {
     "jsonl": read_json_lines,
     "parquet": read_parquet,
     "arrow": read_arrow,
+    "csv": read_csv,
+    "warc": read_warc,
     "webdataset": read_webdataset,
     EMBEDDED: _read_embedded,
 }

@@ -56,8 +56,8 @@ class Store(Protocol):
     def kind(self, location: str) -> Kind | None:
         """What there is; None for nothing."""
 
-    def files_below(self, folder: str) -> list[str]:
-        """Every file of a folder and its subfolders, hidden ones left out, in the order of their paths."""
+    def files_below(self, folder: str) -> tuple[list[str], list[str]]:
+        """Every file of a folder and its subfolders, and the hidden files and folders, in the order of their paths."""
 
     def matches(self, pattern: str) -> dict[str, Kind]:
         """What a glob stands for, hidden names left out, in the order of the paths."""
@@ -80,15 +80,16 @@ class LocalStore:
             return "folder"
         return "file" if os.path.exists(location) else None
 
-    def files_below(self, folder: str) -> list[str]:
+    def files_below(self, folder: str) -> tuple[list[str], list[str]]:
         def refuse(error: OSError) -> None:
             raise DataPrepError(f"{error.filename}: cannot be listed ({error.strerror}); check its rights") from error
 
-        found = []
+        found, hidden = [], []
         for parent, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
+            hidden += [os.path.join(parent, name) for name in [*subfolders, *names] if name[0] == "."]
             subfolders[:] = [name for name in subfolders if name[0] != "." and not _leads_back(Path(parent, name))]
             found += [os.path.join(parent, name) for name in names if name[0] != "."]
-        return sorted(found)
+        return sorted(found), sorted(hidden)
 
     def matches(self, pattern: str) -> dict[str, Kind]:
         # A broken link is matched: opening it says what is wrong.
@@ -126,8 +127,11 @@ class UrlStore:
         except FileNotFoundError:
             return None
 
-    def files_below(self, folder: str) -> list[str]:
-        return list(self._visible(folder.rstrip("/"), self._call(folder, partial(self._files.find, detail=True))))
+    def files_below(self, folder: str) -> tuple[list[str], list[str]]:
+        listing = self._call(folder, partial(self._files.find, detail=True))
+        visible = self._visible(folder.rstrip("/"), listing)
+        hidden = {self._files.unstrip_protocol(path) for path in listing} - visible.keys()
+        return list(visible), sorted(hidden)
 
     def matches(self, pattern: str) -> dict[str, Kind]:
         fixed = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]

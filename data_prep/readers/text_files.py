@@ -20,7 +20,7 @@ LARGEST_TEXT_BYTES = 2**30
 def read_text(part: Part, source: SourceSettings) -> Iterator[Document | BadDocument]:
     """The whole file; nothing if it holds only white space."""
     # Bytes, not text mode: that would turn \r\n into \n.
-    with open_stored(part.location) as stored, open_decompressed(stored, part.location) as stream:
+    with open_stored(part.location) as stored, open_decompressed(stored, part.location, part.compression) as stream:
         data = stream.read().removeprefix(BYTE_ORDER_MARK)
     try:
         text = decode(data)

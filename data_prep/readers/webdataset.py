@@ -28,7 +28,7 @@ def read_webdataset(part: Part, source: SourceSettings) -> Iterator[Document | B
     """The samples of an archive, in their order; members without key or extension are passed over."""
     wanted = {_extension(name) for name in (source.text_field, source.url_field) if name is not None}
     meter = Meter(part)
-    with open_stored(part.location) as stored, open_decompressed(stored, part.location) as stream:
+    with open_stored(part.location) as stored, open_decompressed(stored, part.location, part.compression) as stream:
         sample = None
         for name, content in read_members(stream, lambda name: _split(name)[1] in wanted):
             key, extension = _split(name)

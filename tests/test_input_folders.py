@@ -1,0 +1,165 @@
+"""Folders as they are: every file of them is read, or named with the reason why not."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from data_prep.documents import BadDocument
+from data_prep.errors import DataPrepError
+from data_prep.readers import find_parts, read_part
+from data_prep.recipe import SourceSettings
+from launchers.cli import app
+from tests.test_data_prep import document
+from tests.test_data_readers import jsonl, read, texts, zstd
+
+TEXTS = [f"Page {number}, été\nand a second line" for number in range(30)]
+PAGE = "<html><head><title>T</title></head><body><nav>Menu</nav><article><p>{}</p></article></body></html>"
+
+
+def compressed(data: bytes, codec: str) -> bytes:
+    arrow = pytest.importorskip("pyarrow")
+    sink = arrow.BufferOutputStream()
+    with arrow.CompressedOutputStream(sink, codec) as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+def csv_of(rows: list[str], separator: str = ",") -> bytes:
+    quoted = ['"' + row.replace('"', '""') + '"' for row in rows]
+    return "".join(f"{number}{separator}{row}\r\n" for number, row in enumerate(quoted)).encode()
+
+
+def warc(records: list[tuple[str, str, str]]) -> bytes:
+    """Records of (kind, content type, content); each a gzip member of its own, as on the web."""
+    pytest.importorskip("warcio")
+    from warcio.statusandheaders import StatusAndHeaders
+    from warcio.warcwriter import WARCWriter
+
+    buffer = io.BytesIO()
+    writer = WARCWriter(buffer, gzip=True)
+    for number, (kind, content_type, content) in enumerate(records):
+        headers = StatusAndHeaders("200 OK", [("Content-Type", content_type)], protocol="HTTP/1.0")
+        record = writer.create_warc_record(
+            f"http://example.org/{number}",
+            kind,
+            payload=io.BytesIO(content.encode()),
+            http_headers=headers if kind == "response" else None,
+            warc_content_type=content_type if kind == "conversion" else "application/http",
+        )
+        writer.write_record(record)
+    return buffer.getvalue()
+
+
+def test_every_file_of_a_folder_is_read_or_named(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    files = {
+        "a.jsonl": jsonl(TEXTS[:3]),
+        "b.jsonl.lz4": compressed(jsonl(TEXTS[3:6]), "lz4"),
+        "c.jsonl.br": compressed(jsonl(TEXTS[6:9]), "brotli"),
+        "d.csv": b"id,text\r\n" + csv_of(TEXTS[9:12]),
+        "e.tsv.gz": gzip.compress(b"id\ttext\r\n" + csv_of(TEXTS[12:15], "\t")),
+        "f.text": TEXTS[15].encode(),
+        "g.warc.gz": warc([("conversion", "text/plain", text) for text in TEXTS[16:18]]),
+        "part-00000": jsonl(TEXTS[18:20]),
+        "part-00001": zstd(jsonl(TEXTS[20:22])),
+        "part-00002.gz": gzip.compress(jsonl(TEXTS[22:24])),
+        "README.md": b"---\nlicense: mit\n---\nA dataset.",
+        "page.html": PAGE.format("x").encode(),
+        "labels.csv": b"id,label\r\n1,good\r\n",
+        "notes.docx": b"x",
+        "Makefile": b"all:\n\ttrue\n",
+        ".nfs000001": b"x",
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    left: dict[str, str] = {}
+    chosen = SourceSettings(name="web", inputs=[str(folder)])
+    parts = find_parts(chosen, 2**30, lambda location, why: left.update({Path(location).name: why}))
+    assert [each.text for part in parts for each in read_part(part, chosen)] == TEXTS[:24]
+    assert left.keys() == {"README.md", "page.html", "labels.csv", "notes.docx", "Makefile", ".nfs000001"}
+    assert "markup" in left["page.html"] and "content is no JSONL" in left["Makefile"]
+
+    shown = CliRunner().invoke(app, ["prep", "run", str(folder), "--output", str(tmp_path / "out"), "--dry-run"])
+    assert shown.output.count("leaves out") == 6 and "page.html (markup" in shown.output
+
+
+def test_the_run_and_its_report_name_what_was_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(jsonl([document(seed) for seed in range(60)]))
+    (folder / "page.html").write_text("<p>x</p>")
+    options = [
+        "--output",
+        tmp_path / "out",
+        "--vocab-size",
+        "300",
+        "--sequence-length",
+        "32",
+        "--workers",
+        "1",
+        "--held-out-fraction",
+        "0.2",
+    ]
+    done = CliRunner().invoke(app, ["prep", "run", str(folder), *map(str, options)])
+    assert done.exit_code == 0 and f"source text: leaves out {folder}/page.html (markup" in done.output
+    shown = CliRunner().invoke(app, ["prep", "stats", str(tmp_path / "out")])
+    assert f"{folder}/page.html (markup" in shown.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())["sources"]["text"]
+    assert [Path(each["location"]).name for each in report["left_out"]] == ["page.html"]
+
+
+def test_a_readme_among_text_files_is_a_document(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("one")
+    (tmp_path / "a.txt").write_text("two")
+    assert texts(tmp_path) == ["one", "two"]
+
+
+def test_a_folder_of_unknown_files_says_which(tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text("<p>x</p>")
+    with pytest.raises(DataPrepError, match=r"holds no .*; give a folder with data; .*page\.html is left out: markup"):
+        texts(tmp_path)
+
+
+def test_pages_in_a_warc_are_their_main_text(tmp_path: Path) -> None:
+    pytest.importorskip("lxml_html_clean")
+    paragraph = "The grey ship sailed slowly north while nobody on the iron deck spoke a single word. " * 4
+    records = [
+        ("response", "text/html; charset=utf-8", PAGE.format(paragraph)),
+        ("response", "image/png", "x"),
+        ("response", "text/plain", "plain"),
+    ]
+    path = tmp_path / "a.warc.gz"
+    path.write_bytes(warc(records))
+    page, image, plain = read(path)
+    assert page.text == paragraph.strip() and page.url == "http://example.org/0"
+    assert isinstance(image, BadDocument) and image.rule == "not_text" and plain.text == "plain"
+    plain_warc = tmp_path / "b.warc"
+    plain_warc.write_bytes(gzip.decompress(path.read_bytes())[:-12])
+    with pytest.raises(DataPrepError, match=r"b\.warc: not a whole WARC file"):
+        read(plain_warc)
+
+
+@pytest.mark.parametrize("codec", ["lz4", "brotli"])
+def test_cut_files_are_damaged(tmp_path: Path, codec: str) -> None:
+    path = tmp_path / f"a.jsonl.{'br' if codec == 'brotli' else codec}"
+    path.write_bytes(compressed(jsonl(TEXTS), codec)[:-5])
+    with pytest.raises(DataPrepError, match=f"not a whole {codec} file"):
+        read(path)
+
+
+def test_rows_that_are_no_rows_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"id,text\n1,one\n2\n3,\xff\n4,four\n")
+    with pytest.raises(DataPrepError, match=r"a\.csv:3: 1 fields, the header has 2"):
+        read(path)
+    found = read(path, bad_documents="skip")
+    assert [getattr(each, "rule", None) or each.text for each in found] == ["one", "bad_csv", "bad_utf8", "four"]
+    with pytest.raises(DataPrepError, match=r"a\.csv: no column 'body' \(columns: id, text\); set text_field"):
+        read(path, text_field="body")
