@@ -105,12 +105,14 @@ def submit(
     from data_prep.prepare import begin
     from launchers import prep_slurm
     from launchers.prep_recipes import from_file
+    from launchers.slurm.queue import refuse_second
 
     plan = make_plan(from_file(recipe, overrides or [], output))
     settings = prep_slurm.ArraySettings(_site(site, directive, setup), elements, concurrency)
     if dry_run:
         print("\n".join(prep_slurm.scripts(plan, work_folder_of(plan.recipe.output), settings).values()), end="")
         return
+    refuse_second(plan.recipe.output.expanduser())
     work = begin(plan, force)
     if work is None:
         print(f"{plan.recipe.output}: already prepared from these sources with this recipe; nothing to do")

@@ -8,6 +8,7 @@ from data_prep.work import WorkFolder
 from launchers.slurm import commands
 from launchers.slurm.render import container_command, render
 from launchers.slurm.site import Site
+from launchers.slurm.submission import JOB
 
 TEMPLATE = "prep.sbatch.j2"
 
@@ -58,8 +59,8 @@ def submit(work: WorkFolder, rendered: dict[str, str]) -> dict[str, str]:
         path = folder / f"{step}.sbatch"
         path.write_text(script, encoding="utf-8")
         try:
-            jobs[step] = commands.submit(str(path), list(jobs.values())[-1:])
-        except commands.SlurmError:
+            jobs[step] = commands.submit(path, folder / f"{step}.{JOB}", list(jobs.values())[-1:])
+        except (commands.SlurmError, OSError):
             commands.cancel(list(jobs.values()))
             raise
     return jobs

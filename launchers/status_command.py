@@ -2,10 +2,14 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from launchers.output import print_json
+
+if TYPE_CHECKING:
+    from launchers.slurm.runs import RunState
 
 FOLDERS = typer.Argument(None, help="Run folders, folders of arrays or pipelines, or a folder of many; default: runs.")
 
@@ -18,13 +22,25 @@ def status(
 
     Example: `cola status runs/sweep`
     """
-    from launchers.slurm.runs import find_runs, queue, state_of
+    from launchers.slurm.commands import NoSlurm, SlurmError
+    from launchers.slurm.queue import read_queue
+    from launchers.slurm.runs import find_runs, state_of
 
-    queued = queue()
-    found = [state_of(folder, queued) for folder in find_runs(folders or [Path("runs")])]
+    queue, silence = None, None
+    try:
+        queue = read_queue()
+    except SlurmError as error:
+        silence = error
+    found = [state_of(folder, queue) for folder in find_runs(folders or [Path("runs")])]
     if as_json:
         print_json([asdict(each) for each in found])
-        return
+    else:
+        _print_states(found, folders)
+    if silence is not None and not isinstance(silence, NoSlurm):
+        raise silence
+
+
+def _print_states(found: "list[RunState]", folders: list[Path]) -> None:
     if not found:
         print(f"no runs in {', '.join(map(str, folders or [Path('runs')]))}")
         return
@@ -58,16 +74,17 @@ def cancel(
     """
     from cola_megatron.config import ConfigError
     from launchers.slurm import commands
-    from launchers.slurm.runs import jobs_below, queue
+    from launchers.slurm.queue import read_queue
 
-    queued, jobs = queue(), []
+    queue, jobs = read_queue(), []
     for target in targets:
         if target.replace("_", "").isdecimal():
             jobs.append(target)
-        elif Path(target).is_dir():
-            jobs += [job for job in jobs_below(Path(target)) if job in queued]
-        else:
+            continue
+        below = [job.id for job in queue.below(Path(target))]
+        if not below and not Path(target).is_dir():
             raise ConfigError(f"{target}: neither a job id nor a folder of runs")
+        jobs += below
     commands.cancel(jobs)
     print(f"cancelled {', '.join(jobs)}" if jobs else "nothing of it is in the queue")
 

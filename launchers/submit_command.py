@@ -60,6 +60,7 @@ def run(
     Example: `cola submit base name=first stage=1 data.path=/data/web --nodes 4 --site our-cluster.yaml`
     """
     from cola_megatron.config import load_config
+    from launchers.slurm.queue import refuse_second
     from launchers.slurm.render import training_script
     from launchers.slurm.submission import check_layout, shape_of, write_training
 
@@ -70,6 +71,8 @@ def run(
         folder = Path.cwd() / config.run_folder / "submissions" / "NNNN"
         print(training_script(chosen, shape, config.name, folder, Path.cwd()), end="")
         return
+    if not test_only:
+        refuse_second(config.run_folder)
     submission = write_training(config, chosen, shape)
     starts = submission.validate()
     job = None if test_only else submission.submit(after)
@@ -117,6 +120,7 @@ def array(
     """
     from cola_megatron.config import ConfigError
     from launchers.slurm import array as arrays
+    from launchers.slurm.queue import refuse_second
     from launchers.slurm.submission import shape_of
 
     if again is not None:
@@ -131,6 +135,7 @@ def array(
         if dry_run:
             print(arrays.dry_script(name, configs, chosen, shape, concurrency), end="")
             return
+        refuse_second(*(config.run_folder for config in configs))
         submission = arrays.write_array(name, configs, chosen, shape, concurrency)
     starts = submission.validate()
     job = submission.submit(after)
@@ -200,7 +205,9 @@ def pipeline(
 
 def chosen_site(site: str | None, settings: list[str], partition: str | None, account: str | None, time: str | None):
     """The site with what the command line has over it; raises ConfigError."""
-    from launchers.slurm.site import load_site
+    from launchers.slurm.site import check_time_limit, load_site
 
     given = {"partition": partition, "account": account, "time": time}
-    return load_site(site, [*settings, *(f"{key}={value}" for key, value in given.items() if value is not None)])
+    chosen = load_site(site, [*settings, *(f"{key}={value}" for key, value in given.items() if value is not None)])
+    check_time_limit(chosen)
+    return chosen

@@ -13,11 +13,14 @@ what it did before the job was requeued.
     73 (preflight named nodes)    requeue without these nodes
     anything else                 try again here; requeue if a node failed twice, took no tasks, was silent or is down
 
-Tries that end without a new checkpoint are counted, and the job ends after `--tries` of them in a row.
+Tries that end without a new checkpoint are counted, and the job ends after `--tries` of them in a row. A controller of
+Slurm that does not answer is waited for; nothing counts as a failure because of it.
 """
 
 import argparse
+import contextlib
 import glob
+import itertools
 import json
 import os
 import re
@@ -28,7 +31,7 @@ import sys
 import threading
 import time
 
-DONE, FAILED, WRONG_USE, RANK_LOST, BAD_NODE, DIVERGED, STOPPED = 0, 1, 2, 71, 73, 74, 75
+DONE, FAILED, WRONG_USE, CRASHED, RANK_LOST, BAD_NODE, DIVERGED, STOPPED = 0, 1, 2, 70, 71, 73, 74, 75
 KILLED, LAUNCH_FAILED = 128 + signal.SIGKILL, -1
 FINAL = (WRONG_USE, FAILED, DIVERGED)
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
@@ -41,6 +44,15 @@ NOT_STARTED = "not started: "
 # From here on tasks end because srun ends them.
 AFTERMATH = re.compile("^srun: (First task exited|Job step aborted|Force Terminated|launch/slurm: _step_signal)")
 EXIT_CODE = re.compile("[Ee]xit code (?P<code>[0-9]+)")
+# What srun itself has to say, and of that what says that it had no answer from the controller.
+TROUBLE = re.compile(r"^srun: (error|fatal): ")
+OUTAGE = re.compile(
+    "unable to contact slurm controller|unable to confirm allocation|socket timed out|zero bytes were transmitted|"
+    "unexpected message|controller.* (standby|not respond)|authentication",
+    re.IGNORECASE,
+)
+ASK_AGAIN_SECONDS = 5
+IN_VAIN = 10  # tries that others ended before a step was saved, such as a time limit that is too short
 FIRST_PORT, PORTS = 20000, 12000
 
 
@@ -49,9 +61,10 @@ class Supervisor:
 
     def __init__(self, options):
         self.options = options
-        self.job = os.environ["SLURM_JOB_ID"]
+        self.job = own_id(os.environ)
         self.path = os.path.join(options.folder, "events.jsonl")
-        self.events = read_events(self.path)
+        # A script may be submitted again: what became of another job says nothing of this one.
+        self.events = [event for event in read_events(self.path) if event.get("job") == self.job]
         self.signalled = None
         self.step = None
         for number in SIGNALS:
@@ -69,33 +82,58 @@ class Supervisor:
 
     def run(self):
         """Tries until there is an exit code for the job, and returns it."""
+        self.register()
+        rival = self.rival()
+        if rival:
+            reason = f"job {rival} trains this run already; `cola cancel` its run folder first, or let it be"
+            return self.stop(FAILED, reason)
         while True:
             number = 1 + sum(event["event"] == "try" for event in self.events)
             os.environ["COLA_ATTEMPT_BEGAN"] = str(time.time())
             # Others on this node use other ports, and a process left over from the last try keeps its own.
-            port = FIRST_PORT + (int(self.job) * 16 + number) % PORTS
+            port = FIRST_PORT + (int(os.environ["SLURM_JOB_ID"]) * 16 + number) % PORTS
             os.environ["MASTER_PORT"] = str(port)
             self.write("try", number=number, nodes=self.nodes(), checkpoint=self.checkpoint(), port=port)
-            code, failures = self.preflight()
+            code, failures, outage = self.preflight()
             if code == DONE and self.signalled is None:
-                code, failures = self.srun(self.options.train)
-            self.write("end", code=code, failures=failures, signal=self.signalled)
+                code, failures, outage = self.srun(self.options.train)
+            self.write("end", code=code, failures=failures, signal=self.signalled, outage=outage)
             decision = self.decide(code, number)
             if decision is not None:
                 return decision
 
+    def register(self):
+        """Notes this job where `cola submit` noted it, if it did: whoever submits the script by hand does not."""
+        path = os.path.join(self.options.folder, "job_id")
+        if self.job not in lines(path):
+            append(path, self.job)
+
+    def rival(self):
+        """Another job that trains this run and began earlier, or nothing."""
+        noted = set()
+        for path in glob.glob(os.path.join(glob.escape(self.options.run_folder), "submissions", "*", "job_id")):
+            noted.update(lines(path))
+        answer, _ = self.ask("squeue", "--noheader", "--array", "--states=RUNNING", "--format=%S %i")
+        running = [tuple(line.split()) for line in answer.splitlines()]
+        trained = sorted(each for each in running if len(each) == 2 and each[1] in noted)
+        return trained[0][1] if trained and trained[0][1] != self.job else ""
+
     def preflight(self):
         """The exit code of the preflight, 0 without one."""
         if not self.options.preflight:
-            return DONE, {}
+            return DONE, {}, False
         report = os.path.join(self.options.folder, "preflight.json")
         if os.path.exists(report):
             os.remove(report)
-        code, failures = self.srun(self.options.preflight, self.options.preflight_seconds)
+        code, failures, outage = self.srun(self.options.preflight, self.options.preflight_seconds)
         if code != BAD_NODE:
-            return code, failures
-        with open(report, encoding="utf-8") as file:
-            return code, {node: "; ".join(reasons) for node, reasons in json.load(file)["bad_nodes"].items()}
+            return code, failures, outage
+        try:
+            with open(report, encoding="utf-8") as file:
+                named = json.load(file)["bad_nodes"]
+        except (OSError, ValueError):
+            return CRASHED, {}, outage  # the disk did not take it
+        return code, {node: "; ".join(reasons) for node, reasons in named.items()}, outage
 
     def decide(self, code, number):
         """The exit code of the job, or None for another try here; does not return from a requeue."""
@@ -106,12 +144,16 @@ class Supervisor:
         fruitless = fruitless_tries(self.events, self.checkpoint())
         if fruitless >= self.options.tries:
             return self.stop(code, f"{fruitless} tries in a row brought no new checkpoint")
+        stays = tries_in_vain(self.events, self.checkpoint())
+        if stays >= max(IN_VAIN, self.options.tries):
+            reason = f"{stays} tries in a row ended before they could save a step; give a longer --time, or a smaller"
+            return self.stop(code if code != DONE else FAILED, f"{reason} signal_seconds in the site file")
         excluded = self.nodes_to_avoid()
         if self.signalled is not None:
             return self.requeue(code, f"stopped by {self.signalled}", excluded)
         if code == STOPPED:
             return self.requeue(code, "a signal reached the ranks", excluded)
-        lost = [node for node in self.nodes() if LOST_NODE_STATES.search(shown("node", node, "State"))]
+        lost = [node for node in self.nodes() if LOST_NODE_STATES.search(self.shown("node", node, "State"))]
         if lost or set(excluded) & set(self.nodes()):
             return self.requeue(code, f"{','.join(lost or excluded)} failed", excluded)
         # Longer and longer: what ails a machine or a file system may pass.
@@ -130,7 +172,7 @@ class Supervisor:
         at_once = {node for code, node, how in failures if code == BAD_NODE or how.startswith(NOT_STARTED)}
         nodes = [node for _, node, _ in failures]
         avoided = sorted(at_once | {node for node in nodes if nodes.count(node) > 1})
-        others = set(usable_nodes(os.environ.get("SLURM_JOB_PARTITION", ""))) - set(avoided)
+        others = set(self.usable_nodes(os.environ.get("SLURM_JOB_PARTITION", ""))) - set(avoided)
         if avoided and len(others) < len(self.nodes()):
             self.say(f"{','.join(avoided)} failed, but the partition has no {len(self.nodes())} other nodes")
             return []
@@ -140,23 +182,30 @@ class Supervisor:
         """Gives the nodes back and waits to be ended; the job begins again when its turn comes."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # the requeue ends this process: not before the last line
-        if shown("job", self.job, "JobState") == "COMPLETING":
+        if self.shown("job", self.job, "JobState") == "COMPLETING":
             # Cancelled, or requeued by Slurm itself: a requeue of ours would bring a cancelled job back, and an exit
             # code would be taken for that of a job which waits again.
             self.say("Slurm ends this job")
             time.sleep(3600)
         self.write("requeue", reason=reason, excluded=excluded)
         self.say(f"{reason}: back to the queue" + (", without " + ",".join(excluded) if excluded else ""))
-        failure = scontrol("requeue", self.job)
-        if failure:
+        _, failure = self.ask("scontrol", "requeue", self.job)
+        # The answer to a first request may have been lost, though it was granted.
+        if failure and self.shown("job", self.job, "JobState") not in ("COMPLETING", "PENDING"):
             return self.stop(code if code != DONE else FAILED, f"Slurm does not requeue this job ({failure})")
         if excluded:
             # Only a pending job takes this; it is pending from now on, and this process lives for Slurm's KillWait.
-            failure = scontrol("update", "JobId=" + self.job, "ExcNodeList=" + ",".join(excluded))
+            names = ",".join(sorted({*excluded, *self.excluded_by_user()}))
+            _, failure = self.ask("scontrol", "update", "JobId=" + self.job, "ExcNodeList=" + names)
             if failure:
                 self.say(f"the nodes could not be excluded ({failure}); the next try sees them again")
         time.sleep(3600)
         return self.stop(code, "Slurm did not end the requeued job")
+
+    def excluded_by_user(self):
+        """The nodes that the job leaves out already: an update replaces them."""
+        names = self.shown("job", self.job, "ExcNodeList")
+        return host_names(names) if names not in ("", "(null)") else []
 
     def stop(self, code, reason):
         """The job is over."""
@@ -167,13 +216,18 @@ class Supervisor:
     # ---- what it looks at --------------------------------------------------------------------------------------------
 
     def srun(self, command, seconds=None):
-        """Runs a step; returns its decisive exit code, and on which nodes tasks failed in what way."""
+        """Runs a step.
+
+        Returns:
+            Its decisive exit code, on which nodes tasks failed in what way, and whether it missed the controller.
+        """
         ends: list[tuple[str, int, str]] = []
         reports: dict[int, set[int]] = {}
+        troubles: list[str] = []
         self.step = subprocess.Popen(shlex.split(command), stderr=subprocess.PIPE)
         if self.signalled is not None:  # it came while srun was on its way
             self.step.send_signal(signal.SIGUSR1)
-        pump = threading.Thread(target=pass_on, args=(self.step.stderr, ends, reports), daemon=True)
+        pump = threading.Thread(target=pass_on, args=(self.step.stderr, ends, reports, troubles), daemon=True)
         pump.start()
         try:
             code = self.step.wait(timeout=seconds)
@@ -189,7 +243,10 @@ class Supervisor:
             if not silent and each not in (DONE, RANK_LOST, STOPPED, *FINAL):
                 failures.update(dict.fromkeys(host_names(names), how))
         codes = [each for _, each, _ in ends if each != LAUNCH_FAILED]
-        return decisive([*codes, code if code >= 0 else 128 - code]), failures
+        if code in FINAL and code not in codes and (troubles or len(ends) > len(codes)):
+            code = CRASHED  # of srun itself, which says nothing of the program
+        outage = any(OUTAGE.search(trouble) for trouble in troubles)
+        return decisive([*codes, code if code >= 0 else 128 - code]), failures, outage
 
     def checkpoint(self):
         """Step of the newest complete checkpoint, -1 without one."""
@@ -203,17 +260,54 @@ class Supervisor:
     def write(self, event, **values):
         entry = dict(values, event=event, time=time.time(), job=self.job)
         self.events.append(entry)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        failure = append(self.path, json.dumps(entry))
+        if failure:
+            self.say(f"{self.path}: {failure}; the job goes on without a record of its {event!r}")
 
     def say(self, text):
-        print("cola: " + text, file=sys.stderr, flush=True)
+        log(f"cola: {text}\n".encode())
+
+    # ---- what it asks Slurm ------------------------------------------------------------------------------------------
+
+    def ask(self, *command):
+        """What one of Slurm's commands printed, and what went wrong in one line, or nothing.
+
+        A controller that does not answer is asked again: it comes back, and the job holds its nodes meanwhile.
+        """
+        until = None
+        while True:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            output, errors = (said.decode("utf-8", "replace") for said in process.communicate())
+            failure = (" ".join(errors.split()) or f"exit code {process.returncode}") if process.returncode else ""
+            if not OUTAGE.search(failure) or (until is not None and time.time() > until):
+                return output, failure
+            if until is None:
+                until = time.time() + self.options.patience
+                self.say(f"Slurm does not answer ({failure}); asking again for {self.options.patience:g} s")
+            time.sleep(ASK_AGAIN_SECONDS)
+
+    def shown(self, kind, name, key):
+        """A value that scontrol shows of a job or a node."""
+        answer, _ = self.ask("scontrol", "--oneliner", "show", kind, name)
+        found = re.search(r"\b" + key + r"=(\S+)", answer)
+        return found.group(1) if found else ""
+
+    def usable_nodes(self, partition):
+        """The nodes of a partition that are up."""
+        command = ["sinfo", "--noheader", "--Node", "--format=%N", "--states=idle,alloc,mix,comp"]
+        answer, _ = self.ask(*command, *(["--partition=" + partition] if partition else []))
+        return answer.split()
+
+
+def own_id(environment):
+    """The id that means this job alone: one element of an array has the array's, which means all of them."""
+    if "SLURM_ARRAY_JOB_ID" not in environment:
+        return environment["SLURM_JOB_ID"]
+    return environment["SLURM_ARRAY_JOB_ID"] + "_" + environment["SLURM_ARRAY_TASK_ID"]
 
 
 def fruitless_tries(events, checkpoint):
-    """How many of the last tries brought no new checkpoint, though nobody told them to stop.
+    """How many of the last tries brought no new checkpoint, though nobody told them to stop and Slurm was there.
 
     A try without an end was killed together with the supervisor: its node failed.
     """
@@ -222,13 +316,19 @@ def fruitless_tries(events, checkpoint):
         if event["event"] == "try":
             tries.append({"from": event["checkpoint"], "asked": False})
         elif event["event"] == "end":
-            tries[-1]["asked"] = event["code"] == STOPPED or event["signal"] is not None
+            tries[-1]["asked"] = event["code"] == STOPPED or event["signal"] is not None or event.get("outage", False)
     count = 0
     for each in reversed(tries):
         if checkpoint > each["from"] or each["asked"]:
             break
         count, checkpoint = count + 1, each["from"]
     return count
+
+
+def tries_in_vain(events, checkpoint):
+    """How many of the last tries brought no new checkpoint, whatever ended them."""
+    began = [event["checkpoint"] for event in events if event["event"] == "try"]
+    return len(list(itertools.takewhile(lambda start: start >= checkpoint, reversed(began))))
 
 
 def decisive(codes):
@@ -253,17 +353,17 @@ def silent_nodes(reports):
     return sorted(reports[0])
 
 
-def pass_on(stream, ends, reports):
+def pass_on(stream, ends, reports, troubles):
     """Copies what a step says to our stderr, and notes what failed by itself.
 
     Args:
         ends: takes (nodes, exit code, how) of failed tasks.
         reports: takes for a node those that it had no answer from.
+        troubles: takes the lines in which srun speaks of itself.
     """
     aftermath = False
     for line in iter(stream.readline, b""):
-        sys.stderr.buffer.write(line)
-        sys.stderr.buffer.flush()
+        log(line)
         text = line.decode("utf-8", "replace")
         missed = NO_ANSWER.match(text)
         if missed:
@@ -277,6 +377,8 @@ def pass_on(stream, ends, reports):
             ends.append((ended.group("nodes"), int(code.group("code")) if code else KILLED, ended.group("how")))
         elif unlaunched:
             ends.append((unlaunched.group("node"), LAUNCH_FAILED, NOT_STARTED + unlaunched.group("how")))
+        elif TROUBLE.match(text):
+            troubles.append(text)
 
 
 def host_names(nodes):
@@ -285,35 +387,46 @@ def host_names(nodes):
     return answer.decode().split() or [nodes]
 
 
-def usable_nodes(partition):
-    """The nodes of a partition that are up."""
-    command = ["sinfo", "--noheader", "--Node", "--format=%N", "--states=idle,alloc,mix,comp"]
-    if partition:
-        command.append("--partition=" + partition)
-    return subprocess.Popen(command, stdout=subprocess.PIPE).communicate()[0].decode().split()
-
-
-def shown(kind, name, key):
-    """A value that scontrol shows of a job or a node."""
-    command = ["scontrol", "--oneliner", "show", kind, name]
-    answer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE).communicate()[0]
-    found = re.search(r"\b" + key + r"=(\S+)", answer.decode())
-    return found.group(1) if found else ""
-
-
-def scontrol(*arguments):
-    """Runs scontrol; returns what went wrong, in one line, or nothing."""
-    process = subprocess.Popen(("scontrol", *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    said = b" ".join(process.communicate()).decode("utf-8", "replace")
-    return (" ".join(said.split()) or f"exit code {process.returncode}") if process.returncode else ""
-
-
 def read_events(path):
-    """What stands in events.jsonl; a last line that a kill cut short is left out."""
+    """What stands in events.jsonl, without the lines that a kill, a full disk or a power cut left torn."""
+    events = []
+    for line in lines(path):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and "event" in event:
+            events.append(event)
+    return events
+
+
+def lines(path):
+    """The lines of a file; none where it is missing."""
     if not os.path.exists(path):
         return []
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return [line.strip() for line in file]
+
+
+def append(path, line):
+    """Adds a line to a file, for good; returns what went wrong, or nothing."""
+    try:
+        with open(path, "ab+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else "\n" + line  # the last one may be torn
+            file.write(line.encode("utf-8") + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror
+    return ""
+
+
+def log(line):
+    """To the log of the job; a full disk does not take it, and does not end the job."""
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), line)
 
 
 def main():
@@ -325,6 +438,7 @@ def main():
     parser.add_argument("--preflight-seconds", type=float, default=300, help="time that the preflight has")
     parser.add_argument("--tries", type=int, default=3, help="tries in a row without a new checkpoint")
     parser.add_argument("--pause", type=float, default=10, help="seconds before another try on the same nodes")
+    parser.add_argument("--patience", type=float, default=3600, help="seconds that Slurm's controller may be away")
     return Supervisor(parser.parse_args()).run()
 
 

@@ -90,7 +90,7 @@ class Cluster:
         names = " ".join(f"n{node}" for node in range(1, self.nodes + 1))
         (self.folder / "hosts").write_text(f"127.0.0.1 localhost {names} {socket.gethostname()}\n")
         self._start_munge()
-        self._child("slurmctld", "slurmctld", "-D", "-c", "-f", str(self.folder / "slurm.conf"))
+        self.start_controller("-c")
         for node in range(1, self.nodes + 1):
             self.start_node(f"n{node}")
         self.wait_for(self._idle, "all nodes idle")
@@ -103,6 +103,25 @@ class Cluster:
 
     def _idle(self) -> bool:
         return set(self.states().values()) == {"idle"}
+
+    def start_controller(self, *options: str) -> None:
+        """Starts slurmctld, which knows what it knew when it was stopped."""
+        self._child("slurmctld", "slurmctld", "-D", *options, "-f", str(self.folder / "slurm.conf"))
+
+    def stop_controller(self) -> None:
+        """An outage: jobs run on, and nobody answers."""
+        self._children["slurmctld"].terminate()
+        self._children["slurmctld"].wait()
+
+    @contextlib.contextmanager
+    def outage(self) -> Iterator[None]:
+        """The controller is away for the time of the block."""
+        self.stop_controller()
+        try:
+            yield
+        finally:
+            self.start_controller()
+            self.wait_for(lambda: self.commands("scontrol", "ping", check=False).endswith("UP"), "a controller")
 
     def start_node(self, node: str) -> None:
         """Starts the slurmd of a node."""

@@ -42,7 +42,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         echo $((100 + $(wc -l < {log})))
         """
     )
-    (commands / "scontrol").write_text("#!/bin/bash\n")
+    for name in ("scontrol", "squeue"):
+        (commands / name).write_text("#!/bin/bash\n")
     (commands / "scancel").write_text(f'#!/bin/bash\necho scancel "$@" >> {log}\n')
     log.touch()
     for command in commands.iterdir():

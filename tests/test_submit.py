@@ -262,7 +262,7 @@ def test_a_node_that_does_not_answer_is_named() -> None:
     (line,) = first.splitlines()
     assert "node 0 of 3 had no answer from node 2 within 10 s" in line
     reports = {}
-    supervise.pass_on(io.BytesIO(first.encode()), [], reports)
+    supervise.pass_on(io.BytesIO(first.encode()), [], reports, [])
     assert supervise.silent_nodes(reports) == [2]
 
 
@@ -270,7 +270,7 @@ def test_a_node_that_does_not_answer_is_named() -> None:
 
 
 def test_its_exit_codes_are_ours() -> None:
-    for name in ("DONE", "FAILED", "WRONG_USE", "RANK_LOST", "BAD_NODE", "DIVERGED", "STOPPED"):
+    for name in ("DONE", "FAILED", "WRONG_USE", "CRASHED", "RANK_LOST", "BAD_NODE", "DIVERGED", "STOPPED"):
         assert getattr(supervise, name) == ExitCode[name]
     assert set(supervise.FINAL) == {code for code in ExitCode if code and not code.is_worth_another_try}
 

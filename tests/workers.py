@@ -6,7 +6,10 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 # One Slurm serves all of these, so one worker runs them.
-ON_SLURM = ("test_slurm_survival", "test_slurm_arrays", "test_slurm_pipeline", "test_submit")
+ON_SLURM = (
+    *("test_slurm_survival", "test_slurm_arrays", "test_slurm_pipeline", "test_slurm_supervisor", "test_slurm_queue"),
+    "test_submit",
+)
 # Long files whose tests share nothing costly: each test goes to the worker that is free. Of other files one worker
 # runs all tests, so that what a module prepares is prepared once.
 DEALT_SINGLY = ("test_layouts", "test_training", "test_kills", "test_plan_memory", "test_peer_watch")

@@ -8,10 +8,11 @@ from pathlib import Path
 from cola_megatron.config import ConfigError, RunConfig, load_config
 from cola_megatron.records.run_folder import SUMMARY
 from launchers.slurm import commands
+from launchers.slurm.queue import read_queue
 from launchers.slurm.render import Shape, training_script
-from launchers.slurm.runs import jobs_of, queue
 from launchers.slurm.site import Site, load_site
 from launchers.slurm.submission import (
+    ELEMENTS,
     JOB,
     SCRIPT,
     SUBMISSIONS,
@@ -23,7 +24,7 @@ from launchers.slurm.submission import (
 
 __all__ = ["ArraySubmission", "configs_of", "dry_script", "lines_of", "write_again", "write_array"]
 
-ARRAY, ELEMENTS = "array.json", "elements"
+ARRAY = "array.json"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class ArraySubmission:
     """Of the elements, in order."""
     element_folders: tuple[Path, ...]
     """Their submission folders."""
+    signal_seconds: int
+    """Of the site: what the time limit has to exceed."""
 
     @property
     def parent(self) -> Path:
@@ -47,10 +50,13 @@ class ArraySubmission:
 
     def submit(self, after: list[str] | tuple[str, ...] = ()) -> str:
         """Hands the array to Slurm and notes the ids of its elements in their folders; raises SlurmError."""
-        job = commands.submit(str(self.folder / SCRIPT), after)
-        (self.folder / JOB).write_text(f"{job}\n")
-        for number, folder in enumerate(self.element_folders):
-            (folder / JOB).write_text(f"{job}_{number}\n")
+        job = commands.submit(self.folder / SCRIPT, self.folder / JOB, after, self.signal_seconds)
+        try:
+            for number, folder in enumerate(self.element_folders):
+                (folder / JOB).write_text(f"{job}_{number}\n")
+        except OSError:
+            commands.cancel([job])
+            raise
         return job
 
 
@@ -125,6 +131,7 @@ def write_array(
         folder,
         tuple(submission.run_folder for submission in submissions),
         tuple(submission.folder for submission in submissions),
+        site.signal_seconds,
     )
 
 
@@ -136,6 +143,7 @@ def write_again(parent: Path, only: list[str], concurrency: int | None) -> Array
 
     Raises:
         ConfigError: no array there, no such run, or nothing is left to do.
+        SlurmError: it is not known what waits or trains now.
     """
     arrays = sorted((parent / SUBMISSIONS).glob(f"*/{ARRAY}"))
     if not arrays:
@@ -145,12 +153,12 @@ def write_again(parent: Path, only: list[str], concurrency: int | None) -> Array
     unknown = sorted(set(only) - known.keys())
     if unknown:
         raise ConfigError(f"{', '.join(unknown)}: no such run in {parent}; it has {', '.join(known)}")
-    queued = queue()
+    queue = read_queue()
     left = {}
     for name, run_folder in known.items():
         summary = run_folder / SUMMARY
         finished = summary.is_file() and json.loads(summary.read_text())["finished"]
-        if (not only or name in only) and not finished and not any(job in queued for _, job in jobs_of(run_folder)):
+        if (not only or name in only) and not finished and not queue.of_run(run_folder):
             left[name] = sorted(run_folder.glob(f"{SUBMISSIONS}/*/config.yaml"))[-1].parent
     if not left:
         raise ConfigError(f"{parent}: every run {'named ' if only else ''}has finished, or is in the queue")

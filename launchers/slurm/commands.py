@@ -3,10 +3,12 @@
 import re
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 from cola_megatron.errors import UserError
+from launchers.slurm.site import seconds_of
 
-__all__ = ["SlurmError", "cancel", "run", "submit", "test_only"]
+__all__ = ["NoSlurm", "SlurmError", "cancel", "run", "submit", "test_only"]
 
 CURES = {
     "invalid partition": "give --partition, or `partition` in the site file (`sinfo` lists them)",
@@ -21,22 +23,30 @@ CURES = {
     "unable to contact": "the controller does not answer: is it up (`scontrol ping`)?",
 }
 TIMEOUT_SECONDS = 120
+UNCONFIGURED = "Could not establish a configuration source"
+JOB_ID = re.compile(r"(?P<job>[0-9]+)(;\S+)?")
+"""What `sbatch --parsable` prints; on a cluster of several, with its name."""
 
 
 class SlurmError(UserError):
     """There is no Slurm here, or it refuses; one line with what it said and the cure."""
 
 
+class NoSlurm(SlurmError):
+    """This machine has none of Slurm's commands, or they know of no cluster."""
+
+
 def run(command: Sequence[str]) -> str:
     """The output of one of Slurm's commands.
 
     Raises:
-        SlurmError: it is not there, does not answer, or fails.
+        NoSlurm: it is not there.
+        SlurmError: it does not answer, or fails.
     """
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
     except FileNotFoundError:
-        raise SlurmError(
+        raise NoSlurm(
             f"{command[0]}: not found, so there is no Slurm on this machine; submit from a login node, or train here "
             "with `cola launch`"
         ) from None
@@ -44,6 +54,10 @@ def run(command: Sequence[str]) -> str:
         raise SlurmError(f"{command[0]}: no answer within {TIMEOUT_SECONDS} s; see `scontrol ping`") from None
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        if UNCONFIGURED in said:
+            raise NoSlurm(
+                f"{command[0]}: this machine belongs to no Slurm (there is no slurm.conf); submit from a login node"
+            )
         cure = next((cure for sign, cure in CURES.items() if sign in said.lower()), None)
         raise SlurmError(f"{command[0]}: {said}" + (f"; {cure}" if cure else ""))
     return done.stdout.strip()
@@ -63,20 +77,54 @@ def test_only(script: str) -> str:
     return " ".join(done.stderr.split()).removeprefix("sbatch: ")
 
 
-def submit(script: str, after: Sequence[str] = (), condition: str = "afterok") -> str:
+def submit(script: Path, note: Path, after: Sequence[str] = (), longer_than: int = 0) -> str:
     """Submits a batch script that waits for other jobs; returns its job id.
+
+    Args:
+        note: takes the id in a line of its own, before anything else can go wrong.
+        longer_than: seconds that the time limit has to exceed.
 
     Raises:
         SlurmError: Slurm refuses it, or would let it wait for ever; nothing is left in the queue.
+        OSError: the id cannot be noted; nothing is left in the queue.
     """
-    dependency = [f"--dependency={condition}:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
-    job = run(["sbatch", "--parsable", *dependency, script]).split(";")[0]
-    # Many clusters accept a longer job than the partition allows, and then never start it.
-    asked, allowed = _shown("job", job, "TimeLimit"), _shown("partition", _shown("job", job, "Partition"), "MaxTime")
-    if _shown("job", job, "QOS") in ("", "normal", "(null)") and _seconds(asked) > _seconds(allowed):
+    dependency = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
+    said = run(["sbatch", "--parsable", *dependency, str(script)])
+    # Some clusters greet their users here.
+    found = [line for line in map(JOB_ID.fullmatch, said.splitlines()) if line is not None]
+    if not found:
+        raise SlurmError(f"sbatch: no job id in {' '.join(said.split())!r}; see `squeue --me` for a job that it made")
+    job = found[-1].group("job")
+    try:
+        with note.open("a", encoding="utf-8") as file:
+            file.write(f"{job}\n")
+    except OSError:
+        cancel([job])
+        raise
+    _check_time_limit(script, job, longer_than)
+    return job
+
+
+def _check_time_limit(script: Path, job: str, longer_than: int) -> None:
+    """Many clusters accept a longer job than the partition allows, and then never start it; raises SlurmError.
+
+    What the limit is may be known only now: where the site says nothing, the partition does.
+    """
+    try:
+        asked = _shown("job", job, "TimeLimit")
+        allowed = _shown("partition", _shown("job", job, "Partition"), "MaxTime")
+        free = _shown("job", job, "QOS") not in ("", "normal", "(null)")  # may allow more
+    except SlurmError:
+        return  # the job is there, and Slurm says so when it can
+    if seconds_of(asked) <= longer_than:
+        cancel([job])
+        raise SlurmError(
+            f"{script}: time limit {asked}: the run is told to stop {longer_than} s before it, and would never train; "
+            "give a longer --time, or a smaller signal_seconds"
+        )
+    if not free and seconds_of(asked) > seconds_of(allowed):
         cancel([job])
         raise SlurmError(f"{script}: time limit {asked}: the partition allows {allowed}; give a --time that it allows")
-    return job
 
 
 def _shown(kind: str, name: str, key: str) -> str:
@@ -84,15 +132,6 @@ def _shown(kind: str, name: str, key: str) -> str:
     lines = run(["scontrol", "--oneliner", "show", kind, name]).splitlines()
     found = re.search(rf"\b{key}=(\S+)", lines[0]) if lines else None
     return found.group(1) if found else ""
-
-
-def _seconds(limit: str) -> float:
-    """Of a time limit as scontrol shows it, [D-]HH:MM:SS; infinite where it is none."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", limit)
-    if found is None:
-        return float("inf")
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def cancel(jobs: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from data_prep.prepare import begin
 from data_prep.recipe import Recipe
 from launchers import prep_slurm
 from launchers.slurm import commands
+from launchers.slurm.queue import refuse_second
 from launchers.slurm.render import Shape, container_command, gpu_directives, render, training_script
 from launchers.slurm.site import Site, site_without_gpus
 from launchers.slurm.submission import JOB, check_layout, next_folder, write_training
@@ -88,23 +89,26 @@ class Pipeline:
 
         Raises:
             SlurmError: Slurm refuses a part; what it had accepted is cancelled.
+            UserError: this chain, or the preparation of its data, is in the queue already.
         """
+        refuse_second(self.folder, *([self.recipe.output.expanduser()] if self.recipe is not None else []))
         folder = next_folder(Path.cwd() / self.folder)
         parts: list[Part] = []
         try:
             last = self._submit_preparation(parts)
+            # They lie elsewhere; what ends this chain ends them too.
+            (folder / JOB).write_text("".join(f"{part.job}\n" for part in parts if part.job is not None))
             for stage in self.stages:
                 last = self._submit_stage(stage, parts, last)
             for name, script in self.scripts().items():
                 path = folder / f"{name}.sbatch"
                 path.write_text(script.replace("LOGS", str(folder)))
                 commands.test_only(str(path))
-                last = [commands.submit(str(path), last)]
+                last = [commands.submit(path, folder / JOB, last)]
                 parts.append(Part(name, last[0], str(folder / f"{name}-{last[0]}.log")))
-        except commands.SlurmError:
+        except (commands.SlurmError, OSError):
             commands.cancel([part.job for part in parts if part.job is not None])
             raise
-        (folder / JOB).write_text("".join(f"{part.job}\n" for part in parts if part.job is not None))
         described = {part.name: {"job": part.job, "log": part.log} for part in parts}
         (folder / PIPELINE).write_text(json.dumps(described, indent=1) + "\n")
         return parts

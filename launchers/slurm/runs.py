@@ -8,26 +8,13 @@ from typing import Any
 
 from cola_megatron.records.json_files import read_object
 from cola_megatron.records.run_folder import CONFIG, MANIFEST, SUMMARY
-from launchers.slurm import commands
-from launchers.slurm.submission import JOB, SUBMISSIONS
+from launchers.slurm.queue import Queue, QueuedJob, jobs_of
+from launchers.slurm.submission import SUBMISSIONS
 from slurm.supervise import read_events
 
-__all__ = ["QueuedJob", "RunState", "find_runs", "jobs_below", "jobs_of", "queue", "state_of"]
+__all__ = ["RunState", "find_runs", "state_of"]
 
 PROGRESS, EVENTS = "progress.json", "events.jsonl"
-
-
-@dataclass(frozen=True)
-class QueuedJob:
-    """A job that Slurm still has in its queue."""
-
-    id: str
-    state: str
-    """As Slurm writes it: RUNNING, PENDING, ..."""
-    seconds_left: str
-    """Of its time limit, as Slurm writes it."""
-    reason: str
-    """Why it waits, or its nodes."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +23,8 @@ class RunState:
 
     run_folder: Path
     state: str
-    """running, pending, finished, failed, cancelled, stopped, or local: it makes progress without a job."""
+    """running, pending, finished, failed, stopped, ended, unknown: the queue does not answer, or local: it makes
+    progress without a job."""
     job: str | None
     step: int | None
     steps: int | None
@@ -59,41 +47,21 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     return [path for path in dict.fromkeys(runs) if (path / CONFIG).is_file() or (path / SUBMISSIONS).is_dir()]
 
 
-def jobs_below(folder: Path) -> list[str]:
-    """Ids of all jobs that were ever submitted from a folder and two levels below: of runs, arrays and pipelines."""
-    files = [path for depth in ("", "*/", "*/*/") for path in sorted(folder.glob(f"{depth}{SUBMISSIONS}/*/{JOB}"))]
-    return [job for path in files for job in path.read_text().split()]
+def state_of(run_folder: Path, queue: Queue | None) -> RunState:
+    """What a run does now, or how it ended; every file may be missing.
 
-
-def jobs_of(run_folder: Path) -> list[tuple[Path, str]]:
-    """(submission folder, job id) of every submission that became a job, oldest first."""
-    folders = sorted(path for path in (run_folder / SUBMISSIONS).glob("*") if (path / JOB).is_file())
-    return [(folder, (folder / JOB).read_text().strip()) for folder in folders]
-
-
-def queue() -> dict[str, QueuedJob]:
-    """Job id -> what is in the queue; elements of arrays as ARRAY_INDEX. Nothing where there is no Slurm."""
-    try:
-        lines = commands.run(["squeue", "--noheader", "--array", "--me", "--format=%i|%A|%T|%L|%R"]).splitlines()
-    except commands.SlurmError:
-        return {}
-    jobs = {}
-    for line in lines:
-        name, number, state, left, reason = line.split("|", 4)
-        jobs[name] = jobs[number] = QueuedJob(name, state, left, reason)
-    return jobs
-
-
-def state_of(run_folder: Path, queued: dict[str, QueuedJob]) -> RunState:
-    """What a run does now, or how it ended; every file may be missing."""
+    Args:
+        queue: None where it does not answer.
+    """
     submissions = jobs_of(run_folder)
     folder, job = submissions[-1] if submissions else (None, None)
-    live = next((queued[each] for _, each in reversed(submissions) if each in queued), None)
+    live = next(reversed(queue.of_run(run_folder)), None) if queue is not None else None
     progress, summary = _read(run_folder / PROGRESS), _read(run_folder / SUMMARY)
     events = read_events(str(folder / EVENTS)) if folder is not None else []
+    events = [event for event in events if event.get("job") == job] or events
     step, steps = progress.get("step"), progress.get("steps")
     seconds = progress.get("seconds_per_step")
-    state, note = _state_and_note(live, progress, summary, events, job)
+    state, note = _state_and_note(live, progress, summary, events, job, known=queue is not None)
     return RunState(
         run_folder=run_folder,
         state=state,
@@ -109,7 +77,7 @@ def state_of(run_folder: Path, queued: dict[str, QueuedJob]) -> RunState:
 
 
 def _state_and_note(
-    live: QueuedJob | None, progress: dict, summary: dict, events: list[dict], job: str | None
+    live: QueuedJob | None, progress: dict, summary: dict, events: list[dict], job: str | None, *, known: bool
 ) -> tuple[str, str]:
     if live is not None:
         return (
@@ -123,6 +91,8 @@ def _state_and_note(
         return "failed", f"exit code {last['code']}: {last['reason']}"
     if last is not None and last["event"] == "end" and last["code"] == 0:
         return "stopped", "before its planned end (training.stop_after)"
+    if job is not None and not known:
+        return "unknown", f"the queue does not say whether job {job} waits or runs"
     if job is not None:
         return "ended", f"job {job} left the queue" + ("" if last is not None else " before its first try")
     if not progress:
@@ -131,12 +101,6 @@ def _state_and_note(
         "local",
         f"{progress['state']} {time.time() - progress['time']:.0f} s ago on {progress['host']}, without a job",
     )
-
-
-def _is_run(folder: Path) -> bool:
-    # A prepared data set has a manifest too, and a submission a config.
-    began = (folder / MANIFEST).is_file() and (folder / CONFIG).is_file()
-    return began or any(folder.glob(f"{SUBMISSIONS}/*/config.yaml"))
 
 
 def _below(folder: Path, pattern: str) -> list[Path]:

@@ -11,7 +11,16 @@ from pydantic_core import PydanticCustomError
 from cola_megatron.config import ConfigError, Section, load_tree, resolve_tree
 from cola_megatron.config.types import NOT_BOOL, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-__all__ = ["Container", "Site", "bare_site", "load_site", "site_names", "site_without_gpus"]
+__all__ = [
+    "Container",
+    "Site",
+    "bare_site",
+    "check_time_limit",
+    "load_site",
+    "seconds_of",
+    "site_names",
+    "site_without_gpus",
+]
 
 DEFAULT = "plain"
 BARE = {"gpus_per_node": 0, "exclusive": False, "preflight": False}
@@ -72,7 +81,7 @@ class Site(Section):
     tasks: srun starts one process for each GPU."""
     srun_arguments: tuple[str, ...] = ()
     """Further options of every srun, such as --mpi=none or --network=..."""
-    signal_seconds: PositiveInt = 300
+    signal_seconds: Annotated[int, Field(ge=1, le=65_535), NOT_BOOL] = 300
     """The run is told so long before its time limit: longer than a step and a save."""
     tries: PositiveInt = 3
     """A job ends after so many tries in a row that brought no new checkpoint."""
@@ -137,6 +146,28 @@ def load_site(source: str | None, settings: list[str] | tuple[str, ...] = ()) ->
         raise ConfigError(f"{source}: neither a site file nor one of the examples {', '.join(site_names())}")
     with resources.as_file(_examples() / f"{source}.yaml") as example:
         return load_tree(Site, example, settings)
+
+
+def check_time_limit(site: Site) -> None:
+    """Refuses a time limit that is over before it is near; raises ConfigError."""
+    seconds = seconds_of(site.time or "")
+    if seconds <= site.signal_seconds:
+        raise ConfigError(
+            f"time {site.time}: the run is told to stop signal_seconds={site.signal_seconds} before its end, so it "
+            "would never train; give a longer --time, or a smaller signal_seconds"
+        )
+
+
+def seconds_of(limit: str) -> float:
+    """Of a time limit as Slurm writes and reads it; infinite where it is none."""
+    days, _, clock = limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":") if part.isdecimal()]
+    if not parts or (days and not days.isdecimal()):
+        return float("inf")
+    if not days and len(parts) < 3:  # minutes, with seconds perhaps
+        parts = [0, *parts]
+    hours, minutes, seconds = (*parts, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _examples():

@@ -16,6 +16,8 @@ from launchers.slurm.site import Site
 __all__ = ["SCRIPT", "SUBMISSIONS", "Submission", "check_layout", "shape_of", "write_training"]
 
 SUBMISSIONS, SCRIPT, JOB = "submissions", "job.sbatch", "job_id"
+ELEMENTS = "elements"
+"""In the folder of an array: a link for each element, to its submission folder."""
 # What a variable's name says of a secret; the environment is stored beside the run.
 SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 
@@ -26,6 +28,8 @@ class Submission:
 
     folder: Path
     run_folder: Path
+    signal_seconds: int
+    """Of the site: what the time limit has to exceed."""
 
     @property
     def script(self) -> Path:
@@ -43,9 +47,7 @@ class Submission:
 
     def submit(self, after: list[str] | tuple[str, ...] = ()) -> str:
         """Hands the script to Slurm and notes the job's id in the folder; raises SlurmError."""
-        job = commands.submit(str(self.script), after)
-        (self.folder / JOB).write_text(f"{job}\n")
-        return job
+        return commands.submit(self.script, self.folder / JOB, after, self.signal_seconds)
 
 
 def shape_of(site: Site, nodes: int, processes: int | None) -> Shape:
@@ -88,7 +90,7 @@ def write_training(config: RunConfig, site: Site, shape: Shape) -> Submission:
     with resources.as_file(resources.files("slurm") / "supervise.py") as supervisor:
         shutil.copy(supervisor, folder / "supervise.py")
     write_surroundings(folder)
-    return Submission(folder, run_folder)
+    return Submission(folder, run_folder, site.signal_seconds)
 
 
 def next_folder(run_folder: Path) -> Path:
