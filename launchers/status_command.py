@@ -21,7 +21,7 @@ def status(
     from launchers.slurm.runs import find_runs, queue, state_of
 
     queued = queue()
-    found = [state_of(folder, queued) for folder in find_runs(folders or [Path("runs")])]
+    found = [state_of(folder, queued) for folder in find_runs(folders_that_exist(folders))]
     if as_json:
         print_json([asdict(each) for each in found])
         return
@@ -47,6 +47,16 @@ def status(
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def folders_that_exist(folders: list[Path] | None) -> list[Path]:
+    """The given folders, by default runs/, which need not exist yet; raises ConfigError for one that does not."""
+    from cola_megatron.config import ConfigError
+
+    for folder in folders or []:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder; give run folders, or a folder of many")
+    return folders or [Path("runs")]
 
 
 def cancel(

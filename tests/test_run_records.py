@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from cola_megatron.records.metrics import MetricsLog, read_metrics
 from cola_megatron.records.run_folder import Summary, write_summary
 from cola_megatron.training.loop import train
 from launchers.output import print_json, print_table
+from launchers.slurm.runs import state_of
 from launchers.train_command import print_summary
 from tests.commands import cola
 from tests.test_training import curve
@@ -94,6 +96,23 @@ def test_status_shows_all_runs_when_the_summary_of_one_is_empty(tiny, tmp_path):
     (tmp_path / "runs" / "first" / "summary.json").write_text("")
     shown = cola("status", tmp_path / "runs", "--json")
     assert shown.returncode == 0 and len(json.loads(shown.stdout)) == 2, shown.stderr
+
+
+def test_status_and_sync_refuse_a_folder_that_does_not_exist(tmp_path):
+    for command in ("status", "sync"):
+        refused = cola(command, tmp_path / "nosuch")
+        assert refused.returncode == 2 and "nosuch: no such folder" in refused.stderr
+        assert cola(command, tmp_path).returncode == 0
+
+
+def test_status_shows_the_time_left_of_a_run_without_a_job(tmp_path):
+    run = tmp_path / "local"
+    run.mkdir()
+    for silent, left in ((0, 180.0), (600, None)):
+        progress = {"step": 10, "steps": 100, "seconds_per_step": 2.0, "state": "training", "host": "here"}
+        write_json(run / "progress.json", {**progress, "time": time.time() - silent})
+        found = state_of(run, {})
+        assert (found.state, found.seconds_left) == ("local", left)
 
 
 def test_a_number_that_is_not_finite_is_null_in_files_and_answers(tiny, tmp_path):
