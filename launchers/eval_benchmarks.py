@@ -11,6 +11,7 @@ from launchers.generation_options import (
     FIRST_BLOCK,
     GUIDANCE_INTERVAL,
     GUIDANCE_SCALE,
+    NOISE,
     NOISE_SEED,
     PRECISION,
     REPETITION_PENALTY,
@@ -69,6 +70,7 @@ def run(
     temperature: float = typer.Option(0.0, min=0.0, help="0 is greedy."),
     repetition_penalty: float = REPETITION_PENALTY,
     noise_seed: int = NOISE_SEED,
+    noise: str = NOISE,
     precision: str = PRECISION,
     as_json: bool = typer.Option(False, "--json", help="The table as JSON."),
 ) -> None:
@@ -103,6 +105,7 @@ def run(
         first_block=first_block,
         repetition_penalty=repetition_penalty,
         noise_seed=noise_seed,
+        noise=noise,
     )
     groups = initialize_parallel()
     results = {}
@@ -142,6 +145,7 @@ def lm_eval(
     likelihood_samples: int = typer.Option(4, help="Likelihoods: latents drawn from the posterior of each text."),
     likelihood_steps: int = typer.Option(32, help="Likelihoods: steps of the solver."),
     noise_seed: int = NOISE_SEED,
+    noise: str = NOISE,
     as_json: bool = typer.Option(False, "--json", help="JSON instead of a table."),
 ) -> None:
     """Run tasks of lm-eval's catalogue (`make setup EXTRAS=eval`). Nothing is downloaded unasked.
@@ -160,6 +164,7 @@ def lm_eval(
         guidance_scale=guidance_scale,
         repetition_penalty=repetition_penalty,
         noise_seed=noise_seed,
+        noise=noise,
         likelihood_samples=likelihood_samples,
         likelihood_steps=likelihood_steps,
     )

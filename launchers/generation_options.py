@@ -16,6 +16,9 @@ GUIDANCE_INTERVAL = typer.Option(
 )
 REPETITION_PENALTY = typer.Option(1.1, help="1 is none.")
 NOISE_SEED = typer.Option(66, help="Seed of all draws.")
+NOISE = typer.Option(
+    "published", help="Formula of the draws; hashed: for more than 10,000 ids, of which the published one makes pairs."
+)
 FIRST_BLOCK = typer.Option(
     "clean_condition", help="For prompts that end inside a block; or partial_repaint, left_pad, right_pad."
 )

@@ -31,7 +31,7 @@ def status(
         queue = read_queue()
     except SlurmError as error:
         silence = error
-    found = [state_of(folder, queue) for folder in find_runs(folders or [Path("runs")])]
+    found = [state_of(folder, queue) for folder in find_runs(folders_that_exist(folders))]
     if as_json:
         print_json([asdict(each) for each in found])
     else:
@@ -63,6 +63,16 @@ def _print_states(found: "list[RunState]", folders: list[Path]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def folders_that_exist(folders: list[Path] | None) -> list[Path]:
+    """The given folders, by default runs/, which need not exist yet; raises ConfigError for one that does not."""
+    from cola_megatron.config import ConfigError
+
+    for folder in folders or []:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder; give run folders, or a folder of many")
+    return folders or [Path("runs")]
 
 
 def cancel(

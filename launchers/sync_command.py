@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from launchers.output import print_json
+from launchers.status_command import folders_that_exist
 
 OFFLINE, SYNCED = "wandb/offline-run-*", "*.wandb.synced"
 
@@ -24,7 +25,7 @@ def sync(
     """
     from launchers.slurm.runs import find_runs
 
-    found = {run: waiting(run) for run in find_runs(folders or [Path("runs")])}
+    found = {run: waiting(run) for run in find_runs(folders_that_exist(folders))}
     found = {run: records for run, records in found.items() if records}
     for run, records in found.items():
         if not as_json:

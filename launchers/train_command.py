@@ -1,6 +1,5 @@
 """`cola train`: one stage of one run."""
 
-import os
 from dataclasses import asdict
 
 import typer
@@ -31,12 +30,11 @@ def train(
     from cola_megatron.training.loop import train as run
 
     summary = run(config)
-    if int(os.environ.get("RANK", 0)) == 0:
-        with outliving_its_readers():  # the exit code is for the scheduler, whoever reads this
-            if as_json:
-                print_json(asdict(summary))
-            else:
-                print_summary(summary)
+    with outliving_its_readers():  # the exit code is for the scheduler, whoever reads this
+        if as_json:
+            print_json(asdict(summary))
+        else:
+            print_summary(summary)
     if summary.stopped_by_signal:
         raise typer.Exit(ExitCode.STOPPED)
 
@@ -49,6 +47,7 @@ def print_summary(summary) -> None:
         ("model FLOPs", f"{summary.model_flops:.3e}"),
         ("time", f"{summary.seconds:,.0f} s"),
         *((name.replace("_", " "), f"{value:.4f}") for name, value in summary.metrics.items() if "_bin_" not in name),
+        *([("measured at step", f"{summary.measured_at:,}")] if summary.measured_at not in (0, summary.step) else []),
         ("run folder", summary.run_folder),
     ]
     print_table(rows)

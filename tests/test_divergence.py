@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cola_megatron.checkpoint.errors import NotFinite
 from cola_megatron.checkpoint.find import newest_checkpoint
 from cola_megatron.checkpoint.load import read_weights
 from cola_megatron.checkpoint.state_file import read_state
@@ -18,6 +19,7 @@ from cola_megatron.config.training import DivergenceConfig
 from cola_megatron.data import TokenShards, training_samples
 from cola_megatron.models.cola import Cola
 from cola_megatron.records.metrics import read_metrics
+from cola_megatron.records.progress import read_progress
 from cola_megatron.training.bad_steps import RollBack, batch_of, read_roll_backs
 from cola_megatron.training.divergence import Divergence
 from cola_megatron.training.engine import Engine
@@ -216,3 +218,50 @@ def test_the_plain_policy_asks_nobody(tiny, monkeypatch: pytest.MonkeyPatch) -> 
     train(config, progress=False)
     assert asked == [None, None]
     assert not any("skipped_updates" in record for record in read_metrics(Path(config.run_folder) / "metrics.jsonl"))
+
+
+# ---- models that are of no use --------------------------------------------------------------------------------------
+
+
+def test_weights_that_are_not_finite_are_not_saved_and_the_checkpoint_before_stays(tiny, monkeypatch) -> None:
+    """As the last update of a run may leave them, when no loss will show it any more."""
+    step = Engine.step
+
+    def spoil(engine: Engine, batches, number: int, accepts) -> dict[str, float]:
+        found = step(engine, batches, number, accepts)
+        if number == 3:
+            with torch.no_grad():
+                next(engine.model.parameters()).fill_(math.nan)
+        return found
+
+    monkeypatch.setattr(Engine, "step", spoil)
+    every = ["training.steps=4", "training.checkpoint.every=2", "parallel.zero_stage=0"]
+    for asynchronous in ("true", "false"):
+        config = tiny(1, *every, f"name={asynchronous}", f"training.checkpoint.asynchronous={asynchronous}")
+        # Beside a save goes the measurement, which may find it out first.
+        with pytest.raises((NotFinite, TrainingDiverged), match=r"step 4: .* is not (finite|a number)"):
+            train(config, progress=False)
+        assert newest_checkpoint(config.run_folder).name == "step_00000002"
+        assert read_progress(config.run_folder)["state"] == "diverged"
+        assert not (config.run_folder / "summary.json").exists()
+
+
+def test_a_run_whose_measurement_is_not_a_number_is_not_finished(tiny, monkeypatch) -> None:
+    monkeypatch.setattr("cola_megatron.training.loop.evaluate", lambda *a, **o: {"reconstruction_nll": math.nan})
+    config = tiny(1, "training.steps=2")
+    for _ in range(2):  # a second start does not call it finished either
+        with pytest.raises(TrainingDiverged, match="step 2: reconstruction_nll of the held-out text is not a number"):
+            train(config, progress=False)
+        assert not (config.run_folder / "summary.json").exists()
+        assert read_progress(config.run_folder)["state"] == "diverged"
+
+
+def test_a_run_that_fails_says_so_in_its_progress(tiny, monkeypatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(Engine, "step", fail)
+    config = tiny(1)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        train(config, progress=False)
+    assert read_progress(config.run_folder)["state"] == "failed"

@@ -135,6 +135,20 @@ def shard(output: Path, count: int) -> tuple[list[str], int | None]:
     return model.asked, None if result is None else result.correct
 
 
+def test_items_that_share_noise_by_the_published_formula_are_said(tmp_path, caplog):
+    class Noisy(Echo):
+        noise = "published"
+
+        def describe(self) -> dict[str, Any]:
+            return {"family": "noisy", "noise": self.noise}
+
+    items = [Item(number, f"answer{number}", ("x",)) for number in (3, 10_003)]
+    evaluate(Noisy(), items[:1], tmp_path / "one")
+    assert "share noise" not in caplog.text
+    evaluate(Noisy(), items, tmp_path / "two")
+    assert "items whose ids lie 10,000 apart share noise" in caplog.text
+
+
 def test_items_are_shared_out_over_ranks_and_taken_up_by_other_numbers(tmp_path):
     prompts = [item.prompt for item in some_items(10)]
     (first, correct), (second, nothing) = run_ranks(shard, 2, tmp_path, 7)
@@ -226,12 +240,13 @@ def test_how_to_generate_is_an_option_recorded_and_held_to(trained, data, tmp_pa
             cola(*command, "--output", tmp_path / "chosen", *chosen, *change)
 
 
-def test_an_evaluation_from_before_there_was_a_precision_goes_on(trained, data, tmp_path):
+def test_an_evaluation_from_before_some_settings_had_a_name_goes_on(trained, data, tmp_path):
     command = ["eval", "run", trained, "--data", data, "--tasks", "race", "--steps", 2, "--output", tmp_path / "old"]
     cola(*command)
     path = tmp_path / "old" / "race" / "settings.json"
     settings = json.loads(path.read_text())
-    assert settings["model"].pop("precision") == "fp32"
+    assert (settings["model"].pop("precision"), settings["model"].pop("noise")) == ("fp32", "published")
+    assert settings["decoding"].pop("until_end_of_text") is False
     path.write_text(json.dumps(settings))
     cola(*command)
     with pytest.raises(EvaluationError, match=r"begun with model.precision=fp32, not bf16"):

@@ -1,7 +1,9 @@
 """From logits to ids: penalty, truncation, draws."""
 
+import pytest
 import torch
 
+from cola_megatron.inference.noise import block_noise, generator_of, share_noise
 from cola_megatron.inference.sampling import choose_tokens, keep_top_k, keep_top_p, penalize_repetition
 
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.15, 0.3, 0.05])
@@ -48,3 +50,24 @@ def test_the_penalty_moves_seen_ids_down_whatever_their_sign():
     seen = torch.tensor([[True, True, False]])
     assert penalize_repetition(logits, seen, 2.0).tolist() == [[[1.0, -4.0, 1.0]]]
     assert penalize_repetition(logits, seen, 1.0) is logits
+
+
+# ---- noise ----------------------------------------------------------------------------------------------------------
+
+
+def test_by_the_published_formula_ids_ten_thousand_apart_share_noise_and_by_the_hashed_one_none_do():
+    def equal(formula: str) -> bool:
+        one, other = block_noise(66, 10_000, 0, (4, 8), formula), block_noise(66, 0, 1, (4, 8), formula)
+        return torch.equal(one, other)
+
+    assert equal("published") and not equal("hashed")
+    assert share_noise([3, 10_003]) and share_noise(range(10_001)) and not share_noise(range(10_000))
+
+
+@pytest.mark.parametrize("seed", [-(2**62), 66, 2**62])
+def test_the_hashed_formula_gives_every_sample_block_and_draw_a_stream_of_its_own(seed):
+    places = [(sample, block, draws) for sample in (-1, 0, 1, 10_000, 2**52) for block in range(3) for draws in (0, 5)]
+    seeds = {generator_of(seed, *place, formula="hashed").initial_seed() for place in places}
+    assert len(seeds) == len(places)
+    again = block_noise(seed, 7, 2, (4, 8), "hashed")
+    assert torch.equal(again, block_noise(seed, 7, 2, (4, 8), "hashed")) and abs(again.mean()) < 1

@@ -172,3 +172,13 @@ def test_token_ids_are_continued_without_a_tokenizer(model):
 
 def test_no_stop_texts_may_be_written_as_none():
     assert FlowSettings(stop=None, end_of_text=None) == FlowSettings()
+
+
+def test_a_sample_has_other_draws_by_the_hashed_formula(model):
+    settings = {"steps": 2, "max_new_tokens": 8}
+    published, hashed, again = (
+        model.generate(["the"], noise=noise, **settings)[0].latents for noise in ("published", "hashed", "hashed")
+    )
+    assert not torch.equal(published, hashed) and torch.equal(hashed, again)
+    with pytest.raises(ValueError, match="noise=other must be one of published, hashed"):
+        model.generate(["the"], noise="other", **settings)

@@ -302,3 +302,10 @@ def test_generation_decodes_a_variant_like_one_whole_pass(variant: str) -> None:
     latents = torch.cat((model.vae.to_prior(model.encode(whole)[0]), generation.latents.flatten(0, 1)))
     expected = model.decode(latents, [len(latents)]).argmax(-1)[len(whole) :]
     assert torch.equal(generation.token_ids, expected)
+
+
+def test_a_model_that_has_diverged_is_not_written(tmp_path: Path) -> None:
+    config, weights = read_published(GOLDEN)
+    weights["vae.encoder.embedding.weight"][0, 0] = float("nan")
+    with pytest.raises(PublishedError, match=r"vae\.encoder\.embedding\.weight is not finite: the model has diverged"):
+        write_published(tmp_path, config, HeldWeights(weights), None)

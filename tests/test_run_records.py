@@ -4,6 +4,8 @@ import errno
 import json
 import math
 import os
+import re
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from cola_megatron.records.json_files import read_object, to_json, write_json
 from cola_megatron.records.metrics import MetricsLog, read_metrics
 from cola_megatron.records.run_folder import Summary, write_summary
 from cola_megatron.training.loop import train
+from launchers.output import print_json, print_table
+from launchers.slurm.runs import state_of
+from launchers.train_command import print_summary
 from tests.commands import cola
 from tests.test_training import curve
 
@@ -93,6 +98,23 @@ def test_status_shows_all_runs_when_the_summary_of_one_is_empty(tiny, tmp_path):
     assert shown.returncode == 0 and len(json.loads(shown.stdout)) == 2, shown.stderr
 
 
+def test_status_and_sync_refuse_a_folder_that_does_not_exist(tmp_path):
+    for command in ("status", "sync"):
+        refused = cola(command, tmp_path / "nosuch")
+        assert refused.returncode == 2 and "nosuch: no such folder" in refused.stderr
+        assert cola(command, tmp_path).returncode == 0
+
+
+def test_status_shows_the_time_left_of_a_run_without_a_job(tmp_path):
+    run = tmp_path / "local"
+    run.mkdir()
+    for silent, left in ((0, 180.0), (600, None)):
+        progress = {"step": 10, "steps": 100, "seconds_per_step": 2.0, "state": "training", "host": "here"}
+        write_json(run / "progress.json", {**progress, "time": time.time() - silent})
+        found = state_of(run, {})
+        assert (found.state, found.seconds_left) == ("local", left)
+
+
 def test_a_number_that_is_not_finite_is_null_in_files_and_answers(tiny, tmp_path):
     config = tiny(1)
     config.run_folder.mkdir(parents=True)
@@ -107,6 +129,23 @@ def test_a_number_that_is_not_finite_is_null_in_files_and_answers(tiny, tmp_path
     write_summary(summary)
     assert strict((config.run_folder / "summary.json").read_text())["metrics"] == {"loss": None}
     assert strict(to_json([asdict(summary)]))[0]["metrics"] == {"loss": None}
+
+
+def test_a_summary_names_the_step_of_its_measurement(tiny, capsys):
+    summary = train(tiny(1, *STEPS, "training.stop_after=3"), progress=False)
+    assert (summary.step, summary.measured_at) == (3, 2)
+    print_summary(summary)
+    assert re.search(r"measured at step +2\n", capsys.readouterr().out)
+    print_summary(train(tiny(1, *STEPS), progress=False))
+    assert "measured at step" not in capsys.readouterr().out
+
+
+def test_of_the_processes_of_a_command_one_gives_the_answer(capsys, monkeypatch):
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        print_json({"answer": 42})
+        print_table([("answer", "42")])
+    assert capsys.readouterr().out.count("42") == 2
 
 
 def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,3 +155,11 @@ def test_a_tokenizer_file_that_cuts_or_pads_texts_does_neither_here(here, what):
     assert Tokenizer.from_file(str(path)).encode(text).ids != expected
     assert read_tokenizer(path).encode(text).ids == expected
     assert tokenizer_fingerprint(path) == before
+
+
+def test_of_a_run_with_document_attention_it_is_said_that_inference_has_none(here, caplog):
+    CheckpointModel(Path("runs/tiny"))
+    assert "document_attention" not in caplog.text
+    train(config("name=apart", "data.document_attention=true"), progress=False)
+    CheckpointModel(Path("runs/apart"))
+    assert "give each document by itself" in caplog.text

@@ -219,6 +219,16 @@ def test_a_checkpoint_of_another_config_is_refused_naming_the_keys(tiny, overrid
     assert key in str(refusal.value) and "\n" not in str(refusal.value)
 
 
+def test_another_stage_one_at_a_resume_is_refused_because_it_would_not_be_used(tiny, alone):
+    first = alone(1, "training.steps=1", "seed=5")
+    joint = ["training.vae_update.from_scratch=false", f"training.stage_one={first.run_folder}"]
+    run(tiny(2, "training.steps=1", *joint))
+    with pytest.raises(CheckpointError, match=r"training\.stage_one was .*, now 'elsewhere'; give the old values"):
+        run(tiny(2, "training.steps=2", *joint, "training.stage_one=elsewhere"))
+    shutil.rmtree(first.run_folder)  # no resume needs it
+    run(tiny(2, "training.steps=2", *joint))
+
+
 def test_resume_never_refuses_a_used_folder(tiny):
     run(tiny(1, "training.steps=1"))
     with pytest.raises(CheckpointError, match=r"training.resume=never"):

@@ -1,10 +1,16 @@
 """What goes wrong with checkpoints."""
 
-from cola_megatron.errors import UserError
+from cola_megatron.errors import ExitCode, UserError
 
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint that is missing, damaged, or of another config; one line with the cure."""
+
+
+class NotFinite(UserError, ArithmeticError):
+    """What was to be saved holds values that are not numbers."""
+
+    exit_code = ExitCode.DIVERGED
 
 
 class DamagedCheckpoint(CheckpointError):

@@ -15,15 +15,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from cola_megatron.checkpoint.errors import CheckpointError
+from cola_megatron.checkpoint.errors import CheckpointError, NotFinite
 from cola_megatron.checkpoint.folder import begin_folder, complete_folder, folder_of, prune, unfinished_folder
 from cola_megatron.checkpoint.pieces import TrainingState, frozen_pieces, trained_pieces
-from cola_megatron.checkpoint.sharded_tensors import Piece, Written, write_index, write_pieces
+from cola_megatron.checkpoint.sharded_tensors import Piece, Written, cut, write_index, write_pieces
 from cola_megatron.checkpoint.staging import StagingBuffers
 from cola_megatron.checkpoint.state_file import TENSORS, write_state
 from cola_megatron.checkpoint.tokenizer import store_tokenizer
@@ -99,7 +100,8 @@ class CheckpointWriter:
         Returns when the state may change: at once when asynchronous, else when the checkpoint is complete.
 
         Raises:
-            CheckpointError: the disk is full or the folder cannot be written; the previous checkpoint stays good.
+            CheckpointError: the disk is full or the folder cannot be written; NotFinite: a value is not a number. The
+            previous checkpoint stays good.
         """
         self.wait()
         save = self._save = _Save(step, folder_of(self.engine.config.run_folder, step))
@@ -252,9 +254,14 @@ class _Save:
             self.blocked += time.perf_counter() - began
 
     def pieces_until_abandoned(self) -> Iterator[Piece]:
-        for piece in self.pieces:
+        for piece in chain.from_iterable(map(cut, self.pieces)):
             if self.abandoned.is_set():
                 raise Abandoned
+            if not piece.values.isfinite().all():
+                raise NotFinite(
+                    f"step {self.step}: {piece.name} is not finite: the run has diverged, and nothing of this step was "
+                    "saved; start again under another name= with a lower training.optimizer.learning_rate"
+                )
             yield piece
 
     def outcome(self) -> Any:

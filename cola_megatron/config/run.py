@@ -39,7 +39,8 @@ class DataConfig(Section):
     cache_bytes: Annotated[PositiveInt, OURS, FREE] = 32 * 2**30
     """Limit of the shards there, least recently used ones out first; at least four shards."""
     document_attention: Annotated[bool, OURS] = False
-    """No position sees one of another document, in no network; false: all see the whole sequence, as published."""
+    """No position sees one of another document, in no network; false: all see the whole sequence, as published. In
+    training and held-out measurements: generation and likelihoods take each text for one document."""
 
 
 class ParallelConfig(Section):

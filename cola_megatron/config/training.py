@@ -155,7 +155,7 @@ class TrainingConfig(Section):
     loss_chunk_tokens: Annotated[NonNegativeInt, OURS, FREE] = 0
     """Tokens whose logits exist at once: head and cross-entropy are computed in chunks, their gradients in the forward
     pass. 0: all logits of a micro-batch. Worth it for a large vocabulary."""
-    stage_one: Annotated[Path | None, OURS, FREE] = None
+    stage_one: Annotated[Path | None, OURS] = None
     """Stage 2 starts from this folder: the VAE of a stage-1 run or of a published `cola_vae`, or VAE and prior of a
     published model, an imported checkpoint or a stage-2 run."""
     resume: Annotated[Literal["auto", "never"], OURS, FREE] = "auto"

@@ -1,5 +1,6 @@
 """Generate, score and record: one task, any model, as many data-parallel ranks as the job has."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,10 @@ from cola_megatron.evaluation.records import (
 from cola_megatron.evaluation.results import TaskResult
 from cola_megatron.evaluation.scoring import score
 from cola_megatron.evaluation.tasks import Task
+from cola_megatron.inference.noise import share_noise
 from cola_megatron.parallel import ProcessGroups
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -48,7 +52,13 @@ def evaluate_task(
         EvaluationError: the folder was begun with other settings or prompts.
     """
     folder = output / task.name
-    settings = as_stored({"task": task.name, "decoding": asdict(task.decoding), "model": model.describe()})
+    described = model.describe()
+    if groups.is_main and described.get("noise") == "published" and share_noise(sample_id(item.id) for item in items):
+        logger.warning(
+            "%s: by the published formula items whose ids lie 10,000 apart share noise: noise=hashed has none of that",
+            task.name,
+        )
+    settings = as_stored({"task": task.name, "decoding": asdict(task.decoding), "model": described})
     if groups.is_main:
         start_settings(folder, settings)
     groups.barrier()

@@ -163,8 +163,8 @@ class FlowSession:
         return sample.layout.repeated_tokens if self.block == 0 else 0
 
     def _noise(self) -> torch.Tensor:
-        seed, block = self.settings.noise_seed, self.block
-        noise = [block_noise(seed, sample.sample_id, block, self.shape) for sample in self._samples]
+        seed, formula = self.settings.noise_seed, self.settings.noise
+        noise = [block_noise(seed, each.sample_id, self.block, self.shape, formula) for each in self._samples]
         return torch.stack(noise, dim=1).to(self.device)
 
     def _first_block(self, noise_SBC: torch.Tensor) -> FirstBlock | None:
@@ -194,8 +194,8 @@ class FlowSession:
         return choose_tokens(logits_BTV, settings.temperature, generators, settings.top_k, settings.top_p)
 
     def _generators(self, draws: int) -> list[torch.Generator]:
-        seed, block = self.settings.noise_seed, self.block
-        return [generator_of(seed, sample.sample_id, block, draws) for sample in self._samples]
+        seed, formula = self.settings.noise_seed, self.settings.noise
+        return [generator_of(seed, each.sample_id, self.block, draws, formula) for each in self._samples]
 
 
 def _in_order(

@@ -12,6 +12,7 @@ GREEDY_BELOW = 1e-5
 SOLVERS = ("euler", "heun", "adams_bashforth")
 DIVERGENCES = ("hutchinson", "exact")
 PROBES = ("rademacher", "gaussian")
+NOISES = ("published", "hashed")
 FIRST_BLOCKS = ("clean_condition", "partial_repaint", "left_pad", "right_pad")
 
 
@@ -82,6 +83,9 @@ class FlowSettings(CommonSettings):
     half of a guided evaluation."""
     solver: str = "euler"
     """`euler` (order 1), `heun` or `adams_bashforth` (order 2); see `solvers.py`."""
+    noise: str = "published"
+    """The formula of a sample's draws. By the published one sample 10,000 has the noise of sample 0 a block later;
+    `hashed` has no such pairs. See `noise.py`."""
     first_block: str = "clean_condition"
     """What becomes of a prompt that ends inside a block; see `first_block.py`."""
     repaint_until: float = 0.0
@@ -105,7 +109,7 @@ class FlowSettings(CommonSettings):
             )
         if not 0 <= self.repaint_until <= 1:
             raise ValueError(f"repaint_until={self.repaint_until} must lie in 0 .. 1")
-        for name, known in (("solver", SOLVERS), ("first_block", FIRST_BLOCKS)):
+        for name, known in (("solver", SOLVERS), ("noise", NOISES), ("first_block", FIRST_BLOCKS)):
             _require_one_of(name, getattr(self, name), known)
         if self.first_block != "partial_repaint" and (self.repaint_until, self.repaint_rounds) != (0.0, 1):
             raise ValueError(

@@ -179,7 +179,10 @@ def write_published(
 
             def read(name: str, part: str = part) -> torch.Tensor:
                 bar.update()
-                return weights.read(f"{part}.{name}")
+                tensor = weights.read(f"{part}.{name}")
+                if not tensor.isfinite().all():
+                    raise PublishedError(f"{part}.{name} is not finite: the model has diverged; export one before that")
+                return tensor
 
             _write_network(folder / FOLDERS[part], form, config.dit, rules[part], read, max_shard_bytes)
     if tokenizer is not None and tokenizer.resolve() != (folder / TOKENIZER).resolve():

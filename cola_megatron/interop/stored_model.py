@@ -1,5 +1,6 @@
 """A model on disk, whichever form it has: opened, checked, and read one tensor at a time."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ from cola_megatron.checkpoint.tokenizer import stored_tokenizer
 from cola_megatron.config import ModelConfig, RunConfig
 from cola_megatron.interop.published import Forms, PublishedModel, is_published
 from cola_megatron.interop.published_form import PublishedForm
+
+logger = logging.getLogger(__name__)
 
 FORMS = "published"
 """Key of state.json: how the model was written where it was imported from. Trained checkpoints have none."""
@@ -37,6 +40,12 @@ class CheckpointModel:
             if name.startswith(WEIGHTS) and not name.startswith(f"{WEIGHTS}reference.")
         }
         self.tokenizer = stored_tokenizer(self.folder)
+        if self.run.data.document_attention:
+            logger.warning(
+                "%s was trained with data.document_attention=true; generation, likelihoods and an export know no "
+                "documents: give each document by itself",
+                self.folder,
+            )
 
     @property
     def has_prior(self) -> bool:

@@ -21,7 +21,7 @@ class Progress:
     steps: int
     """Planned."""
     state: str
-    """starting, training, measuring, saving, finished or stopped."""
+    """starting, training, measuring, saving, finished, stopped, diverged or failed."""
     loss: float | None = None
     tokens_per_second: float | None = None
     seconds_per_step: float | None = None

@@ -8,6 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cola_megatron.config import RunConfig
+from cola_megatron.errors import ExitCode, UserError
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.records.goodput import Accounts, Goodput, begin_attempt
 from cola_megatron.records.metrics import MetricsLog
@@ -89,4 +90,10 @@ def open_recorder(config: RunConfig, start: int, groups: ProcessGroups, show: bo
         recorder = RunRecorder(config, start, MetricsLog(config, start), accounts, show)
     groups.barrier()
     with contextlib.closing(recorder):
-        yield recorder
+        try:
+            yield recorder
+        except Exception as error:
+            diverged = isinstance(error, UserError) and error.exit_code == ExitCode.DIVERGED
+            with contextlib.suppress(OSError):  # what went wrong is what counts
+                recorder.state("diverged" if diverged else "failed")
+            raise

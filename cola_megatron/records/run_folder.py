@@ -38,6 +38,8 @@ class Summary:
     """Time in training steps, measurements and saves, over all jobs of this run."""
     metrics: dict[str, float]
     """The last held-out measurement."""
+    measured_at: int = 0
+    """The step of that; 0: there was none, or an older version wrote this."""
     stopped_by_signal: bool = False
     """A signal asked for the end before it was due; the state is saved."""
     restarts: int = 0

@@ -16,7 +16,7 @@ from cola_megatron.records.run_folder import CONFIG, METRICS
 from cola_megatron.scaling.flops import training_flops_by_step
 
 HEADLINE, OWN_TIMES = "flow_matching_loss", "flow_matching_loss_training_times"
-ENDED = ("finished", "stopped")
+ENDED = ("finished", "stopped", "diverged")
 SILENT_AFTER = 120.0
 """Seconds without a sign of a run that has not ended, after which its state says so."""
 _NO_METRICS = ("kind", "step", "seconds")

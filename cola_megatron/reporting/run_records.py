@@ -20,7 +20,7 @@ from cola_megatron.records.run_folder import CONFIG, MANIFEST, METRICS, SUMMARY,
 from cola_megatron.records.texts import TEXTS, readable_texts
 from cola_megatron.scaling.flops import training_flops
 
-ENDED = ("finished", "stopped")
+ENDED = ("finished", "stopped", "diverged")
 """States of progress.json after which nothing more is written."""
 
 

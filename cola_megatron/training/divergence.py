@@ -17,8 +17,27 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cola_megatron.config.training import DivergenceConfig
+from cola_megatron.errors import ExitCode, UserError
 
 WATCHED = ("loss", "gradient_norm")
+HEADLINES = ("reconstruction_nll", "flow_matching_loss")
+"""Of a held-out measurement: a model for which one of them is not a number is of no use."""
+
+
+class TrainingDiverged(UserError, ArithmeticError):
+    """A loss or gradient that is not a number, of which nothing was saved; or a measurement."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+def require_finite(step: int, measured: Mapping[str, float]) -> None:
+    """Refuses to go on with a model whose held-out losses are not numbers; raises TrainingDiverged."""
+    none = [name for name in HEADLINES if not math.isfinite(measured.get(name, 0.0))]
+    if none:
+        raise TrainingDiverged(
+            f"step {step}: {', '.join(none)} of the held-out text is not a number: this model is of no use. Take a "
+            "checkpoint before, or start again under another name= with a lower training.optimizer.learning_rate"
+        )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from cola_megatron.config import RunConfig
 from cola_megatron.data import TokenShards, training_samples
 from cola_megatron.data.manifest import TOKENIZER_NAME
 from cola_megatron.data.run_shards import open_shards
-from cola_megatron.errors import ExitCode, UserError
 from cola_megatron.held_out.measure import evaluate
 from cola_megatron.held_out.texts import Decode, decoder_for, held_out_texts
 from cola_megatron.parallel import HangWatch, PeerWatch, ProcessGroups, initialize_parameters
@@ -41,19 +40,13 @@ from cola_megatron.training.bad_steps import (
 )
 from cola_megatron.training.batches import MicroBatches, micro_batches_per_step
 from cola_megatron.training.build_model import build_model, initialize_run
-from cola_megatron.training.divergence import BadStep, Divergence
+from cola_megatron.training.divergence import BadStep, Divergence, TrainingDiverged, require_finite
 from cola_megatron.training.engine import Engine
 from cola_megatron.training.loader import BatchLoader
 from cola_megatron.training.stop_signals import StopSignals
 from cola_megatron.training.warm_start import load_starting_weights
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingDiverged(UserError, ArithmeticError):
-    """A loss or gradient that is not a number; nothing of the step was saved."""
-
-    exit_code = ExitCode.DIVERGED
 
 
 def train(config: RunConfig, progress: bool = True) -> Summary:
@@ -260,6 +253,7 @@ class _Run:
         self._write_texts()
         self.measured_at = self.step
         self.recorder.record("evaluation", self.step, {**self.measured, "seconds": self._seconds()})
+        require_finite(self.step, self.measured)
 
     def _write_texts(self) -> None:
         """Before the record of the measurement: a job that dies in between makes up for both."""
@@ -298,6 +292,7 @@ class _Run:
             model_flops=training_flops(self.config, self.step),
             seconds=self._seconds(),
             metrics=self.measured or {},
+            measured_at=self.measured_at,
             stopped_by_signal=self.stopped,
             **self.recorder.goodput(self._seconds()),
         )

@@ -70,10 +70,15 @@ def state_of(run_folder: Path, queue: Queue | None) -> RunState:
         steps=steps,
         loss=progress.get("loss"),
         tokens_per_second=progress.get("tokens_per_second"),
-        seconds_left=(steps - step) * seconds if state == "running" and seconds and steps else None,
+        seconds_left=(steps - step) * seconds if _trains(state, progress) and seconds and steps else None,
         tries=sum(event["event"] == "try" for event in events),
         note=note,
     )
+
+
+def _trains(state: str, progress: dict) -> bool:
+    """Whether steps are being made; a run without a job that was heard of a minute ago at most."""
+    return state == "running" or (state == "local" and time.time() - progress["time"] < 60)
 
 
 def _state_and_note(
