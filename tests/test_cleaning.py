@@ -444,3 +444,19 @@ def test_nothing_asks_the_network():
         cwd=Path(__file__).resolve().parents[1],
     )
     assert run.stdout == "done\n", run.stderr
+
+
+@pytest.mark.parametrize("escape", ["amp;", "#38;", "#x26;"])
+def test_chains_of_escapes_take_linear_time_and_end_as_before(escape):
+    ftfy = pytest.importorskip("ftfy")
+    clean = Cleaner(CleaningSettings(unicode={}))
+    for text in (f"a &{escape * 9}lt; b\nc &{escape * 3}d", f"a &{escape * 9} b\n<p>&{escape * 9}</p>\n&{escape * 9}"):
+        assert clean(Document(text, "here")).text == ftfy.fix_text(text, uncurl_quotes=False)
+    assert clean(Document("&" + escape * 100_000 + "x", "here")).text == "&x"  # minutes, a pass for each escape
+
+
+def test_a_document_with_endless_marks_is_removed():
+    clean = Cleaner(CleaningSettings(unicode={}))
+    assert clean(Document("a" + "\u0301\u0323" * 100_000, "here")) == Removed("combining_marks")  # minutes to normalise
+    decorated = "a" + "\u0301\u0323" * 50
+    assert isinstance(clean(Document(decorated, "here")), Document)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from data_prep.documents import BadDocument
+from data_prep.documents import BadDocument, Part
 from data_prep.errors import DataPrepError
+from data_prep.plan import _grouped
 from data_prep.readers import find_parts, read_part
 from data_prep.recipe import SourceSettings
 from launchers.cli import app
@@ -163,3 +165,13 @@ def test_rows_that_are_no_rows_are_named(tmp_path: Path) -> None:
     assert [getattr(each, "rule", None) or each.text for each in found] == ["one", "bad_csv", "bad_utf8", "four"]
     with pytest.raises(DataPrepError, match=r"a\.csv: no column 'body' \(columns: id, text\); set text_field"):
         read(path, text_field="body")
+
+
+def test_planning_takes_linear_time_in_small_files() -> None:
+    parts = [
+        Part(source="web", location=f"/{number}.txt", format="text", bytes=1, version="1") for number in range(60_000)
+    ]
+    began = time.monotonic()
+    groups = list(_grouped(parts, 50_000))
+    assert time.monotonic() - began < 20, "two minutes where every file adds up those before it"
+    assert [len(group.parts) for group in groups] == [50_000, 10_000]
