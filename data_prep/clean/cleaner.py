@@ -99,10 +99,10 @@ def _published_rules(settings: CleaningSettings) -> dict[str, Rule]:
         return {}
     for package in ("spacy", "datatrove.pipeline.filters"):
         require(package, f"cleaning.{wanted[0]} works with it")
-    from data_prep.clean.published import RepetitionRule, c4_rule, fineweb_rule, gopher_quality_rule
+    from data_prep.clean.published import C4Rule, RepetitionRule, fineweb_rule, gopher_quality_rule
     from data_prep.clean.words import word_tokenizer
 
     words = word_tokenizer(settings.word_language)
-    makers: tuple[Callable[..., Rule], ...] = (c4_rule, fineweb_rule, gopher_quality_rule, RepetitionRule)
+    makers: tuple[Callable[..., Rule], ...] = (C4Rule, fineweb_rule, gopher_quality_rule, RepetitionRule)
     maker_of = dict(zip(sections, makers, strict=True))
     return {section: maker_of[section](getattr(settings, section), words) for section in wanted}

@@ -19,6 +19,8 @@ __all__ = ["LanguageRule", "LengthRule", "LineRule", "Removed", "Rule", "URLRule
 
 _BETWEEN_WORDS_OF_A_URL = re.compile(r"[^0-9a-z]+")
 _LABEL = "__label__"
+# All that ftfy could change in ASCII text: entities, escapes of terminals, control characters and other line breaks.
+_NOT_PLAIN_ASCII = re.compile(r"[&\x00-\x08\x0b-\x1f\x7f]")
 _CHAIN_OF_ESCAPES = re.compile(r"&(?:(?:amp|AMP|#0{0,4}38|#[xX]0{0,4}26);){4,}")
 
 
@@ -94,6 +96,8 @@ class UnicodeRule:
         )
 
     def __call__(self, document: Document) -> Document:
+        if document.text.isascii() and not _NOT_PLAIN_ASCII.search(document.text):
+            return document
         text = _with_short_chains(document.text) if self._config.unescape_html else document.text
         return replace(document, text=self._fix(text, self._config))
 
