@@ -12,14 +12,14 @@ from data_prep.errors import DataPrepError
 from data_prep.plan import Plan
 from data_prep.work import WorkFolder
 
-__all__ = ["left_out_lines", "losses_of", "refuse_losses", "refuse_unknown_tokens", "summary"]
+__all__ = ["left_out_lines", "losses_of", "refuse_losses", "refuse_missing_urls", "refuse_unknown_tokens", "summary"]
 
 # Lines of a terminal; the report names all.
 NAMED = 20
 
 
 def losses_of(plan: Plan, work: WorkFolder, name: str) -> tuple[Counter[str], Counter[str]]:
-    """Documents and characters read of a source, and documents removed by each rule of the steps before `tokenizer`."""
+    """Documents, characters and URLs read of a source, and documents removed by each rule before `tokenizer`."""
     read: Counter[str] = Counter()
     removed: Counter[str] = Counter()
     for task, part in enumerate(plan.inputs):
@@ -27,7 +27,7 @@ def losses_of(plan: Plan, work: WorkFolder, name: str) -> tuple[Counter[str], Co
             continue
         cleaned = work.report("clean", task)
         removed.update(cleaned["removed"])
-        read.update({key: cleaned[key] for key in ("documents", "characters")})
+        read.update({key: cleaned[key] for key in ("documents", "characters", "with_url")})
     if plan.recipe.deduplication is not None:
         dropped = work.report("cluster", 0)["dropped"]
         for task, part in enumerate(plan.inputs):
@@ -45,6 +45,16 @@ def refuse_losses(plan: Plan, name: str, documents: int, removed: dict[str, int]
         raise DataPrepError(
             f"source {name}: {rule} removes {share}, most_removed allows {allowed:.1%}; change the rule or the source, "
             "or, if it is meant, raise most_removed of this source and run again (finished tasks are kept)"
+        )
+
+
+def refuse_missing_urls(plan: Plan, name: str, read: Counter[str]) -> None:
+    """Raises DataPrepError where a source's documents all lack the URL that its rules are about."""
+    field = plan.recipe.source(name).url_field
+    if field is not None and read["documents"] and not read["with_url"]:
+        raise DataPrepError(
+            f"source {name}: none of its {read['documents']:,} documents has a URL in {field!r}; set url_field to the "
+            "field that has it, or leave it out"
         )
 
 

@@ -50,8 +50,9 @@ def prepare(recipe: Recipe, workers: int = 1, progress: bool = True, force: bool
         return output
     for line in left_out_lines(plan.left_out):
         _note(line, progress)
-    run_steps(plan, work, workers, progress)
-    finish(plan, work)
+    with work.in_use():
+        run_steps(plan, work, workers, progress)
+        finish(plan, work)
     for line in said_at_the_end(output):
         _note(line, progress)
     return output
@@ -85,8 +86,10 @@ def begin(plan: Plan, force: bool = False) -> WorkFolder | None:
     if work.path.exists():
         unfinished = _plan_of(work)
         if force or unfinished is None:
+            work.refuse_if_in_use()
             work.remove()
         elif unfinished.fingerprint != plan.fingerprint:
+            work.refuse_if_in_use()
             _take_over(work, unfinished, plan)
         elif work.path.exists():
             work.write_plan(plan.model_dump_json(indent=1))  # what decides no byte may be another

@@ -35,7 +35,8 @@ class SourceSettings(Section):
     text_field: str = "text"
     """JSON field, column of a table, or extension of a WebDataset member that holds the document."""
     url_field: str | None = None
-    """The field that says where the document came from; the URL rules need it."""
+    """The field that says where the document came from; the URL rules need it. It must be in some of the documents, and
+    with bad_documents=error in all."""
     bad_documents: Literal["error", "skip"] = "error"
     """A record that is no document (broken JSON, wrong field, invalid UTF-8) ends the run with its place, or is
     counted and left out."""

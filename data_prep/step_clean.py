@@ -37,7 +37,8 @@ def clean_input(
 ) -> dict[str, Any]:
     """Leaves the kept documents, repaired, and their signatures where duplicates are looked for.
 
-    The report holds `documents` and `characters` read, `removed` by rule, and `contamination` by evaluation task.
+    The report holds `documents` and `characters` read, those `with_url`, `removed` by rule, and `contamination` by
+    evaluation task.
     """
     recipe, source = plan.recipe, plan.recipe.source(plan.inputs[task].source)
     clean = Cleaner(recipe.cleaning_of(source))
@@ -46,7 +47,7 @@ def clean_input(
     if recipe.decontamination is not None:
         contamination = ContaminationCounter(ContaminationIndex.load(work.folder("contamination", 0)))
     removed: Counter[str] = Counter()
-    documents = characters = 0
+    documents = characters = with_url = 0
     with CleanedWriter(folder / CLEANED_NAME) as writer:
         for document in plan.documents(task):
             advance(document.bytes_read)
@@ -55,6 +56,7 @@ def clean_input(
                 removed[document.rule] += 1
                 continue
             characters += len(document.text)
+            with_url += document.url is not None
             kept = clean(document)
             if isinstance(kept, Removed):
                 removed[kept.rule] += 1
@@ -70,6 +72,7 @@ def clean_input(
     return {
         "documents": documents,
         "characters": characters,
+        "with_url": with_url,
         "kept": documents - removed.total(),
         "removed": dict(removed),
         "contamination": contamination.report if contamination is not None else {},

@@ -8,7 +8,7 @@ from typing import Any
 
 from cola_megatron.data.manifest import TOKENIZER_NAME
 from data_prep.kept_documents import kept_documents
-from data_prep.losses import losses_of, refuse_losses
+from data_prep.losses import losses_of, refuse_losses, refuse_missing_urls
 from data_prep.pack import TRAIN, split_of
 from data_prep.plan import Plan
 from data_prep.tokenizer import DocumentTokenizer, train_tokenizer
@@ -27,6 +27,7 @@ def place_tokenizer(
     """
     for source in plan.recipe.sources:
         read, removed = losses_of(plan, work, source.name)
+        refuse_missing_urls(plan, source.name, read)
         refuse_losses(plan, source.name, read["documents"], removed)
     settings, path = plan.recipe.tokenizer, folder / TOKENIZER_NAME
     pads = plan.recipe.packing.method == "best_fit"

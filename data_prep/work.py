@@ -2,6 +2,7 @@
 
     NAME.work/plan.json             what is prepared, and from which parts
     NAME.work/STEP/00007/           everything task 7 of a step made, report.json among it
+    NAME.work/.lock                 held by processes at work, against the removal of what they work on
 
 A task's folder appears when the task is finished, whole. Nothing else says so, and nothing in it changes afterwards:
 a kill at any moment costs the tasks that were running, and any process on any machine that sees the folder can go on.
@@ -9,12 +10,15 @@ a kill at any moment costs the tasks that were running, and any process on any m
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data_prep.errors import DataPrepError
 from data_prep.folders import new_folder
@@ -24,6 +28,7 @@ __all__ = ["PLAN_NAME", "REPORT_NAME", "WorkFolder", "write_report"]
 PLAN_NAME = "plan.json"
 REPORT_NAME = "report.json"
 REPLACE_NAME = "replace"
+LOCK_NAME = ".lock"
 
 Report = dict[str, Any]
 
@@ -31,6 +36,18 @@ Report = dict[str, Any]
 def write_report(folder: Path, report: Report) -> None:
     """Writes what a task says of its work, the same bytes for the same report."""
     (folder / REPORT_NAME).write_text(json.dumps(report, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _lock(file: IO[str], kind: int) -> bool:
+    """Whether the lock could be had; it goes with the process. A file system without locks has all of them."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise
+    return True
 
 
 class WorkFolder:
@@ -89,6 +106,29 @@ class WorkFolder:
     def allow_replacing(self) -> None:
         """Makes `may_replace` true."""
         (self.path / REPLACE_NAME).touch()
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keeps others from removing the folder; any number of processes may work in it at once."""
+        with self._lock_file() as file:
+            _lock(file, fcntl.LOCK_SH)
+            yield
+
+    def refuse_if_in_use(self) -> None:
+        """Raises DataPrepError where another process is at work in the folder."""
+        with self._lock_file() as file:
+            if not _lock(file, fcntl.LOCK_EX):
+                raise DataPrepError(
+                    f"{self.path}: another process is at work there; wait for it or stop it, or choose another --output"
+                )
+
+    def _lock_file(self) -> IO[str]:
+        try:
+            return (self.path / LOCK_NAME).open("a")
+        except OSError as error:
+            raise DataPrepError(
+                f"{self.path}: cannot be written ({error.strerror}); free space or check its rights"
+            ) from error
 
     def has_finished_tasks(self) -> bool:
         """Whether any task of any step is finished."""

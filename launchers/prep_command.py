@@ -155,8 +155,9 @@ def task(
         raise typer.BadParameter(f"{step}: this preparation has the steps {', '.join(steps)}")
     if number >= steps[step].tasks:
         raise typer.BadParameter(f"{number}: step {step} has tasks 0 to {steps[step].tasks - 1}")
-    for task_number in range(number, steps[step].tasks if stride else number + 1, stride or 1):
-        run_task(plan, folder, steps[step], task_number)
+    with folder.in_use():
+        for task_number in range(number, steps[step].tasks if stride else number + 1, stride or 1):
+            run_task(plan, folder, steps[step], task_number)
     if step == "merge":
         finish(plan, folder)
         print("\n".join(said_at_the_end(plan.recipe.output.expanduser().absolute())))

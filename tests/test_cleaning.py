@@ -444,3 +444,60 @@ def test_nothing_asks_the_network():
         cwd=Path(__file__).resolve().parents[1],
     )
     assert run.stdout == "done\n", run.stderr
+
+
+@pytest.mark.parametrize("escape", ["amp;", "#38;", "#x26;"])
+def test_chains_of_escapes_take_linear_time_and_end_as_before(escape):
+    ftfy = pytest.importorskip("ftfy")
+    clean = Cleaner(CleaningSettings(unicode={}))
+    for text in (f"a &{escape * 9}lt; b\nc &{escape * 3}d", f"a &{escape * 9} b\n<p>&{escape * 9}</p>\n&{escape * 9}"):
+        assert clean(Document(text, "here")).text == ftfy.fix_text(text, uncurl_quotes=False)
+    assert clean(Document("&" + escape * 100_000 + "x", "here")).text == "&x"  # minutes, a pass for each escape
+
+
+def test_a_document_with_endless_marks_is_removed():
+    clean = Cleaner(CleaningSettings(unicode={}))
+    assert clean(Document("a" + "\u0301\u0323" * 100_000, "here")) == Removed("combining_marks")  # minutes to normalise
+    decorated = "a" + "\u0301\u0323" * 50
+    assert isinstance(clean(Document(decorated, "here")), Document)
+
+
+def test_ascii_text_that_is_not_repaired_is_what_ftfy_would_leave():
+    ftfy = pytest.importorskip("ftfy")
+    clean = Cleaner(CleaningSettings(unicode={}))
+    for code in range(128):
+        text = f"a{chr(code)}b &lt{chr(code)} c\n[31m{chr(code)}d"
+        for each in (text, text.replace("&", "")):
+            assert clean(Document(each, "here")).text == ftfy.fix_text(each, uncurl_quotes=False)
+
+
+@pytest.mark.parametrize("minimum", [1, 5, 40])
+@pytest.mark.parametrize("terminal_punctuation", [True, False])
+def test_few_sentences_are_those_of_datatrove(minimum, terminal_punctuation):
+    filters = pytest.importorskip("datatrove.pipeline.filters")
+    from datatrove.data import Document as LibraryDocument
+
+    from data_prep.clean.words import word_tokenizer
+
+    options = {"curly_bracket": False, "terminal_punctuation": terminal_punctuation, "minimum_words_per_line": None}
+    clean = Cleaner(CleaningSettings(c4={"minimum_sentences": minimum, **options}))
+    theirs = filters.C4QualityFilter(
+        filter_no_terminal_punct=terminal_punctuation,
+        min_num_sentences=minimum,
+        min_words_per_line=-1,
+        filter_curly_bracket=False,
+        language=word_tokenizer("en"),
+    )
+    texts = [text for text in real_documents(300) if text.strip()]
+    texts += [" ".join(texts[number : number + 4]).replace("\n", " ") for number in range(0, 40, 4)]
+    verdicts = []
+    for text in texts:
+        examined = LibraryDocument(text=text, id="")
+        verdict = theirs.filter(examined)
+        kept = clean(Document(text, "here"))
+        verdicts.append(verdict is True)
+        if verdict is True:
+            assert kept.text == examined.text if examined.text.strip() else kept == Removed("c4/empty")
+        else:
+            assert kept == Removed(f"c4/{verdict[1].replace('too_few', 'few')}")
+    assert len(set(verdicts)) == 2 or minimum != 5

@@ -17,7 +17,8 @@ from cola_megatron.data import ShardError, TokenShards, read_manifest
 from data_prep import embedded_corpus
 from data_prep.errors import DataPrepError
 from data_prep.pack import split_of
-from data_prep.prepare import prepare
+from data_prep.plan import make_plan
+from data_prep.prepare import begin, prepare
 from data_prep.recipe import Recipe
 from data_prep.verify import verify
 from tests.support import small_disk
@@ -426,3 +427,16 @@ def test_best_fit_keeps_documents_whole(tmp_path: Path) -> None:
     assert sorted(filter(None, found)) == sorted(texts)
     total = read_manifest(output).total("train")
     assert total.padding_tokens / total.tokens < 0.05
+
+
+def test_work_that_a_process_is_at_is_not_removed(tmp_path: Path, corpus: Path) -> None:
+    plan = make_plan(settings_for(corpus, tmp_path / "out"))
+    work = begin(plan)
+    other = settings_for(corpus, tmp_path / "out", sequence_length=64)
+    with work.in_use():
+        for force in (False, True):
+            with pytest.raises(DataPrepError, match=r"out\.work: another process is at work there; wait for it"):
+                prepare(other, progress=False, force=force)
+        assert begin(plan).path == work.path, "any number of processes do the same work"
+    prepare(other, progress=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "out"]

@@ -5,13 +5,17 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from data_prep.documents import BadDocument
+from data_prep.documents import BadDocument, Part
 from data_prep.errors import DataPrepError
+from data_prep.plan import _grouped
 from data_prep.readers import find_parts, read_part
 from data_prep.recipe import SourceSettings
 from launchers.cli import app
@@ -163,3 +167,35 @@ def test_rows_that_are_no_rows_are_named(tmp_path: Path) -> None:
     assert [getattr(each, "rule", None) or each.text for each in found] == ["one", "bad_csv", "bad_utf8", "four"]
     with pytest.raises(DataPrepError, match=r"a\.csv: no column 'body' \(columns: id, text\); set text_field"):
         read(path, text_field="body")
+
+
+def test_planning_takes_linear_time_in_small_files() -> None:
+    parts = [
+        Part(source="web", location=f"/{number}.txt", format="text", bytes=1, version="1") for number in range(60_000)
+    ]
+    began = time.monotonic()
+    groups = list(_grouped(parts, 50_000))
+    assert time.monotonic() - began < 20, "two minutes where every file adds up those before it"
+    assert [len(group.parts) for group in groups] == [50_000, 10_000]
+
+
+def test_a_file_whose_name_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("two")
+    left: dict[str, str] = {}
+    for inputs in ([str(tmp_path)], [f"{tmp_path}/*.txt"]):
+        left.clear()
+        found = find_parts(SourceSettings(name="web", inputs=inputs), 100, lambda place, why: left.update({place: why}))
+        assert [Path(part.location).name for part in found] == ["a.txt"]
+        assert left == {f"{tmp_path}/caf\\xe9.txt": "its name is not UTF-8; rename it, e.g. with convmv"}
+    with pytest.raises(DataPrepError, match=r"caf\\xe9\.txt: its name is not UTF-8"):
+        texts(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))
+
+
+def test_members_whose_names_are_not_utf8_are_documents(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as archive:
+        member = tarfile.TarInfo("é.txt")
+        member.size = 3
+        archive.addfile(member, io.BytesIO(b"one"))
+    (found,) = read(tmp_path / "a.tar", text_field="txt")
+    assert found.text == "one" and found.place.endswith("a.tar/\\xe9.txt")

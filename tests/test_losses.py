@@ -92,3 +92,14 @@ def test_a_source_seen_again_and_again_is_named_before_training(
     warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warned) == 1 and warned[0].startswith("source small (weight 9): 90.0% of the samples, each 4")
     assert json.loads((output / "report.json").read_text())["sources"]["small"]["unknown_tokens"] == 0
+
+
+def test_a_url_field_that_no_document_has_is_named(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "text.jsonl", [document(seed) for seed in range(40)])
+    source: dict[str, object] = {"url_field": "url", "bad_documents": "skip"}
+    with pytest.raises(DataPrepError, match=r"^source text: none of its 40 documents has a URL in 'url'; set url_"):
+        prepared(tmp_path, {"text": source}, cleaning={"urls": {"blocked_words": ["bad"]}})
+    with path.open("a") as file:
+        file.write(json.dumps({"text": document(99), "url": "http://a.org/bad/"}) + "\n")
+    output = prepared(tmp_path, {"text": source}, cleaning={"urls": {"blocked_words": ["bad"]}})
+    assert "41 documents read, 40 kept; removed urls/blocked_word 1" in said_at_the_end(output)[0]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import unicodedata
 from collections.abc import Callable
 
 from data_prep.clean.rules import LanguageRule, LengthRule, LineRule, Removed, Rule, UnicodeRule, URLRule
@@ -10,6 +13,11 @@ from data_prep.documents import Document
 from data_prep.packages import require
 
 __all__ = ["Cleaner"]
+
+# Python's normalisation takes a time that is quadratic in such a run. Decorated letters have at most some dozens.
+MOST_MARKS = 256
+_MARKS = frozenset(filter(unicodedata.combining, map(chr, range(sys.maxunicode))))
+_MANY_MARKS = re.compile(f"[{re.escape(''.join(sorted(_MARKS)))}]{{{MOST_MARKS + 1},}}")
 
 
 class Cleaner:
@@ -37,9 +45,15 @@ class Cleaner:
         return Cleaner, (self._settings,)
 
     def __call__(self, document: Document) -> Document | Removed:
-        """The document as it is kept, or why it is not. One without a visible character is `empty`."""
+        """The document as it is kept, or why it is not.
+
+        One without a visible character is `empty`; one with many marks on one letter, which normalising would sort for
+        minutes, has `combining_marks`.
+        """
         if _is_empty(document.text):
             return Removed("empty")
+        if _has_many_marks(document.text):
+            return Removed("combining_marks")
         for name, rule in self._rules:
             result = rule(document)
             if isinstance(result, Removed):
@@ -48,6 +62,11 @@ class Cleaner:
                 return Removed(f"{name}/empty")
             document = result
         return document
+
+
+def _has_many_marks(text: str) -> bool:
+    # A run that long has a mark at one of these places.
+    return not _MARKS.isdisjoint(text[:: MOST_MARKS + 1]) and _MANY_MARKS.search(text) is not None
 
 
 def _is_empty(text: str) -> bool:
@@ -80,10 +99,10 @@ def _published_rules(settings: CleaningSettings) -> dict[str, Rule]:
         return {}
     for package in ("spacy", "datatrove.pipeline.filters"):
         require(package, f"cleaning.{wanted[0]} works with it")
-    from data_prep.clean.published import RepetitionRule, c4_rule, fineweb_rule, gopher_quality_rule
+    from data_prep.clean.published import C4Rule, RepetitionRule, fineweb_rule, gopher_quality_rule
     from data_prep.clean.words import word_tokenizer
 
     words = word_tokenizer(settings.word_language)
-    makers: tuple[Callable[..., Rule], ...] = (c4_rule, fineweb_rule, gopher_quality_rule, RepetitionRule)
+    makers: tuple[Callable[..., Rule], ...] = (C4Rule, fineweb_rule, gopher_quality_rule, RepetitionRule)
     maker_of = dict(zip(sections, makers, strict=True))
     return {section: maker_of[section](getattr(settings, section), words) for section in wanted}

@@ -16,9 +16,10 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from data_prep.clean.repetition import repetition_rule
 from data_prep.clean.rules import Removed
 from data_prep.clean.settings import C4Settings, FineWebSettings, GopherQualitySettings, GopherRepetitionSettings
+from data_prep.clean.words import FewSentences
 from data_prep.documents import Document
 
-__all__ = ["LibraryRule", "RepetitionRule", "c4_rule", "fineweb_rule", "gopher_quality_rule"]
+__all__ = ["C4Rule", "LibraryRule", "RepetitionRule", "fineweb_rule", "gopher_quality_rule"]
 
 # datatrove's word for "off".
 _OFF = -1
@@ -47,23 +48,30 @@ class LibraryRule:
         return Removed(f"{self._section}/{self._names.get(reason, reason)}")
 
 
-def c4_rule(settings: C4Settings, words: WordTokenizer) -> LibraryRule:
-    """C4: drops lines, and removes documents."""
-    return LibraryRule(
-        "c4",
-        C4QualityFilter(
-            remove_citations=settings.citations,
-            filter_no_terminal_punct=settings.terminal_punctuation,
-            min_num_sentences=settings.minimum_sentences or _OFF,
-            min_words_per_line=settings.minimum_words_per_line or _OFF,
-            max_word_length=settings.longest_word or _OFF,
-            filter_lorem_ipsum=settings.lorem_ipsum,
-            filter_javascript=settings.javascript,
-            filter_curly_bracket=settings.curly_bracket,
-            filter_policy=settings.policy,
-            language=words,
-        ),
-        {"too_few_sentences": "few_sentences"},
+class C4Rule(LibraryRule):
+    """C4: drops lines, and removes documents. Sentences are looked for until there are enough."""
+
+    def __init__(self, settings: C4Settings, words: WordTokenizer) -> None:
+        self._sentences = FewSentences(words, settings.minimum_sentences or 0)
+        super().__init__("c4", _c4_filter(settings, self._sentences), {"too_few_sentences": "few_sentences"})
+
+    def __call__(self, document: Document) -> Document | Removed:
+        self._sentences.restart()
+        return super().__call__(document)
+
+
+def _c4_filter(settings: C4Settings, words: WordTokenizer) -> C4QualityFilter:
+    return C4QualityFilter(
+        remove_citations=settings.citations,
+        filter_no_terminal_punct=settings.terminal_punctuation,
+        min_num_sentences=settings.minimum_sentences or _OFF,
+        min_words_per_line=settings.minimum_words_per_line or _OFF,
+        max_word_length=settings.longest_word or _OFF,
+        filter_lorem_ipsum=settings.lorem_ipsum,
+        filter_javascript=settings.javascript,
+        filter_curly_bracket=settings.curly_bracket,
+        filter_policy=settings.policy,
+        language=words,
     )
 
 

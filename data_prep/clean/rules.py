@@ -19,6 +19,9 @@ __all__ = ["LanguageRule", "LengthRule", "LineRule", "Removed", "Rule", "URLRule
 
 _BETWEEN_WORDS_OF_A_URL = re.compile(r"[^0-9a-z]+")
 _LABEL = "__label__"
+# All that ftfy could change in ASCII text: entities, escapes of terminals, control characters and other line breaks.
+_NOT_PLAIN_ASCII = re.compile(r"[&\x00-\x08\x0b-\x1f\x7f]")
+_CHAIN_OF_ESCAPES = re.compile(r"&(?:(?:amp|AMP|#0{0,4}38|#[xX]0{0,4}26);){4,}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,20 @@ class UnicodeRule:
         )
 
     def __call__(self, document: Document) -> Document:
-        return replace(document, text=self._fix(document.text, self._config))
+        if document.text.isascii() and not _NOT_PLAIN_ASCII.search(document.text):
+            return document
+        text = _with_short_chains(document.text) if self._config.unescape_html else document.text
+        return replace(document, text=self._fix(text, self._config))
+
+
+def _with_short_chains(text: str) -> str:
+    """`&amp;amp;amp;...` as `&amp;`: ftfy undoes one escape in each of its passes over a line, to the same end.
+
+    It leaves entities alone from the line with the first tag on.
+    """
+    tag = text.find("<")
+    stop = len(text) if tag < 0 else text.rfind("\n", 0, tag) + 1
+    return _CHAIN_OF_ESCAPES.sub("&amp;", text[:stop]) + text[stop:]
 
 
 class LanguageRule:

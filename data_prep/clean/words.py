@@ -6,8 +6,11 @@ Imports packages of the extra `prep`: to be imported after `require` has found t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from functools import cache
+from itertools import islice
+from operator import itemgetter
 
 from datatrove.utils.word_tokenizers import SpaCyTokenizer, WordTokenizer, load_word_tokenizer
 from spacy.lang.lex_attrs import is_punct
@@ -15,13 +18,14 @@ from spacy.tokenizer import Tokenizer
 
 from data_prep.errors import DataPrepError
 
-__all__ = ["RememberingTokenizer", "word_tokenizer"]
+__all__ = ["FewSentences", "RememberingTokenizer", "word_tokenizer"]
 
 # Bounds the memory that a task spends on them to about 100 MB.
 REMEMBERED_CHUNKS = 2**18
 # spaCy's time grows faster than the length of a chunk: 18 s for 10,000 exclamation marks without a space. 1,000 is
 # also the longest word that C4 lets pass.
 LONGEST_CHUNK = 1000
+BLOCK_OF_CHUNKS = 512
 
 _CHUNKS = re.compile(rf"\S{{1,{LONGEST_CHUNK}}}|\s+")
 # What a word means for the end of a sentence.
@@ -47,6 +51,39 @@ def word_tokenizer(language: str) -> WordTokenizer:
     if not plain or any(len(rule.split()) > 1 for rule in splitter.tokenizer.tokenizer.rules):
         return splitter
     return RememberingTokenizer(splitter.language, splitter.config)
+
+
+class FewSentences(WordTokenizer):
+    """Finds the first sentences of a document, for who only asks whether it has a few."""
+
+    def __init__(self, words: WordTokenizer, most: int) -> None:
+        super().__init__(words.language)
+        self._words, self._most, self._left = words, most, most
+
+    def restart(self) -> None:
+        """A new document begins."""
+        self._left = self._most
+
+    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+        """The sentences of the next line of the document; none where enough were found before."""
+        if self._left <= 0:
+            return []
+        words = self._words
+        spans = (
+            words.first_spans(text, self._left)
+            if isinstance(words, RememberingTokenizer)
+            else words.span_tokenize(text)
+        )
+        self._left -= len(spans)
+        return spans
+
+    def word_tokenize(self, text: str) -> list[str]:
+        """As the splitter it asks."""
+        return self._words.word_tokenize(text)
+
+    def sent_tokenize(self, text: str) -> list[str]:
+        """As the splitter it asks."""
+        return self._words.sent_tokenize(text)
 
 
 class RememberingTokenizer(SpaCyTokenizer):
@@ -76,13 +113,17 @@ class RememberingTokenizer(SpaCyTokenizer):
 
     def span_tokenize(self, text: str) -> list[tuple[int, int]]:
         """First character and end of each sentence: one ends before the first word after a full stop or its like."""
-        chunks = _CHUNKS.findall(text)
-        self._remember(chunk for chunk in chunks if not chunk.isspace())
+        return self.first_spans(text, sys.maxsize)
+
+    def first_spans(self, text: str, most: int) -> list[tuple[int, int]]:
+        """As `span_tokenize`, the first sentences alone: of more than `most` the last one may be cut."""
         starts: list[int] = []
         ends: list[int] = []
         after_terminator = True
         position = end = 0
-        for chunk in chunks:
+        for chunk in self._remembered_chunks(text):
+            if len(starts) > most:
+                break
             if chunk.isspace():
                 # One space separates words; more whitespace than that is a word of its own to spaCy.
                 skipped = int(position > 0 and chunk[0] == " ")
@@ -103,6 +144,13 @@ class RememberingTokenizer(SpaCyTokenizer):
                 start += len(word)
                 end = start
         return list(zip(starts, [*ends, end], strict=True)) if starts else []
+
+    def _remembered_chunks(self, text: str) -> Iterator[str]:
+        """Chunks between spaces, and the spaces; a block of them is looked up at a time."""
+        chunks = map(itemgetter(0), _CHUNKS.finditer(text))
+        while block := list(islice(chunks, BLOCK_OF_CHUNKS)):
+            self._remember(chunk for chunk in block if not chunk.isspace())
+            yield from block
 
     def _remember(self, chunks: Iterable[str]) -> None:
         if len(self._words) > REMEMBERED_CHUNKS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BadRecord", "DamagedFile", "one_line"]
+__all__ = ["BadRecord", "DamagedFile", "one_line", "printable"]
 
 
 class BadRecord(Exception):
@@ -18,6 +18,11 @@ class BadRecord(Exception):
 
 class DamagedFile(Exception):
     """A compressed file, archive or table is cut or corrupt: nothing after this can be read."""
+
+
+def printable(name: str) -> str:
+    """A name of a file system or archive that may be no UTF-8, which Python keeps as surrogates, as text."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def one_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from data_prep.documents import Part
 from data_prep.errors import DataPrepError
 from data_prep.readers.contents import has_extension, look_into
 from data_prep.readers.csv_files import columns_of
-from data_prep.readers.faults import DamagedFile
+from data_prep.readers.faults import DamagedFile, printable
 from data_prep.readers.formats import (
     COMPRESSIBLE,
     EMBEDDED,
@@ -34,6 +34,7 @@ __all__ = ["find_parts"]
 
 # Sizes and Parquet footers of remote files are asked for at once: each answer takes tens of milliseconds.
 THREADS = 16
+NOT_UTF8 = "its name is not UTF-8; rename it, e.g. with convmv"
 
 
 class _File(NamedTuple):
@@ -75,12 +76,14 @@ def _files_of(text: str, source: SourceSettings, leave_out: LeaveOut) -> list[_F
     if text == EMBEDDED:
         return [_File(EMBEDDED, EMBEDDED, None)]
     location = absolute(text)
+    if printable(location) != location:
+        raise DataPrepError(f"{printable(location)}: {NOT_UTF8}")
     store, wanted = store_of(location), source.format
     left: list[str] = []
 
     def leave(location: str, why: str) -> None:
-        left.append(f"; {location} is left out: {why}")
-        leave_out(location, why)
+        left.append(f"; {printable(location)} is left out: {why}")
+        leave_out(printable(location), why)
 
     kind = store.kind(location)
     if kind == "file":
@@ -120,6 +123,7 @@ def _named_file(location: str, wanted: str) -> _File:
 def _files_in_folder(store: Store, folder: str, source: SourceSettings, leave_out: LeaveOut) -> list[_File]:
     wanted = source.format
     files, hidden = store.files_below(folder)
+    files = [file for file in files if _has_text_as_name(file, leave_out)]
     for location in hidden:
         leave_out(location, "hidden")
     if wanted == "huggingface" or (wanted == "auto" and is_dataset(folder, files)):
@@ -152,10 +156,20 @@ def _is_beside_the_data(file: _File, source: SourceSettings, leave_out: LeaveOut
     return False
 
 
+def _has_text_as_name(location: str, leave_out: LeaveOut) -> bool:
+    """Whether plans and messages can hold the name."""
+    if printable(location) == location:
+        return True
+    leave_out(location, NOT_UTF8)
+    return False
+
+
 def _matching_files(store: Store, pattern: str, source: SourceSettings, leave_out: LeaveOut) -> list[_File]:
     found: dict[str, _File] = {}
     wanted = source.format
     for location, kind in store.matches(pattern).items():
+        if not _has_text_as_name(location, leave_out):
+            continue
         if kind == "folder":
             files = _files_in_folder(store, location, source, leave_out)
         elif wanted not in ("auto", "huggingface"):

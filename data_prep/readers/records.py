@@ -59,11 +59,16 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 
 def text_and_url(fields: dict[str, Any], source: SourceSettings) -> tuple[str, str | None]:
-    """The document in an object, and where it came from; a null URL is none."""
+    """The document in an object, and where it came from; a null URL is none, and one that is skipped as bad is too."""
     text = _string(fields, source.text_field, "text_field")
     if source.url_field is None or fields.get(source.url_field, "") is None:
         return text, None
-    return text, _string(fields, source.url_field, "url_field")
+    try:
+        return text, _string(fields, source.url_field, "url_field")
+    except BadRecord:
+        if source.bad_documents == "error":
+            raise
+        return text, None
 
 
 def known_names(names: Iterable[str]) -> str:

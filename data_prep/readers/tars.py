@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 
 from data_prep.readers.compression import BUFFER_BYTES
-from data_prep.readers.faults import DamagedFile, one_line
+from data_prep.readers.faults import DamagedFile, one_line, printable
 
 __all__ = ["read_members"]
 
@@ -45,7 +45,7 @@ def read_members(stream: io.BufferedReader, wanted: Callable[[str], bool]) -> It
         elif member.type in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
             _skip(stream, member.size)
         else:
-            name = attributes.get("path") or long_name or member.name
+            name = printable(attributes.get("path") or long_name or member.name)
             size = _number(attributes["size"]) if "size" in attributes else member.size
             if member.type in REGULAR and wanted(name):
                 yield name, _content(stream, size)
