@@ -17,7 +17,9 @@ from launchers.slurm.submission import (
     SCRIPT,
     SUBMISSIONS,
     check_layout,
+    check_name,
     next_folder,
+    write,
     write_surroundings,
     write_training,
 )
@@ -78,9 +80,14 @@ def configs_of(name: str, source: str, overrides: list[str], lines: list[str]) -
     Raises:
         ConfigError: no runs, two of one name, or a config that cannot run; the message names the run.
     """
+    check_name("--name", name)
     configs = []
     for line in lines:
-        run, *words = shlex.split(line)
+        try:
+            run, *words = shlex.split(line) or [""]
+        except ValueError as error:  # a quote without its other
+            raise ConfigError(f"--run {line!r}: {error}; write it as 'NAME key=value ...'") from None
+        check_name("--run", run)
         named = [word for word in words if "=" not in word]
         if len(named) > 1:
             raise ConfigError(f"run {run}: {' and '.join(named)} are two configs; overrides have the form key=value")
@@ -118,14 +125,14 @@ def write_array(
     for number, submission in enumerate(submissions):
         (folder / ELEMENTS / str(number)).symlink_to(submission.folder)
     script = training_script(site, shape, name, folder, working, _elements(len(configs), concurrency))
-    (folder / SCRIPT).write_text(script)
+    write(folder / SCRIPT, script)
     described = {
         "name": name,
         "shape": asdict(shape),
         "concurrency": concurrency,
         "runs": [str(submission.run_folder) for submission in submissions],
     }
-    (folder / ARRAY).write_text(json.dumps(described, indent=1) + "\n")
+    write(folder / ARRAY, json.dumps(described, indent=1) + "\n")
     write_surroundings(folder)
     return ArraySubmission(
         folder,
