@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cola_megatron.config import ConfigError, RunConfig, load_config
-from cola_megatron.records.run_folder import SUMMARY
 from launchers.slurm import commands
 from launchers.slurm.queue import read_queue
 from launchers.slurm.render import Shape, training_script
+from launchers.slurm.runs import has_finished
 from launchers.slurm.site import Site, load_site
 from launchers.slurm.submission import (
     ELEMENTS,
@@ -163,9 +163,7 @@ def write_again(parent: Path, only: list[str], concurrency: int | None) -> Array
     queue = read_queue()
     left = {}
     for name, run_folder in known.items():
-        summary = run_folder / SUMMARY
-        finished = summary.is_file() and json.loads(summary.read_text())["finished"]
-        if (not only or name in only) and not finished and not queue.of_run(run_folder):
+        if (not only or name in only) and not has_finished(run_folder) and not queue.of_run(run_folder):
             left[name] = sorted(run_folder.glob(f"{SUBMISSIONS}/*/config.yaml"))[-1].parent
     if not left:
         raise ConfigError(f"{parent}: every run {'named ' if only else ''}has finished, or is in the queue")

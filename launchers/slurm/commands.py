@@ -31,6 +31,7 @@ CURES = {
     "more nodes": "the partition has fewer nodes: lower --nodes",
     "node count": "the partition does not allow so many nodes: see `scontrol show partition`, or lower --nodes",
     "time limit": "give a --time that the partition allows (`sinfo -o '%P %l'`)",
+    "socket timed out": "Slurm may have taken the job all the same: `cola status` of its folder shows it",
     "unable to contact": "the controller does not answer: is it up (`scontrol ping`)?",
 }
 TIMEOUT_SECONDS = 120

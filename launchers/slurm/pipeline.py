@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cola_megatron.config import ConfigError, RunConfig, load_config
-from cola_megatron.records.run_folder import SUMMARY
 from data_prep.plan import Plan, make_plan, work_folder_of
 from data_prep.prepare import begin
 from data_prep.recipe import Recipe
@@ -17,6 +16,7 @@ from launchers import prep_slurm
 from launchers.slurm import commands
 from launchers.slurm.queue import refuse_second
 from launchers.slurm.render import Shape, container_command, gpu_directives, render, training_script
+from launchers.slurm.runs import has_finished
 from launchers.slurm.site import Site, site_without_gpus
 from launchers.slurm.submission import JOB, check_layout, check_name, next_folder, write, write_training
 
@@ -128,8 +128,7 @@ class Pipeline:
         return last
 
     def _submit_stage(self, stage: RunConfig, parts: list[Part], last: list[str]) -> list[str]:
-        summary = Path.cwd() / stage.run_folder / SUMMARY
-        if summary.is_file() and json.loads(summary.read_text())["finished"]:
+        if has_finished(Path.cwd() / stage.run_folder):
             parts.append(Part(stage.name, None, str(stage.run_folder)))
             return last
         submission = write_training(stage, self.site, self.shape)

@@ -12,7 +12,7 @@ from launchers.slurm.queue import Queue, QueuedJob, how_it_ended, jobs_of
 from launchers.slurm.submission import SUBMISSIONS
 from slurm.supervise import read_events
 
-__all__ = ["RunState", "find_runs", "state_of"]
+__all__ = ["RunState", "find_runs", "has_finished", "state_of"]
 
 PROGRESS, EVENTS = "progress.json", "events.jsonl"
 
@@ -45,6 +45,11 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     ]
     # A prepared data set has a manifest too.
     return [path for path in dict.fromkeys(runs) if (path / CONFIG).is_file() or (path / SUBMISSIONS).is_dir()]
+
+
+def has_finished(run_folder: Path) -> bool:
+    """Whether a run reached its last step."""
+    return bool(_read(run_folder / SUMMARY).get("finished"))
 
 
 def state_of(run_folder: Path, queue: Queue | None) -> RunState:
