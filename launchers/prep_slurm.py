@@ -8,7 +8,7 @@ from data_prep.work import WorkFolder
 from launchers.slurm import commands
 from launchers.slurm.render import container_command, render
 from launchers.slurm.site import Site
-from launchers.slurm.submission import JOB
+from launchers.slurm.submission import JOB, write
 
 TEMPLATE = "prep.sbatch.j2"
 
@@ -57,7 +57,7 @@ def submit(work: WorkFolder, rendered: dict[str, str]) -> dict[str, str]:
     jobs: dict[str, str] = {}
     for step, script in rendered.items():
         path = folder / f"{step}.sbatch"
-        path.write_text(script, encoding="utf-8")
+        write(path, script)
         try:
             jobs[step] = commands.submit(path, folder / f"{step}.{JOB}", list(jobs.values())[-1:])
         except (commands.SlurmError, OSError):

@@ -60,6 +60,7 @@ def run(
     Example: `cola submit base name=first stage=1 data.path=/data/web --nodes 4 --site our-cluster.yaml`
     """
     from cola_megatron.config import load_config
+    from launchers.slurm import commands
     from launchers.slurm.queue import refuse_second
     from launchers.slurm.render import training_script
     from launchers.slurm.submission import check_layout, shape_of, write_training
@@ -73,6 +74,7 @@ def run(
         return
     if not test_only:
         refuse_second(config.run_folder)
+        commands.check_after(after)
     submission = write_training(config, chosen, shape)
     starts = submission.validate()
     job = None if test_only else submission.submit(after)
@@ -120,9 +122,12 @@ def array(
     """
     from cola_megatron.config import ConfigError
     from launchers.slurm import array as arrays
+    from launchers.slurm import commands
     from launchers.slurm.queue import refuse_second
     from launchers.slurm.submission import shape_of
 
+    if not dry_run:
+        commands.check_after(after)
     if again is not None:
         submission = arrays.write_again(again, only, concurrency)
     elif source is None or name is None:
@@ -136,6 +141,7 @@ def array(
             print(arrays.dry_script(name, configs, chosen, shape, concurrency), end="")
             return
         refuse_second(*(config.run_folder for config in configs))
+        commands.check_array_size(len(configs))
         submission = arrays.write_array(name, configs, chosen, shape, concurrency)
     starts = submission.validate()
     job = submission.submit(after)
@@ -201,6 +207,19 @@ def pipeline(
         return
     print_table([(part.name, f"job {part.job}, {part.log}" if part.job else "finished before") for part in parts])
     print_table([("state", f"cola status {planned.folder}"), ("end it", f"cola cancel {planned.folder}")])
+
+
+@app.command("site")
+def site(
+    name: str = typer.Argument("plain", help="plain, cloud-efa or container."),
+) -> None:
+    """Print an example of a site file, to put your own names in.
+
+    Example: `cola submit site plain > our.yaml`
+    """
+    from launchers.slurm.site import example
+
+    print(example(name), end="")
 
 
 def chosen_site(site: str | None, settings: list[str], partition: str | None, account: str | None, time: str | None):

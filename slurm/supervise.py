@@ -26,6 +26,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -53,7 +54,7 @@ OUTAGE = re.compile(
 )
 ASK_AGAIN_SECONDS = 5
 IN_VAIN = 10  # tries that others ended before a step was saved, such as a time limit that is too short
-FIRST_PORT, PORTS = 20000, 12000
+PORTS = 12000
 
 
 class Supervisor:
@@ -87,11 +88,14 @@ class Supervisor:
         if rival:
             reason = f"job {rival} trains this run already; `cola cancel` its run folder first, or let it be"
             return self.stop(FAILED, reason)
+        address = os.environ.get("MASTER_ADDR", "")
+        if address and not resolves(address):
+            return self.stop(FAILED, f"{address}: the first node's name has no address; see address_suffix of the site")
         while True:
             number = 1 + sum(event["event"] == "try" for event in self.events)
             os.environ["COLA_ATTEMPT_BEGAN"] = str(time.time())
             # Others on this node use other ports, and a process left over from the last try keeps its own.
-            port = FIRST_PORT + (int(os.environ["SLURM_JOB_ID"]) * 16 + number) % PORTS
+            port = self.options.first_port + (int(os.environ["SLURM_JOB_ID"]) * 16 + number) % PORTS
             os.environ["MASTER_PORT"] = str(port)
             self.write("try", number=number, nodes=self.nodes(), checkpoint=self.checkpoint(), port=port)
             code, failures, outage = self.preflight()
@@ -172,9 +176,11 @@ class Supervisor:
         at_once = {node for code, node, how in failures if code == BAD_NODE or how.startswith(NOT_STARTED)}
         nodes = [node for _, node, _ in failures]
         avoided = sorted(at_once | {node for node in nodes if nodes.count(node) > 1})
+        if not avoided:
+            return []
         others = set(self.usable_nodes(os.environ.get("SLURM_JOB_PARTITION", ""))) - set(avoided)
-        if avoided and len(others) < len(self.nodes()):
-            self.say(f"{','.join(avoided)} failed, but the partition has no {len(self.nodes())} other nodes")
+        if len(others) < len(self.nodes()) or not self.could_run_without(avoided):
+            self.say(f"{','.join(avoided)} failed, but no {len(self.nodes())} other nodes do for this job")
             return []
         return avoided
 
@@ -195,17 +201,23 @@ class Supervisor:
             return self.stop(code if code != DONE else FAILED, f"Slurm does not requeue this job ({failure})")
         if excluded:
             # Only a pending job takes this; it is pending from now on, and this process lives for Slurm's KillWait.
-            names = ",".join(sorted({*excluded, *self.excluded_by_user()}))
+            names = self.with_the_users(excluded)
             _, failure = self.ask("scontrol", "update", "JobId=" + self.job, "ExcNodeList=" + names)
             if failure:
                 self.say(f"the nodes could not be excluded ({failure}); the next try sees them again")
         time.sleep(3600)
         return self.stop(code, "Slurm did not end the requeued job")
 
-    def excluded_by_user(self):
-        """The nodes that the job leaves out already: an update replaces them."""
+    def could_run_without(self, nodes):
+        """Whether Slurm has other nodes with all that the script asks for: a job without any waits for ever."""
+        script = os.path.join(self.options.folder, "job.sbatch")
+        _, failure = self.ask("sbatch", "--test-only", "--exclude=" + self.with_the_users(nodes), script)
+        return not failure
+
+    def with_the_users(self, nodes):
+        """These nodes, and those that the job leaves out already: what is said anew replaces them."""
         names = self.shown("job", self.job, "ExcNodeList")
-        return host_names(names) if names not in ("", "(null)") else []
+        return ",".join(sorted({*nodes, *(host_names(names) if names not in ("", "(null)") else [])}))
 
     def stop(self, code, reason):
         """The job is over."""
@@ -276,7 +288,11 @@ class Supervisor:
         """
         until = None
         while True:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            # Of this job's environment sbatch would make options.
+            own = {
+                name: value for name, value in os.environ.items() if not re.match("SLURM_(?!CONF|JWT)|SBATCH_", name)
+            }
+            process = subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             output, errors = (said.decode("utf-8", "replace") for said in process.communicate())
             failure = (" ".join(errors.split()) or f"exit code {process.returncode}") if process.returncode else ""
             if not OUTAGE.search(failure) or (until is not None and time.time() > until):
@@ -299,6 +315,18 @@ class Supervisor:
         return answer.split()
 
 
+def resolves(name):
+    """Whether a name has an address here; a name server that is busy is asked again."""
+    for _ in range(6):
+        try:
+            return bool(socket.getaddrinfo(name, None))
+        except socket.gaierror as error:
+            if error.errno != socket.EAI_AGAIN:
+                return False
+        time.sleep(ASK_AGAIN_SECONDS)
+    return False
+
+
 def own_id(environment):
     """The id that means this job alone: one element of an array has the array's, which means all of them."""
     if "SLURM_ARRAY_JOB_ID" not in environment:
@@ -315,7 +343,7 @@ def fruitless_tries(events, checkpoint):
     for event in events:
         if event["event"] == "try":
             tries.append({"from": event["checkpoint"], "asked": False})
-        elif event["event"] == "end":
+        elif event["event"] == "end" and tries:  # a full disk may not have taken its beginning
             tries[-1]["asked"] = event["code"] == STOPPED or event["signal"] is not None or event.get("outage", False)
     count = 0
     for each in reversed(tries):
@@ -438,6 +466,7 @@ def main():
     parser.add_argument("--preflight-seconds", type=float, default=300, help="time that the preflight has")
     parser.add_argument("--tries", type=int, default=3, help="tries in a row without a new checkpoint")
     parser.add_argument("--pause", type=float, default=10, help="seconds before another try on the same nodes")
+    parser.add_argument("--first-port", type=int, default=20000, help="of those that the processes meet on")
     parser.add_argument("--patience", type=float, default=3600, help="seconds that Slurm's controller may be away")
     return Supervisor(parser.parse_args()).run()
 

@@ -44,6 +44,7 @@ def test_one_run_of_four_fails_and_is_rerun_alone(slurm: Cluster, tiny, corpus: 
     shown = cola(slurm, "status", folder)
     (line,) = [line for line in shown.splitlines() if str(folder / "c") in line]
     assert "failed" in line and "exit code 1" in line
+    assert f"see {folder / 'submissions' / '0001' / 'slurm-'}{answer['elements'][2]['job']}.log" in line
 
     late.symlink_to(corpus)
     again = json.loads(cola(slurm, "submit", "array", "--again", folder, "--json"))
@@ -71,7 +72,7 @@ def test_what_waits_is_shown_and_cancelled(slurm: Cluster, tiny, tmp_path: Path)
     assert cola(slurm, "cancel", runs) == "nothing of it is in the queue\n"
     assert slurm.job(job)["JobState"] == "CANCELLED"
     (run,) = json.loads(cola(slurm, "status", runs, "--json"))
-    assert run["state"] == "ended" and "before its first try" in run["note"]
+    assert run["state"] == "cancelled" and run["note"] == f"job {job} never began to train"
     slurm.commands("scancel", blocker)
 
 

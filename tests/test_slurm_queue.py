@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from cola_megatron.config import dump_config
+from launchers.slurm.queue import Queue
+from launchers.slurm.runs import find_runs, has_finished, state_of
 from launchers.slurm.site import seconds_of
 from tests.commands import cola
 from tests.slurm_cluster import Cluster
@@ -139,6 +141,18 @@ def test_a_script_submitted_by_hand_belongs_to_its_run(words: list, slurm: Clust
     assert state(slurm, run_folder) == ("pending", job)
     assert f"as job {job}" in refused(slurm, "submit", *words)
     assert ran(slurm, "cancel", run_folder) == f"cancelled {job}\n"
+
+
+def test_files_that_a_power_cut_left_empty_are_passed_over(tmp_path: Path) -> None:
+    submission = tmp_path / "first" / "submissions" / "0001"
+    submission.mkdir(parents=True)
+    for path in (submission / "config.yaml", submission / "job_id", submission / "events.jsonl"):
+        path.touch()
+    for name in ("progress.json", "summary.json", "config.yaml", "manifest.json"):
+        (tmp_path / "first" / name).touch()
+    assert find_runs([tmp_path]) == [tmp_path / "first"]
+    assert state_of(tmp_path / "first", Queue()).state == "unknown"
+    assert not has_finished(tmp_path / "first")
 
 
 def test_a_time_limit_that_leaves_no_time_is_refused(words: list, slurm: Cluster, tiny) -> None:

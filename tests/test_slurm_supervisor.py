@@ -2,6 +2,7 @@
 
 import argparse
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,20 +47,26 @@ class Supervised:
 
 @pytest.fixture
 def supervised(slurm: Cluster, tmp_path: Path) -> Callable[..., Supervised]:
-    """`supervised(line, options=(), sbatch=(), nodes=1)`: a job of the run in tmp_path/run."""
+    """`supervised(line, options=(), sbatch=(), directives=())`: a job of the run in tmp_path/run."""
     run_folder = tmp_path / "run"
 
-    def send(line: str, options: tuple[str, ...] = (), sbatch: tuple[str, ...] = (), nodes: int = 1) -> Supervised:
+    def send(
+        line: str, options: tuple[str, ...] = (), sbatch: tuple[str, ...] = (), directives: tuple[str, ...] = ()
+    ) -> Supervised:
         folder = run_folder / "submissions" / "0001"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "line").write_text(line)
         script = folder / "job.sbatch"
-        script.write_text(
-            f"#!/bin/bash\nfolder={folder}${{SLURM_ARRAY_TASK_ID:+/$SLURM_ARRAY_TASK_ID}}\nmkdir -p $folder\n"
+        lines = [
+            "#!/bin/bash",
+            *(f"#SBATCH {directive}" for directive in directives),
+            f"folder={folder}${{SLURM_ARRAY_TASK_ID:+/$SLURM_ARRAY_TASK_ID}}",
+            "mkdir -p $folder",
             f"exec {sys.executable} {SUPERVISE} --folder $folder --run-folder {run_folder} --pause 0.2 "
-            f"{' '.join(options)} --train 'srun --kill-on-bad-exit=0 bash {folder}/line'\n"
-        )
-        words = [f"--nodes={nodes}", "--ntasks-per-node=1", f"--output={folder}/log", "--open-mode=append", "--requeue"]
+            f"{' '.join(options)} --train 'srun --kill-on-bad-exit=0 bash {folder}/line'",
+        ]
+        script.write_text("".join(f"{line}\n" for line in lines))
+        words = ["--nodes=1", "--ntasks-per-node=1", f"--output={folder}/log", "--open-mode=append", "--requeue"]
         job = slurm.commands("sbatch", "--parsable", *words, *sbatch, str(script))
         return Supervised(slurm, run_folder, job, folder)
 
@@ -161,6 +168,37 @@ def test_what_srun_says_of_itself_is_no_end_of_the_program(alone, tmp_path: Path
     command(tmp_path / "bin" / "scontrol", "echo n1")
     command(tmp_path / "bin" / "srun", f"{line}; exit 1")
     assert (alone.srun("srun train")[0], alone.srun("srun train")[2]) == (code, outage)
+
+
+FAILS_ON_ONE = "[ $SLURMD_NODENAME != n1 ] || kill -9 $$"
+
+
+def test_the_nodes_that_the_user_left_out_stay_out(supervised, slurm: Cluster) -> None:
+    job = supervised(FAILS_ON_ONE, sbatch=("--exclude=n3",))
+    assert slurm.run_to_the_end(job.id) == "COMPLETED", job.log()
+    assert slurm.job(job.id)["ExcNodeList"] == "n1,n3"
+    assert [event["nodes"] for event in job.events("try")] == [["n1"], ["n1"], ["n2"]]
+
+
+def test_a_bad_node_is_kept_where_no_other_has_what_the_job_needs(supervised, slurm: Cluster) -> None:
+    """Without it the job would wait for ever."""
+    slurm.commands("scontrol", "update", "NodeName=n1", "AvailableFeatures=ib", "ActiveFeatures=ib")
+    job = supervised(FAILS_ON_ONE, directives=("--constraint=ib",))
+    assert slurm.run_to_the_end(job.id) == "FAILED", job.log()
+    slurm.commands("scontrol", "update", "NodeName=n1", "AvailableFeatures=", "ActiveFeatures=")
+    assert "n1 failed, but no 1 other nodes do for this job" in job.log()
+    assert "3 tries in a row brought no new checkpoint" in job.log()
+
+
+def test_a_first_node_without_an_address_is_named(alone, tmp_path: Path, monkeypatch, capfd) -> None:
+    def unknown(name: str, port: None) -> list:
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    monkeypatch.setenv("MASTER_ADDR", "n1-ib0")
+    monkeypatch.setattr(supervise.socket, "getaddrinfo", unknown)
+    command(tmp_path / "bin" / "squeue", "")
+    assert alone.run() == supervise.FAILED
+    assert "n1-ib0: the first node's name has no address; see address_suffix" in capfd.readouterr().err
 
 
 def test_a_second_job_of_a_run_ends_at_once_and_blames_no_node(supervised, slurm: Cluster, tmp_path: Path) -> None:

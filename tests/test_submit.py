@@ -98,6 +98,20 @@ def test_words_reach_the_supervisor_as_they_are(tmp_path: Path) -> None:
     assert shlex.split(words[words.index("--train") + 1])[-2:] == ["train", f"{folder}/config.yaml"]
 
 
+def test_the_first_of_very_many_nodes(tmp_path: Path) -> None:
+    """A reader that closes its end after the first name ended the script at random."""
+    settings = ["gpus_per_node=0", "modules=[]", "supervisor_python=echo", "preflight=false", "address_suffix=-ib0"]
+    script = training_script(load_site("plain", settings), Shape(1, 1), "x", tmp_path, tmp_path)
+    done = subprocess.run(
+        ["bash", "-c", f"scontrol() {{ seq 99999; }}\n{script.replace('exec echo', 'echo $MASTER_ADDR')}"],
+        env={**os.environ, "SLURM_JOB_NODELIST": "n[1-99999]"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split()[0] == "1-ib0"
+
+
 def test_a_dry_run_prints_and_writes_nothing(on_a_login_node: Path) -> None:
     done = CliRunner().invoke(app, ["submit", "config.yaml", "--site", "site.yaml", "--nodes", "2", "--dry-run"])
     assert done.exit_code == 0 and done.output.startswith("#!/bin/bash\n")
@@ -137,6 +151,12 @@ def test_an_unknown_site_names_the_examples() -> None:
         load_site("nowhere")
 
 
+def test_an_example_is_printed_to_be_filled_in(tmp_path: Path) -> None:
+    done = cola("submit", "site", "cloud-efa")
+    assert done.returncode == 0 and "partition: p5" in done.stdout
+    assert "there are cloud-efa, container, plain" in one_line(cola("submit", "site", "nowhere"))
+
+
 def test_the_site_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ours.yaml").write_text("gpus_per_node: 4")
     monkeypatch.setenv("COLA_SITE", str(tmp_path / "ours.yaml"))
@@ -170,7 +190,7 @@ def test_a_full_disk_is_one_line(on_a_login_node: Path) -> None:
         (disk / "filler").write_bytes(bytes(8192))
         done = cola("submit", "config.yaml", f"runs_folder={disk}", "--site", "site.yaml")
     assert done.returncode == 1
-    assert "No space left on device" in one_line(done)
+    assert re.search(r"submissions/0001/\S+: No space left on device", one_line(done))
 
 
 @pytest.mark.parametrize(
@@ -198,11 +218,22 @@ def test_a_tested_submission_is_not_submitted(on_a_login_node: Path, slurm: Clus
 
 
 def test_secrets_are_not_stored(on_a_login_node: Path, slurm: Cluster) -> None:
-    env = {**slurm.environment, "WANDB_API_KEY": "s3cret", "PLAIN": "shown"}
+    secrets = {
+        "WANDB_API_KEY": "s3cret",
+        "HTTPS_PROXY": "http://user:s3cret@proxy:3128",
+        "DATABASE_URL": "postgres://s3cret",
+        "MYSQL_PWD": "s3cret",
+        "SSHPASS": "s3cret",
+        "NCCL_TOKEN": "s3cret",
+        "TORCH_HUB": "https://user:s3cret@hub",
+    }
+    env = {**slurm.environment, **secrets, "NCCL_DEBUG": "INFO"}
     answer = json.loads(cola("submit", "config.yaml", "--site", "site.yaml", "--test-only", "--json", env=env).stdout)
-    text = (Path(answer["folder"]) / "environment.txt").read_text()
-    assert "s3cret" not in text and "WANDB_API_KEY=(left out)" in text and "PLAIN=shown" in text
-    assert "torch==" in text
+    path = Path(answer["folder"]) / "environment.txt"
+    text = path.read_text()
+    assert "s3cret" not in text and "NCCL_DEBUG=INFO" in text and "torch==" in text
+    assert all(f"{name}=(left out)" in text for name in secrets)
+    assert path.stat().st_mode & 0o777 == 0o600
 
 
 # ---- arrays ---------------------------------------------------------------------------------------------------------
@@ -218,9 +249,15 @@ def test_runs_of_an_array() -> None:
         (["a seed=1", "a seed=2"], "two names"),
         (["a sead=1"], "run a: .*did you mean seed"),
         (["a small base"], "small and base are two configs"),
+        (["../a seed=1"], "--run '../a': the name of a folder"),
+        ([""], "--run '': the name of a folder"),
+        (["a data.path='x"], "No closing quotation"),
     ):
         with pytest.raises(ConfigError, match=said):
             configs_of("sweep", "tiny", base, lines)
+    for name in ("../x", "", "..", "a b"):
+        with pytest.raises(ConfigError, match=r"--name .*: the name of a folder"):
+            configs_of(name, "tiny", base, ["a seed=1"])
 
 
 # ---- one process per GPU, here --------------------------------------------------------------------------------------

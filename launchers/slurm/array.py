@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cola_megatron.config import ConfigError, RunConfig, load_config
-from cola_megatron.records.run_folder import SUMMARY
 from launchers.slurm import commands
 from launchers.slurm.queue import read_queue
 from launchers.slurm.render import Shape, training_script
+from launchers.slurm.runs import has_finished
 from launchers.slurm.site import Site, load_site
 from launchers.slurm.submission import (
     ELEMENTS,
@@ -17,7 +17,9 @@ from launchers.slurm.submission import (
     SCRIPT,
     SUBMISSIONS,
     check_layout,
+    check_name,
     next_folder,
+    write,
     write_surroundings,
     write_training,
 )
@@ -78,9 +80,14 @@ def configs_of(name: str, source: str, overrides: list[str], lines: list[str]) -
     Raises:
         ConfigError: no runs, two of one name, or a config that cannot run; the message names the run.
     """
+    check_name("--name", name)
     configs = []
     for line in lines:
-        run, *words = shlex.split(line)
+        try:
+            run, *words = shlex.split(line) or [""]
+        except ValueError as error:  # a quote without its other
+            raise ConfigError(f"--run {line!r}: {error}; write it as 'NAME key=value ...'") from None
+        check_name("--run", run)
         named = [word for word in words if "=" not in word]
         if len(named) > 1:
             raise ConfigError(f"run {run}: {' and '.join(named)} are two configs; overrides have the form key=value")
@@ -118,14 +125,14 @@ def write_array(
     for number, submission in enumerate(submissions):
         (folder / ELEMENTS / str(number)).symlink_to(submission.folder)
     script = training_script(site, shape, name, folder, working, _elements(len(configs), concurrency))
-    (folder / SCRIPT).write_text(script)
+    write(folder / SCRIPT, script)
     described = {
         "name": name,
         "shape": asdict(shape),
         "concurrency": concurrency,
         "runs": [str(submission.run_folder) for submission in submissions],
     }
-    (folder / ARRAY).write_text(json.dumps(described, indent=1) + "\n")
+    write(folder / ARRAY, json.dumps(described, indent=1) + "\n")
     write_surroundings(folder)
     return ArraySubmission(
         folder,
@@ -156,9 +163,7 @@ def write_again(parent: Path, only: list[str], concurrency: int | None) -> Array
     queue = read_queue()
     left = {}
     for name, run_folder in known.items():
-        summary = run_folder / SUMMARY
-        finished = summary.is_file() and json.loads(summary.read_text())["finished"]
-        if (not only or name in only) and not finished and not queue.of_run(run_folder):
+        if (not only or name in only) and not has_finished(run_folder) and not queue.of_run(run_folder):
             left[name] = sorted(run_folder.glob(f"{SUBMISSIONS}/*/config.yaml"))[-1].parent
     if not left:
         raise ConfigError(f"{parent}: every run {'named ' if only else ''}has finished, or is in the queue")

@@ -1,5 +1,6 @@
 """Slurm's own commands."""
 
+import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -8,7 +9,17 @@ from pathlib import Path
 from cola_megatron.errors import UserError
 from launchers.slurm.site import seconds_of
 
-__all__ = ["NoSlurm", "SlurmError", "cancel", "run", "submit", "test_only"]
+__all__ = [
+    "NoSlurm",
+    "SlurmError",
+    "cancel",
+    "check_after",
+    "check_array_size",
+    "environment_for",
+    "run",
+    "submit",
+    "test_only",
+]
 
 CURES = {
     "invalid partition": "give --partition, or `partition` in the site file (`sinfo` lists them)",
@@ -20,10 +31,26 @@ CURES = {
     "more nodes": "the partition has fewer nodes: lower --nodes",
     "node count": "the partition does not allow so many nodes: see `scontrol show partition`, or lower --nodes",
     "time limit": "give a --time that the partition allows (`sinfo -o '%P %l'`)",
+    "socket timed out": "Slurm may have taken the job all the same: `cola status` of its folder shows it",
     "unable to contact": "the controller does not answer: is it up (`scontrol ping`)?",
 }
 TIMEOUT_SECONDS = 120
 UNCONFIGURED = "Could not establish a configuration source"
+# Of options those variables that are not called like them, or say the same in another way.
+GPUS = ("GRES", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK", "GPUS_PER_SOCKET")
+VARIABLES = {
+    "time": ("TIMELIMIT",),
+    "mem": ("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"),
+    "requeue": ("REQUEUE", "NO_REQUEUE"),
+    "gres": GPUS,
+    "gpus-per-node": GPUS,
+}
+OF_CLUSTER = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
+OF_JOB = re.compile(
+    "SLURM|SRUN_|PMI|OMPI_|TORCHELASTIC_|COLA_ATTEMPT|(GROUP_|ROLE_|LOCAL_)?(RANK|WORLD_SIZE)$|ROLE_NAME$|MASTER_(ADDR|PORT)$|"
+    "(CUDA|ROCR|HIP)_VISIBLE_DEVICES$|GPU_DEVICE_ORDINAL$|OMP_NUM_THREADS$"
+)
+NEVER_WELL = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 JOB_ID = re.compile(r"(?P<job>[0-9]+)(;\S+)?")
 """What `sbatch --parsable` prints; on a cluster of several, with its name."""
 
@@ -36,7 +63,7 @@ class NoSlurm(SlurmError):
     """This machine has none of Slurm's commands, or they know of no cluster."""
 
 
-def run(command: Sequence[str]) -> str:
+def run(command: Sequence[str], environment: dict[str, str] | None = None) -> str:
     """The output of one of Slurm's commands.
 
     Raises:
@@ -44,7 +71,9 @@ def run(command: Sequence[str]) -> str:
         SlurmError: it does not answer, or fails.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS
+        )
     except FileNotFoundError:
         raise NoSlurm(
             f"{command[0]}: not found, so there is no Slurm on this machine; submit from a login node, or train here "
@@ -65,15 +94,16 @@ def run(command: Sequence[str]) -> str:
 
 def test_only(script: str) -> str:
     """Whether Slurm would take a batch script, and what it says of the start; raises SlurmError."""
+    words, environment = ["sbatch", "--test-only", script], environment_for(Path(script))
     try:
         done = subprocess.run(
-            ["sbatch", "--test-only", script], capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS
+            words, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS
         )
     except (FileNotFoundError, subprocess.TimeoutExpired):
         run(["sbatch", "--version"])
         raise
     if done.returncode:
-        run(["sbatch", "--test-only", script])
+        run(words, environment)
     return " ".join(done.stderr.split()).removeprefix("sbatch: ")
 
 
@@ -89,7 +119,7 @@ def submit(script: Path, note: Path, after: Sequence[str] = (), longer_than: int
         OSError: the id cannot be noted; nothing is left in the queue.
     """
     dependency = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
-    said = run(["sbatch", "--parsable", *dependency, str(script)])
+    said = run(["sbatch", "--parsable", *dependency, str(script)], environment_for(script))
     # Some clusters greet their users here.
     found = [line for line in map(JOB_ID.fullmatch, said.splitlines()) if line is not None]
     if not found:
@@ -127,11 +157,58 @@ def _check_time_limit(script: Path, job: str, longer_than: int) -> None:
         raise SlurmError(f"{script}: time limit {asked}: the partition allows {allowed}; give a --time that it allows")
 
 
+def environment_for(script: Path) -> dict[str, str]:
+    """The environment in which sbatch does what a script says.
+
+    Sbatch's own variables ($SBATCH_PARTITION, ...) go before the options of a script: those that would replace one are
+    left out. Those of a job that this is called from, its memory and its place among other processes, are not the new
+    job's.
+    """
+    written = set(re.findall(r"^#SBATCH '?--([a-z-]+)", script.read_text(encoding="utf-8"), re.MULTILINE))
+    hidden = {"SBATCH_ARRAY_INX"}  # what is no array stays none
+    for option in written:
+        hidden |= {f"SBATCH_{name}" for name in VARIABLES.get(option, (option.upper().replace("-", "_"),))}
+    inside = "SLURM_JOB_ID" in os.environ
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in hidden and not (inside and name not in OF_CLUSTER and OF_JOB.match(name))
+    }
+
+
 def _shown(kind: str, name: str, key: str) -> str:
     """A value that scontrol shows of a job or a partition; empty where it shows none."""
     lines = run(["scontrol", "--oneliner", "show", kind, name]).splitlines()
     found = re.search(rf"\b{key}=(\S+)", lines[0]) if lines else None
     return found.group(1) if found else ""
+
+
+def check_after(jobs: Sequence[str]) -> None:
+    """Refuses to wait for jobs that have failed or that Slurm does not know; raises SlurmError."""
+    for job in jobs:
+        if re.fullmatch("[0-9]+(_[0-9]+)?", job) is None:
+            raise SlurmError(f"--after {job}: not the id of a job, such as 4711 or 4711_3")
+        try:
+            shown = run(["scontrol", "--oneliner", "show", "job", job])
+        except SlurmError as error:
+            if "Invalid job id" not in str(error):
+                raise
+            raise SlurmError(
+                f"--after {job}: Slurm knows no such job, or has forgotten it since it ended; without --after nothing "
+                "is waited for"
+            ) from None
+        for state in re.findall(r"\bJobState=(\S+)", shown):
+            if state in NEVER_WELL:
+                raise SlurmError(f"--after {job}: {state}, so what waits for its success would never start")
+
+
+def check_array_size(elements: int) -> None:
+    """Refuses more elements than this Slurm allows; raises SlurmError."""
+    found = re.search(r"MaxArraySize\s*=\s*(\d+)", run(["scontrol", "show", "config"]))
+    if found is not None and elements > int(found.group(1)):
+        raise SlurmError(
+            f"{elements} runs: this Slurm allows arrays of {found.group(1)} (MaxArraySize); give them as several arrays"
+        )
 
 
 def cancel(jobs: Sequence[str]) -> None:

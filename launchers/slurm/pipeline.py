@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cola_megatron.config import ConfigError, RunConfig, load_config
-from cola_megatron.records.run_folder import SUMMARY
 from data_prep.plan import Plan, make_plan, work_folder_of
 from data_prep.prepare import begin
 from data_prep.recipe import Recipe
@@ -17,8 +16,9 @@ from launchers import prep_slurm
 from launchers.slurm import commands
 from launchers.slurm.queue import refuse_second
 from launchers.slurm.render import Shape, container_command, gpu_directives, render, training_script
+from launchers.slurm.runs import has_finished
 from launchers.slurm.site import Site, site_without_gpus
-from launchers.slurm.submission import JOB, check_layout, next_folder, write_training
+from launchers.slurm.submission import JOB, check_layout, check_name, next_folder, write, write_training
 
 __all__ = ["Part", "Pipeline", "plan_pipeline"]
 
@@ -102,7 +102,7 @@ class Pipeline:
                 last = self._submit_stage(stage, parts, last)
             for name, script in self.scripts().items():
                 path = folder / f"{name}.sbatch"
-                path.write_text(script.replace("LOGS", str(folder)))
+                write(path, script.replace("LOGS", str(folder)))
                 commands.test_only(str(path))
                 last = [commands.submit(path, folder / JOB, last)]
                 parts.append(Part(name, last[0], str(folder / f"{name}-{last[0]}.log")))
@@ -110,7 +110,7 @@ class Pipeline:
             commands.cancel([part.job for part in parts if part.job is not None])
             raise
         described = {part.name: {"job": part.job, "log": part.log} for part in parts}
-        (folder / PIPELINE).write_text(json.dumps(described, indent=1) + "\n")
+        write(folder / PIPELINE, json.dumps(described, indent=1) + "\n")
         return parts
 
     def _submit_preparation(self, parts: list[Part]) -> list[str]:
@@ -128,8 +128,7 @@ class Pipeline:
         return last
 
     def _submit_stage(self, stage: RunConfig, parts: list[Part], last: list[str]) -> list[str]:
-        summary = Path.cwd() / stage.run_folder / SUMMARY
-        if summary.is_file() and json.loads(summary.read_text())["finished"]:
+        if has_finished(Path.cwd() / stage.run_folder):
             parts.append(Part(stage.name, None, str(stage.run_folder)))
             return last
         submission = write_training(stage, self.site, self.shape)
@@ -173,6 +172,7 @@ def plan_pipeline(
     Raises:
         ConfigError: a config cannot run, the recipe makes sequences of another length, or there are no data.
     """
+    check_name("--name", name)
     folder = load_config(source, [*overrides, *of_stages[0], "stage=1"]).runs_folder / name
     given = [*overrides, f"runs_folder={folder}"]
     if recipe is not None:

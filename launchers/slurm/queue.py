@@ -4,6 +4,8 @@ A job belongs to the folder of its script, whoever submitted it and however; whe
 which `cola submit` notes beside the script and the supervisor when it starts.
 """
 
+import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from cola_megatron.errors import UserError
 from launchers.slurm import commands
 from launchers.slurm.submission import ELEMENTS, JOB, SUBMISSIONS
 
-__all__ = ["Queue", "QueuedJob", "jobs_of", "read_queue", "refuse_second"]
+__all__ = ["Queue", "QueuedJob", "how_it_ended", "jobs_of", "read_queue", "refuse_second"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,17 @@ def jobs_of(run_folder: Path) -> list[tuple[Path, str]]:
     """(submission folder, job id) of every submission that became a job, oldest first."""
     notes = sorted((run_folder / SUBMISSIONS).glob(f"*/{JOB}"))
     return [(note.parent, job) for note in notes for job in note.read_text().split()]
+
+
+def how_it_ended(job: str) -> str:
+    """COMPLETED, CANCELLED, TIMEOUT, ... of a job that left the queue; empty where Slurm has forgotten it."""
+    asked = ["sacct", "--noheader", "--allocations", "--parsable2", "--format=State", f"--jobs={job}"]
+    for command, state in ((["scontrol", "--oneliner", "show", "job", job], r"\bJobState=(\w+)"), (asked, r"^(\w+)")):
+        with contextlib.suppress(commands.SlurmError):
+            found = re.search(state, commands.run(command))
+            if found is not None:
+                return found.group(1)
+    return ""
 
 
 def refuse_second(*folders: Path) -> None:

@@ -77,7 +77,7 @@ def container_command(site: Site, command: list[str]) -> str:
     words = " ".join(map(shlex.quote, command))
     started = f"{cola_command(site)} {words}"
     pyxis = _pyxis(site)
-    return " ".join(["srun", "--ntasks=1", *map(shlex.quote, pyxis), started]) if pyxis else started
+    return " ".join(["srun", "--ntasks=1", "--export=ALL", *map(shlex.quote, pyxis), started]) if pyxis else started
 
 
 def gpu_directives(site: Site, gpus: int) -> list[str]:
@@ -103,7 +103,8 @@ def _step(site: Site, shape: Shape) -> list[str]:
     """The words of srun. It ends only those tasks that the first failure leaves behind: the ranks end by themselves."""
     tasks = shape.processes if site.launcher == "tasks" else 1
     words = ["srun", f"--nodes={shape.nodes}", f"--ntasks-per-node={tasks}", "--kill-on-bad-exit=0"]
-    words.append(f"--wait={site.wait_seconds}")
+    # What the script sets reaches the processes, also where the site hands jobs no environment (--export=NONE).
+    words += [f"--wait={site.wait_seconds}", "--export=ALL"]
     # Slurm's steps do not inherit the cores of the job.
     words.append(f"--cpus-per-task={site.cpus_per_node // tasks}" if site.cpus_per_node else "--cpu-bind=none")
     return [*words, *site.srun_arguments, *_pyxis(site)]

@@ -8,11 +8,11 @@ from typing import Any
 
 from cola_megatron.records.json_files import read_object
 from cola_megatron.records.run_folder import CONFIG, MANIFEST, SUMMARY
-from launchers.slurm.queue import Queue, QueuedJob, jobs_of
+from launchers.slurm.queue import Queue, QueuedJob, how_it_ended, jobs_of
 from launchers.slurm.submission import SUBMISSIONS
 from slurm.supervise import read_events
 
-__all__ = ["RunState", "find_runs", "state_of"]
+__all__ = ["RunState", "find_runs", "has_finished", "state_of"]
 
 PROGRESS, EVENTS = "progress.json", "events.jsonl"
 
@@ -23,8 +23,8 @@ class RunState:
 
     run_folder: Path
     state: str
-    """running, pending, finished, failed, stopped, ended, unknown: the queue does not answer, or local: it makes
-    progress without a job."""
+    """running, pending, finished, failed, stopped; cancelled, timeout, ... as Slurm calls the end of its job, or ended
+    where Slurm has forgotten it; unknown: the queue does not answer; local: it makes progress without a job."""
     job: str | None
     step: int | None
     steps: int | None
@@ -47,6 +47,11 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     return [path for path in dict.fromkeys(runs) if (path / CONFIG).is_file() or (path / SUBMISSIONS).is_dir()]
 
 
+def has_finished(run_folder: Path) -> bool:
+    """Whether a run reached its last step."""
+    return bool(_read(run_folder / SUMMARY).get("finished"))
+
+
 def state_of(run_folder: Path, queue: Queue | None) -> RunState:
     """What a run does now, or how it ended; every file may be missing.
 
@@ -62,6 +67,12 @@ def state_of(run_folder: Path, queue: Queue | None) -> RunState:
     step, steps = progress.get("step"), progress.get("steps")
     seconds = progress.get("seconds_per_step")
     state, note = _state_and_note(live, progress, summary, events, job, known=queue is not None)
+    if live is None and job is not None and state not in ("finished", "unknown"):
+        # That of an array's element lies in the folder of the array.
+        logs = [
+            path for place in (run_folder, run_folder.parent) for path in place.glob(f"{SUBMISSIONS}/*/slurm-{job}.log")
+        ]
+        note += f"; see {logs[0]}" if logs else ""
     return RunState(
         run_folder=run_folder,
         state=state,
@@ -99,7 +110,8 @@ def _state_and_note(
     if job is not None and not known:
         return "unknown", f"the queue does not say whether job {job} waits or runs"
     if job is not None:
-        return "ended", f"job {job} left the queue" + ("" if last is not None else " before its first try")
+        what = "left the queue" if last is not None else "never began to train"
+        return how_it_ended(job).lower() or "ended", f"job {job} {what}"
     if not progress:
         return "unknown", "no job, and no progress yet"
     return (

@@ -16,6 +16,7 @@ __all__ = [
     "Site",
     "bare_site",
     "check_time_limit",
+    "example",
     "load_site",
     "seconds_of",
     "site_names",
@@ -79,6 +80,10 @@ class Site(Section):
     launcher: Literal["agent", "tasks"] = "agent"
     """agent: srun starts one process per node, which starts one for each GPU (torchrun's agent, c10d rendezvous);
     tasks: srun starts one process for each GPU."""
+    address_suffix: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]*$")] = ""
+    """After the name of the first node where the others reach it under another one, such as -ib0 or .cluster.local."""
+    first_port: Annotated[int, Field(ge=1024, le=65_535 - 12_000), NOT_BOOL] = 20_000
+    """The processes of a job meet on one of the 12,000 ports from here on, where a firewall lets them."""
     srun_arguments: tuple[str, ...] = ()
     """Further options of every srun, such as --mpi=none or --network=..."""
     signal_seconds: Annotated[int, Field(ge=1, le=65_535), NOT_BOOL] = 300
@@ -127,6 +132,13 @@ def bare_site(directives: list[str], setup: list[str]) -> Site:
 def site_names() -> list[str]:
     """The example sites that ship with the package."""
     return sorted(entry.name.removesuffix(".yaml") for entry in _examples().iterdir() if entry.name.endswith(".yaml"))
+
+
+def example(name: str) -> str:
+    """The text of an example; raises ConfigError where there is none of that name."""
+    if name not in site_names():
+        raise ConfigError(f"{name}: no such example; there are {', '.join(site_names())}")
+    return (_examples() / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def load_site(source: str | None, settings: list[str] | tuple[str, ...] = ()) -> Site:

@@ -1,7 +1,7 @@
 """A submission: a folder that holds all that a job was made of, and the job."""
 
 import os
-import shutil
+import re
 import sys
 from dataclasses import dataclass
 from importlib import metadata, resources
@@ -13,13 +13,19 @@ from launchers.slurm import commands
 from launchers.slurm.render import Shape, training_script
 from launchers.slurm.site import Site
 
-__all__ = ["SCRIPT", "SUBMISSIONS", "Submission", "check_layout", "shape_of", "write_training"]
+__all__ = ["SCRIPT", "SUBMISSIONS", "Submission", "check_layout", "check_name", "shape_of", "write", "write_training"]
 
 SUBMISSIONS, SCRIPT, JOB = "submissions", "job.sbatch", "job_id"
 ELEMENTS = "elements"
 """In the folder of an array: a link for each element, to its submission folder."""
-# What a variable's name says of a secret; the environment is stored beside the run.
-SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
+# The environment is stored beside the run: of what may decide how it goes the values, of all else the names.
+SHOWN = re.compile(
+    "(COLA|SLURM|SBATCH|CUDA|NCCL|TORCH|PYTORCH|GLOO|UCX|FI|OMP|MKL|OMPI|PMIX|LC)_|"
+    "(PATH|LD_LIBRARY_PATH|LD_PRELOAD|PYTHON[A-Z]+|VIRTUAL_ENV|CONDA_(PREFIX|DEFAULT_ENV)|LOADEDMODULES|LANG|SHELL|TMPDIR|"
+    "HOME|USER|LOGNAME|HOSTNAME|PWD|HF_HOME|TOKENIZERS_PARALLELISM|WANDB_(MODE|PROJECT|ENTITY))$"
+)
+SECRET = re.compile("KEY|TOKEN|SECRET|PASS|PWD.|CREDENTIAL|AUTH|JWT|COOKIE")
+SECRET_VALUE = re.compile("://[^/@]*:[^/@]*@")
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,12 @@ def shape_of(site: Site, nodes: int, processes: int | None) -> Shape:
     return Shape(nodes, processes or site.gpus_per_node or 1)
 
 
+def check_name(option: str, name: str) -> None:
+    """Refuses what would be no folder of its own, or not where its siblings are; raises ConfigError."""
+    if re.fullmatch(r"[\w.-]+", name) is None or name.strip(".") == "":
+        raise ConfigError(f"{option} {name!r}: the name of a folder, of letters, digits, dots, - and _")
+
+
 def check_layout(config: RunConfig, shape: Shape) -> None:
     """Refuses here what the job would refuse in its first seconds; raises ConfigError."""
     from cola_megatron.training.batches import micro_batches_per_step
@@ -84,11 +96,10 @@ def write_training(config: RunConfig, site: Site, shape: Shape) -> Submission:
     working = Path.cwd()
     run_folder = working / config.run_folder
     folder = next_folder(run_folder)
-    (folder / "config.yaml").write_text(dump_config(config))
-    (folder / "site.yaml").write_text(dump_config(site))
-    (folder / SCRIPT).write_text(training_script(site, shape, config.name, folder, working))
-    with resources.as_file(resources.files("slurm") / "supervise.py") as supervisor:
-        shutil.copy(supervisor, folder / "supervise.py")
+    write(folder / "config.yaml", dump_config(config))
+    write(folder / "site.yaml", dump_config(site))
+    write(folder / SCRIPT, training_script(site, shape, config.name, folder, working))
+    write(folder / "supervise.py", (resources.files("slurm") / "supervise.py").read_text(encoding="utf-8"))
     write_surroundings(folder)
     return Submission(folder, run_folder, site.signal_seconds)
 
@@ -108,14 +119,28 @@ def next_folder(run_folder: Path) -> Path:
             return folder
 
 
+def write(path: Path, text: str, mode: int = 0o666) -> None:
+    """Writes a file that a power cut leaves whole; raises OSError that names it."""
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # that of a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def write_surroundings(folder: Path) -> None:
-    """git.txt and git.diff of the code, environment.txt with packages and variables, secrets left out."""
-    (folder / "git.txt").write_text("".join(f"{line}\n" for line in (git("rev-parse", "HEAD"), git("status", "-s"))))
-    (folder / "git.diff").write_text(f"{git('diff', 'HEAD') or ''}\n")
+    """git.txt and git.diff of the code, environment.txt with packages and variables, for nobody else to read."""
+    write(folder / "git.txt", "".join(f"{line}\n" for line in (git("rev-parse", "HEAD"), git("status", "-s"))))
+    write(folder / "git.diff", f"{git('diff', 'HEAD') or ''}\n")
     packages = sorted({f"{each.metadata['Name']}=={each.version}" for each in metadata.distributions()})
     variables = [
-        f"{name}={'(left out)' if any(sign in name.upper() for sign in SECRETS) else value}"
-        for name, value in sorted(os.environ.items())
+        f"{name}={value if _may_be_shown(name, value) else '(left out)'}" for name, value in sorted(os.environ.items())
     ]
     text = [f"python {sys.version}", f"executable {sys.executable}", "", *packages, "", *variables]
-    (folder / "environment.txt").write_text("\n".join(text) + "\n")
+    write(folder / "environment.txt", "\n".join(text) + "\n", 0o600)
+
+
+def _may_be_shown(name: str, value: str) -> bool:
+    return bool(SHOWN.match(name)) and not SECRET.search(name.upper()) and not SECRET_VALUE.search(value)
