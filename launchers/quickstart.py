@@ -28,9 +28,9 @@ RECIPE = (
     "training.global_batch_size=8",
     "training.micro_batch_size=8",
 )
-"""What makes a prior that reads its context out of minutes on two cores (docs/quickstart.md): blocks of one latent, which
-leave most to be said by the text before them; times near 1, where little else says anything, without giving up those
-near 0; and many small steps instead of few large ones."""
+"""What makes a prior that reads its context out of minutes on two cores (docs/quickstart.md): blocks of one latent,
+which leave most to be said by the text before them; times near 1, where little else says anything, without giving up
+those near 0; and many small steps instead of few large ones."""
 SAMPLING = Sampling(samples=4, prompt_tokens=48, new_tokens=48, guidance_scale=3.0)
 SUMMARISED = (
     "reconstruction_accuracy",

@@ -20,6 +20,7 @@ from cola_megatron.records.metrics import MetricsLog, read_metrics
 from cola_megatron.records.run_folder import Summary, write_summary
 from cola_megatron.training.loop import train
 from launchers.output import print_json, print_table
+from launchers.slurm.queue import Queue
 from launchers.slurm.runs import state_of
 from launchers.train_command import print_summary
 from tests.commands import cola
@@ -111,7 +112,7 @@ def test_status_shows_the_time_left_of_a_run_without_a_job(tmp_path):
     for silent, left in ((0, 180.0), (600, None)):
         progress = {"step": 10, "steps": 100, "seconds_per_step": 2.0, "state": "training", "host": "here"}
         write_json(run / "progress.json", {**progress, "time": time.time() - silent})
-        found = state_of(run, {})
+        found = state_of(run, Queue())
         assert (found.state, found.seconds_left) == ("local", left)
 
 

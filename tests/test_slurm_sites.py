@@ -51,7 +51,7 @@ def test_a_site_that_hands_jobs_no_environment(submit) -> None:
 
 
 def test_a_job_that_is_submitted_from_inside_another(submit) -> None:
-    outer = {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_CPU": "100", "SLURM_NNODES": "3", "RANK": "3", "LOCAL_RANK": "1"}
+    outer = {"SLURM_JOB_ID": "7", "SLURM_MEM_PER_CPU": "100", "SLURM_NNODES": "3", "RANK": "0", "LOCAL_RANK": "1"}
     found = submit("memory_per_node: 100M\n", **outer, TORCHELASTIC_RUN_ID="x", CUDA_VISIBLE_DEVICES="3", WORLD="kept")
     assert found["WORLD"] == "kept" and found["SLURM_NNODES"] == "1"
     assert not {"RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "CUDA_VISIBLE_DEVICES", "SLURM_MEM_PER_CPU"} & found.keys()
