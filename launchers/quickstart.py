@@ -23,7 +23,7 @@ STAGE_ONE_STEPS, STAGE_TWO_STEPS = 400, 1_200
 RECIPE = (
     "model.vocab_size=1024",
     "model.dit.block_size=1",
-    "objective.flow.time.loc=1.5",
+    "objective.flow.time.loc=1.9",
     "objective.flow.time.scale=1.6",
     "training.global_batch_size=8",
     "training.micro_batch_size=8",
@@ -31,7 +31,7 @@ RECIPE = (
 """What makes a prior that reads its context out of minutes on two cores (docs/quickstart.md): blocks of one latent,
 which leave most to be said by the text before them; times near 1, where little else says anything, without giving up
 those near 0; and many small steps instead of few large ones."""
-SAMPLING = Sampling(samples=4, prompt_tokens=48, new_tokens=48, guidance_scale=3.0)
+SAMPLING = Sampling(samples=4, prompt_tokens=48, new_tokens=48, guidance_scale=4.0)
 SUMMARISED = (
     "reconstruction_accuracy",
     "flow_matching_loss",
