@@ -501,3 +501,9 @@ def test_few_sentences_are_those_of_datatrove(minimum, terminal_punctuation):
         else:
             assert kept == Removed(f"c4/{verdict[1].replace('too_few', 'few')}")
     assert len(set(verdicts)) == 2 or minimum != 5
+
+
+def test_a_language_that_the_model_does_not_know_is_refused():
+    pytest.importorskip("fasttext")
+    with pytest.raises(DataPrepError, match=r"languages: .*lid\.176\.ftz does not know 'eng'; did you mean en\?"):
+        Cleaner(CleaningSettings(language={"languages": ["de", "eng"]}))

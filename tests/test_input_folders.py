@@ -199,3 +199,14 @@ def test_members_whose_names_are_not_utf8_are_documents(tmp_path: Path) -> None:
         archive.addfile(member, io.BytesIO(b"one"))
     (found,) = read(tmp_path / "a.tar", text_field="txt")
     assert found.text == "one" and found.place.endswith("a.tar/\\xe9.txt")
+
+
+def test_a_corrupt_file_gives_no_garbage_under_skip(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    whole = gzip.compress(jsonl(TEXTS), compresslevel=0)  # stored: a flipped bit is seen by the checksum alone
+    place = whole.index(b"Page 7,")
+    path.write_bytes(whole[:place] + b"Pagf" + whole[place + 4 :])
+    (bad,) = read(path, bad_documents="skip")
+    assert isinstance(bad, BadDocument) and bad.rule == "bad_archive" and "data check" in bad.message
+    path.write_bytes(whole[:-9])
+    assert len(read(path, bad_documents="skip")) > 20, "what stands before a cut is whole"

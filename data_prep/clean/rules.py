@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -127,6 +128,12 @@ class LanguageRule:
             self._model = fasttext.load_model(str(path))
         except (ValueError, RuntimeError, MemoryError) as error:
             raise DataPrepError(f"cleaning.language.model: {path} is not a fastText model ({error})") from error
+        known = [label.removeprefix(_LABEL) for label in self._model.get_labels()]
+        for language in settings.languages:
+            if language not in known:
+                near = difflib.get_close_matches(language, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"it knows {', '.join(sorted(known)[:8])}, ..."
+                raise DataPrepError(f"cleaning.language.languages: {path} does not know {language!r}; {hint}")
         self._languages = set(settings.languages)
         self._threshold = settings.threshold
 
