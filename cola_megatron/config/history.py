@@ -31,4 +31,5 @@ CHANGES: tuple[Change, ...] = (
     Added("training.compile_blocks", "never"),  # schema 6
     Added("training.loss_chunk_tokens", 0),  # schema 7
     Added("training.evaluation.texts", 0),  # schema 8
+    Added("training.start_from", None),  # schema 9
 )
