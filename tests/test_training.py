@@ -428,3 +428,47 @@ def test_what_deepspeed_printed_is_in_the_log_where_it_fails(caplog):
         print("the last words")
         raise ValueError("no engine")
     assert "the last words" in caplog.text
+
+
+# ---- a fork ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_fork_goes_on_as_the_run_would_have_and_under_other_settings_from_there(tiny):
+    straight = tiny(1, "name=straight", "training.steps=4", "training.checkpoint.every=2")
+    run(straight)
+    from_step_2 = f"training.start_from={straight.run_folder / 'checkpoints' / 'step_00000002'}"
+    same, other = (
+        tiny(1, f"name={name}", "training.steps=4", from_step_2, *changes)
+        for name, changes in (("same", []), ("other", ["training.optimizer.learning_rate=1e-2", "data.seed=7"]))
+    )
+    for config in (same, other):
+        assert train(config, progress=False).finished
+        assert [step for step, _ in losses(config)] == [3, 4]
+    assert losses(same) == losses(straight)[2:]
+    assert_same_weights(weights(same), weights(straight))
+    assert losses(other) != losses(same)
+    started = json.loads((other.run_folder / "start.json").read_text())
+    assert started["step"] == 2 and set(started["differences"]) == {"training.optimizer.learning_rate", "data.seed"}
+    more = tiny(1, "name=same", "training.steps=6", from_step_2)
+    assert train(more, progress=False).step == 6  # resumes from its own checkpoint
+
+
+def test_a_fork_of_another_model_or_without_a_step_left_is_refused(tiny, alone):
+    first = alone(1, "training.steps=1")
+    start = f"training.start_from={first.run_folder}"
+    for changes, words in (
+        (
+            ["model.vae.latent_dim=8", "model.dit.latent_dim=8"],
+            r"model\.vae\.latent_dim \(4 there, 8 here",
+        ),
+        (["training.steps=1"], r"is at step 1, and training\.steps=1: give more steps"),
+    ):
+        config = tiny(1, start, *changes)
+        with pytest.raises(ConfigError, match=words):
+            run(config)
+        assert not (config.run_folder / "start.json").exists()
+
+
+def losses(config) -> list[tuple[int, float]]:
+    records = read_metrics(config.run_folder / "metrics.jsonl")
+    return [(record["step"], record["loss"]) for record in records if record["kind"] == "train"]

@@ -32,4 +32,5 @@ CHANGES: tuple[Change, ...] = (
     Added("training.loss_chunk_tokens", 0),  # schema 7
     Added("training.evaluation.texts", 0),  # schema 8
     Added("training.attention_chunk", 0),  # schema 9
+    Added("training.start_from", None),  # schema 10
 )

@@ -158,6 +158,10 @@ class TrainingConfig(Section):
     stage_one: Annotated[Path | None, OURS] = None
     """Stage 2 starts from this folder: the VAE of a stage-1 run or of a published `cola_vae`, or VAE and prior of a
     published model, an imported checkpoint or a stage-2 run."""
+    start_from: Annotated[Path | None, OURS] = None
+    """A new run goes on from this run's newest checkpoint, or this checkpoint, at its step and with its optimiser, in
+    place of `stage_one`: under another learning rate, schedule, batch or other data. start.json in the run folder says
+    what differs. Under another batch, step N still reads the N-th batch of the order of samples."""
     resume: Annotated[Literal["auto", "never"], OURS, FREE] = "auto"
     """auto: go on from the newest checkpoint of the run folder; never: refuse a folder that has one."""
     loader_workers: Annotated[NonNegativeInt, OURS, FREE] = 1

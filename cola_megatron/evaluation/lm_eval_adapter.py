@@ -4,7 +4,6 @@ Hand an `EvaluationLM` to `lm_eval.simple_evaluate(model=...)`, or call `evaluat
 importing this module without it raises one `UserError`.
 """
 
-import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from cola_megatron.evaluation.decoding import Decoding, cut_at
 from cola_megatron.evaluation.harness import batches_by_length
 from cola_megatron.evaluation.model import NO_LIKELIHOOD, EvaluationModel
 from cola_megatron.parallel import ProcessGroups
+from cola_megatron.records.json_files import to_json
 
 try:
     import lm_eval
@@ -164,7 +164,7 @@ class CatalogueResults:
 
     def as_json(self) -> str:
         """The whole document."""
-        return json.dumps(self.document, indent=1, default=handle_non_serializable) + "\n"
+        return to_json(self.document, indent=1, default=handle_non_serializable) + "\n"
 
 
 def evaluate_catalogue(

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 
 from cola_megatron.checkpoint.folder import step_folders, step_of
+from cola_megatron.checkpoint.fork import record_fork, start_of_fork
 from cola_megatron.checkpoint.load import divergence_of, load_optimizer, load_weights
 from cola_megatron.checkpoint.resume import resume_from
 from cola_megatron.checkpoint.tokenizer import keep_tokenizer
@@ -86,6 +87,9 @@ def _train(
         finished = finished_summary(config, start)
         if finished is not None:
             return finished
+        forked = checkpoint is None and config.training.start_from is not None
+        if forked:
+            checkpoint, start = start_of_fork(config, groups)
         model = build_model(config, groups)
         if checkpoint is None:
             initialize_parameters(model, config.seed, groups)
@@ -96,6 +100,8 @@ def _train(
         if checkpoint is not None:
             load_optimizer(engine, checkpoint)
         from_main(groups, functools.partial(keep_tokenizer, config, checkpoint, train_shards))
+        if forked and checkpoint is not None:
+            from_main(groups, functools.partial(record_fork, config, checkpoint))
         # From here on the folder is written to: all that could refuse this start has had its say.
         hang.progress()
         with open_recorder(config, start, groups, progress) as recorder:
@@ -129,7 +135,7 @@ class _Run:
         self.roll_backs = read_roll_backs(config.run_folder)
         self.config, self.groups, self.engine = config, groups, engine
         self.train_shards, self.held_out_shards = train_shards, held_out_shards
-        self.step, self.saved_at = start, start
+        self.began_at = self.step = self.saved_at = start
         self.recorder, self.watch, self.hang = recorder, watch, hang
         self.stopped = False
         self.decode: Decode | None = None
@@ -237,7 +243,7 @@ class _Run:
 
     def _note_roll_back(self, bad_step: int) -> None:
         folders = step_folders(self.config.run_folder)
-        to = step_of(folders[-1]) if folders else 0
+        to = step_of(folders[-1]) if folders else self.began_at
         add_roll_back(self.config.run_folder, bad_step, to)
         logger.warning("back to step %d; the %d batches from there are left out", to, bad_step - to)
 

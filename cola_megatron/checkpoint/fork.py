@@ -1,0 +1,57 @@
+"""A new run that goes on from a checkpoint of another one, with its optimiser, under other settings."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cola_megatron.checkpoint.compatible import differing_keys
+from cola_megatron.checkpoint.find import require_checkpoint
+from cola_megatron.checkpoint.resume import verify_checkpoint
+from cola_megatron.checkpoint.state_file import read_state
+from cola_megatron.config import ConfigError, RunConfig, upgraded_tree
+from cola_megatron.parallel import ProcessGroups
+from cola_megatron.parallel.consensus import from_main, together
+from cola_megatron.records.json_files import write_json
+
+START = "start.json"
+"""In the run folder: from which checkpoint it went on, and what differs."""
+
+
+def start_of_fork(config: RunConfig, groups: ProcessGroups) -> tuple[Path, int]:
+    """The checkpoint that `training.start_from` names, and its step; all ranks call it.
+
+    Raises:
+        ConfigError: another model or stage, no step left, or a checkpoint without an optimiser. CheckpointError: there
+            is none, or it is damaged.
+    """
+    assert config.training.start_from is not None, "asked for where it is given"
+    source = from_main(groups, partial(require_checkpoint, config.training.start_from))
+    state = read_state(source)
+    given, step = f"training.start_from={config.training.start_from}", state["step"]
+    if "imported_from" in state:
+        raise ConfigError(f"{given} was imported and has no optimiser: give it as training.stage_one")
+    other = [
+        f"{key} ({old!r} there, {new!r} here)"
+        for key, old, new in _differences(source, config)
+        if key == "stage" or key.startswith("model.")
+    ]
+    if other:
+        raise ConfigError(f"{given} is of another model: {', '.join(other)}")
+    if step >= config.training.steps:
+        raise ConfigError(f"{given} is at step {step}, and training.steps={config.training.steps}: give more steps")
+    together(groups, partial(verify_checkpoint, source, groups.rank, groups.world_size))
+    return source, step
+
+
+def record_fork(config: RunConfig, source: Path) -> None:
+    """Writes start.json; the main process calls it."""
+    differences = {key: {"there": old, "here": new} for key, old, new in _differences(source, config)}
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    content = {"start_from": str(source.absolute()), "step": read_state(source)["step"], "differences": differences}
+    write_json(config.run_folder / START, content)
+
+
+def _differences(source: Path, config: RunConfig) -> list[tuple[str, Any, Any]]:
+    """All but those of how a run is run."""
+    found = differing_keys(upgraded_tree(read_state(source)["config"], source), config.model_dump(mode="json"))
+    return [each for each in found if each[0] != "training.start_from"]
