@@ -123,6 +123,9 @@ class _OtherNodes:
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
+        if self._thread.is_alive():
+            # A thread that the end of Python finds inside of the store aborts the process, whatever its exit code.
+            self._thread.join(5 * POLL_SECONDS)
 
     def silent(self) -> list[int]:
         """The nodes that the first one, which is this, has not heard of."""

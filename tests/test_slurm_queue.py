@@ -11,6 +11,7 @@ from launchers.slurm.runs import find_runs, has_finished, state_of
 from launchers.slurm.site import seconds_of
 from tests.commands import cola
 from tests.slurm_cluster import Cluster
+from tests.support import TINY
 
 HELD = "partition: main\ngpus_per_node: 0\nexclusive: false\npreflight: false\ndirectives: [--hold]\n"
 
@@ -130,6 +131,17 @@ def test_a_pipeline_and_a_preparation_are_not_submitted_twice(slurm: Cluster, tm
     jobs = slurm.commands("squeue", "--noheader", "--array", "--format=%i").splitlines()
     cancelled = ran(slurm, "cancel", tmp_path / "data")
     assert all(job in cancelled for job in jobs)
+    assert slurm.commands("squeue", "--noheader") == ""
+
+    (tmp_path / "site.yaml").write_text(HELD)
+    overrides = [setting for setting in TINY if not setting.startswith("training.vae_update")]
+    chain = ["submit", "pipeline", "tiny", *overrides, f"runs_folder={tmp_path / 'runs'}", "--name", "first"]
+    chain += ["--recipe", tmp_path / "recipe.yaml", "--site", tmp_path / "site.yaml", "--json"]
+    parts = json.loads(ran(slurm, *chain))
+    assert f"{tmp_path / 'runs' / 'first'}: in the queue already" in refused(slurm, *chain)
+    assert f"{tmp_path / 'data'}: in the queue already" in refused(slurm, *prep)
+    cancelled = ran(slurm, "cancel", tmp_path / "runs" / "first")
+    assert all(part["job"] in cancelled for part in parts.values())
     assert slurm.commands("squeue", "--noheader") == ""
 
 
