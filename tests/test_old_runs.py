@@ -23,6 +23,7 @@ from cola_megatron.interop.export_checkpoint import export_checkpoint
 from cola_megatron.records.metrics import read_metrics
 from cola_megatron.training.loop import train
 from launchers.slurm.array import write_again, write_array
+from launchers.slurm.queue import Queue
 from launchers.slurm.render import Shape
 from launchers.slurm.site import load_site
 
@@ -115,8 +116,9 @@ def test_it_is_resharded_and_then_resumes(old):
     assert last["loss"] == pytest.approx(expected(old)["next_steps"]["5"]["loss"], rel=SUMS)
 
 
-def test_an_array_that_was_submitted_with_it_is_submitted_again(old):
+def test_an_array_that_was_submitted_with_it_is_submitted_again(old, monkeypatch):
     """A submission holds the config and the site as that version wrote them, without numbers at the first schema."""
+    monkeypatch.setattr("launchers.slurm.array.read_queue", Queue)  # a Slurm with nothing in its queue
     given = (old / STAGE2 / "config.yaml").read_text()
     config, site = load_config(STAGE2 / "config.yaml"), load_site("plain", ["gpus_per_node=0"])
     first = write_array("sweep", [config], site, Shape(1, 1), None)
