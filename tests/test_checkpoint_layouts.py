@@ -19,6 +19,7 @@ from cola_megatron.checkpoint.state_file import read_state
 from cola_megatron.checkpoint.writer import save_checkpoint
 from cola_megatron.config import RunConfig, load_config
 from cola_megatron.errors import UserError
+from cola_megatron.parallel import initialize_parameters
 from cola_megatron.training.build_model import build_model, initialize_run
 from cola_megatron.training.engine import Engine
 from cola_megatron.training.loop import train
@@ -244,7 +245,9 @@ def test_frozen_networks_stay_exact_in_bf16_under_every_layout(start):
 def save_where_one_rank_has_no_room(config: RunConfig) -> str:
     """What each rank is told when the files of the second may not grow."""
     groups = initialize_run(config)
-    engine = Engine(build_model(config, groups).to(groups.device), config, groups)
+    model = build_model(config, groups)
+    initialize_parameters(model, config.seed, groups)
+    engine = Engine(model.to(groups.device), config, groups)
     if groups.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     with pytest.raises(CheckpointError) as refusal:
