@@ -62,7 +62,7 @@ def test_every_check_runs_on_the_cpu(tmp_path):
     assert list(document["seconds"]) == list(gpu_checks.all_checks(quick=True))
     log = gpu_log.read_log(tmp_path / "check.jsonl")
     assert log.ended and [record.name for record in log.records] == list(records)
-    measured = ("train.stage2.zero3.speed", "generate.batch64", "step.paper-2b.micro8.step", "checkpoint.synchronous")
+    measured = ("train.stage2.zero3.speed", "generate.batch64", "step.paper-2b.micro1.step", "checkpoint.synchronous")
     for name in measured:
         assert math.isfinite(records[name]["value"]) and records[name]["value"] > 0
     assert records["resume.zero1"]["value"] == 0.0
@@ -223,8 +223,8 @@ def test_the_step_is_measured_at_every_size_on_one_engine(setting):
     overrides = ("training.activation_checkpointing=true",)
     records = {record.name: record for record in gpu_step.check_step(setting, "step", overrides, sweep=True)}
     assert all(record.ok for record in records.values())
-    assert records["step.micro16.step"].value > records["step.micro16.forward_backward"].value > 0
-    assert {name.split(".")[1] for name in records} == {"micro8", "micro16"}
+    assert records["step.micro2.step"].value > records["step.micro2.forward_backward"].value > 0
+    assert {name.split(".")[1] for name in records} == {"micro1", "micro2"}
 
 
 def test_a_size_that_the_plan_says_does_not_fit_is_left_out(setting, monkeypatch):

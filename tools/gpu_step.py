@@ -30,6 +30,8 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
 
 SIZES = (8, 16)
 """Micro-batches; the preset's own first, for a run that is cut off should have had it."""
+SIZES_ON_A_CPU = (1, 2)
+"""Where only the logic is tested."""
 
 
 def check_step(
@@ -40,7 +42,9 @@ def check_step(
     accumulation: int = ACCUMULATION,
 ) -> Iterator[Record]:
     """Stage 2 under ZeRO 1 in bfloat16; `sweep` measures all sizes on one engine, otherwise the first alone."""
-    sizes = SIZES if sweep else SIZES[:1]
+    all_sizes = SIZES if setting.on_gpu else SIZES_ON_A_CPU
+    sizes = all_sizes if sweep else all_sizes[:1]
+    accumulation = accumulation if setting.on_gpu else ACCUMULATION
     began = time.perf_counter()
     with fresh_engine(step_config(setting, sizes[0], overrides, accumulation), setting.groups) as engine:
         synchronize(setting)
