@@ -17,7 +17,7 @@ from cola_megatron.scaling.hardware import GIB, GPUS, Efficiency, efficiency_wit
 from cola_megatron.scaling.parts import chain_parts
 from cola_megatron.scaling.plan import Cluster, PlanError, batch_limit, layouts_of, plan
 from cola_megatron.scaling.split import pipeline_split
-from cola_megatron.scaling.step_time import _computed_pairs
+from cola_megatron.scaling.step_time import computed_pairs
 from launchers.cli import app, main
 
 
@@ -204,5 +204,5 @@ def test_the_pairs_of_attention_in_chunks_are_those_of_its_products():
     mask = two_copy_mask(512, 16, 496)
     products = two_copies_in_chunks(mask, 512, 496, 16, 100).chunks
     block = next(part for part in chain_parts(whole) if part.label == "dit.block")
-    pairs = [_computed_pairs(config, block) for config in (chunked, whole)]
+    pairs = [computed_pairs(config, block) for config in (chunked, whole)]
     assert pairs[0] / pairs[1] == pytest.approx(sum(chunk.visible.numel() for chunk in products) / 1008**2)

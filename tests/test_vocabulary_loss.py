@@ -104,3 +104,14 @@ def test_gradients_are_given_once():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="run its forward again"):
         loss.backward()
+
+
+def test_what_scales_the_loss_is_not_rounded_to_bfloat16():
+    head = head_of(37, True, torch.bfloat16)
+    x, targets, weights = inputs(37, torch.bfloat16)
+    ones, thirds = (
+        torch.autograd.grad(factor * head.weighted_nll(x, targets, weights, 8), [x, *head.parameters()])
+        for factor in (1.0, 1 / 3)
+    )
+    for one, third in zip(ones, thirds, strict=True):
+        assert torch.equal(third, (one.float() * torch.tensor(1 / 3)).bfloat16())

@@ -259,9 +259,6 @@ class ZeroOptimizer:
         bytes of memory traffic for a parameter, where 12 do the same.
         """
         zero = self._optimizer
-        if zero.immediate_grad_update or zero.has_moe_layers:
-            original(clear_lp_grads=clear_lp_grads)
-            return
         if self._sums is None:
             self._sums = GradientSums(list(itertools.chain(*zero.fp32_groups_gradients)))
         self._sums.add([parameter.grad for parameter in itertools.chain(*zero.bf16_groups)])

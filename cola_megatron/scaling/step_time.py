@@ -124,9 +124,7 @@ def computation_seconds(config: RunConfig, part: Part, gpu: GPU, efficiency: Eff
     if efficiency.mfu is not None:
         return 2 * samples / ranks * part.macs * passes(MATRIX_PASSES) / (peak * efficiency.mfu)
     matrix = 2 * samples / ranks * part.matrix_macs / (peak * efficiency.matrix)
-    attention = (
-        2 * samples / ranks * part.attention_macs * _computed_pairs(config, part) / (peak * efficiency.attention)
-    )
+    attention = 2 * samples / ranks * part.attention_macs * computed_pairs(config, part) / (peak * efficiency.attention)
     compiled = config.training.compile_blocks != "never" and config.parallel.can_compile_blocks
     crossings = efficiency.elementwise_passes if compiled else efficiency.plain_elementwise_passes
     forward_bytes = _kept_bytes(config, part) * crossings / BYTE_PASSES
@@ -139,7 +137,7 @@ def computation_seconds(config: RunConfig, part: Part, gpu: GPU, efficiency: Eff
     return max(seconds, started)
 
 
-def _computed_pairs(config: RunConfig, part: Part) -> float:
+def computed_pairs(config: RunConfig, part: Part) -> float:
     """Pairs that the kernel computes over pairs that the mask keeps: with a mask tensor it skips none."""
     if part.label == "dit.block":
         return _pairs_of_the_prior(config) / two_copy_pairs(config.latent_length, config.model.dit.block_size)
