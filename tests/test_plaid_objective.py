@@ -164,7 +164,7 @@ def test_gradient_steps_on_the_shape_even_out_the_loss():
     times = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
     optimizer = torch.optim.Adam([made.input_scale, made.input_bias, made.output_scale], 0.05)
     seen = []
-    for _ in range(150):
+    for _ in range(300):
         levels = made(times)
         loss = diffusion_term(torch.sigmoid(levels.gamma_B - 1), levels.gamma_B, levels.slope_B)
         seen.append((loss.mean().item(), loss.std().item()))
@@ -211,7 +211,7 @@ def test_some_samples_train_the_embeddings_and_all_train_the_rest():
 
 # ---- the bound, with the best denoiser there is ----
 
-WORDS, LENGTH, CHANNELS, DRAWS = 3, 2, 2, 40_000
+WORDS, LENGTH, CHANNELS, DRAWS = 3, 2, 2, 300_000
 JOINT = torch.tensor([[0.30, 0.02, 0.03], [0.05, 0.25, 0.05], [0.10, 0.05, 0.15]], dtype=torch.float64)
 ENTROPY = -(JOINT * JOINT.log()).sum().item()
 # On a circle, unevenly: some words are harder to tell apart than others.

@@ -16,6 +16,7 @@ from cola_megatron.layers.attention import AttentionContext
 from cola_megatron.layers.masks import block_causal_mask
 from cola_megatron.models.transformer import Transformer
 from cola_megatron.objectives.plaid import likelihood_scale
+from cola_megatron.parallel.megatron import gather_from_tensor_model_parallel_region
 
 
 class Denoiser:
@@ -138,6 +139,11 @@ class Denoiser:
         nobody_B = torch.zeros(z_SBC.shape[1], device=z_SBC.device)
         scaled_z_SBC = _scaled(z_SBC, gamma_B, torch.ones_like(nobody_B))
         return self._logits(hidden_SBH, scaled_z_SBC, embeddings_VC, nobody_B)
+
+    def whole(self, logits_SBV: torch.Tensor) -> torch.Tensor:
+        """Logits over the whole vocabulary, on every rank."""
+        gathered = gather_from_tensor_model_parallel_region(logits_SBV, group=self.groups.tensor_group)
+        return gathered[..., : self.transformer.vocab_size]
 
     def _logits(
         self,

@@ -4,11 +4,11 @@ Every sample is in two rows: at t = 0 for the reconstruction, and at a time for 
 samples 0, 1, 2, ... are multiples of the golden ratio modulo 1, so that any number of them is spread evenly. As in
 generation, a model with self-conditioning is told its first estimate in every row.
 
-Shapes: B samples, W = 2 B rows (all at t = 0 first), L tokens, S the same where they come first, C channels.
+Shapes: B samples, W = 2 B rows (all at t = 0 first), L tokens, S the same where they come first, C channels, K moments.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from cola_megatron.config.plaid import PlaidConfig
+from cola_megatron.families.family import Measurement
 from cola_megatron.families.plaid.chain import Plaid
 from cola_megatron.families.plaid.draws import GOLDEN_RATIO
 from cola_megatron.models.steps import Step
@@ -24,16 +25,19 @@ from cola_megatron.objectives.randomness import generator
 
 FIXED_SEED = 0
 """Of the noise: not the run's, so that runs compare."""
+TERMS = ("reconstruction", "prior", "diffusion")
+LARGEST_EXPONENT = 700.0
+"""exp of more is no float any more."""
 
 
-class PlaidMeasurement:
+class PlaidMeasurement(Measurement):
     """The chain of a held-out measurement, and the figures that follow from its sums."""
 
     def __init__(self, config: PlaidConfig):
         self.config = config
 
     @property
-    def batch_names(self) -> set[str]:
+    def batch_names(self) -> Collection[str]:
         """Names of the micro-batch beside tokens, counted, documents and weight."""
         return {"noise", "time"}
 
@@ -65,38 +69,42 @@ class PlaidMeasurement:
             )
 
         names = ("tokens", "documents", "noise", "time", "self_conditioned", "output_prior", "cut")
-        results = ("tokens", "reconstruction", "prior", "diffusion", "spread")
         return [
             Step(f"tokens, documents, noise, time -> {', '.join(f'rows_{name}' for name in names)}", rows),
             *model.noise_steps("rows_"),
             *model.network_steps("rows_"),
-            Step(
-                f"nll, distance, x, gamma, slope, gamma_end, counted, weight -> "
-                f"{', '.join(f'sum_{name}' for name in results)}",
-                _sums,
-            ),
+            Step("nll, distance, x, gamma, slope, gamma_end, counted, weight -> sum_moments", _moments),
         ]
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of the sums that are no scalars."""
-        return {"sum_spread": (4,)}
+        """Sums of products of any two of 1, tokens and the three terms of a sample."""
+        return {"sum_moments": (5, 5)}
 
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """`nats_per_token` (an upper bound, with a `_standard_error`), its `perplexity`, and its three terms."""
-        tokens = sums["sum_tokens"].item()
-        terms = {name: sums[f"sum_{name}"].item() / tokens for name in ("reconstruction", "prior", "diffusion")}
-        bound = sum(terms.values())
-        metrics = {"nats_per_token": bound, "perplexity": math.exp(bound)}
-        count, squares, products, square_tokens = sums["sum_spread"].tolist()
-        if count >= 2:
-            # Of a ratio of two means: the spread of sum - ratio * tokens over the samples.
-            residual = max(0.0, squares - 2 * bound * products + bound**2 * square_tokens)
-            metrics["nats_per_token_standard_error"] = math.sqrt(residual * count / (count - 1)) / tokens
-        return {**metrics, **{f"{name}_nats_per_token": value for name, value in terms.items()}}
+        """`nats_per_token` (an upper bound), its `perplexity`, and its terms: `reconstruction_nats_per_token`, ...
+
+        And the `_standard_error` over samples of each but the perplexity, as of a ratio of two means.
+        """
+        moments_KK = sums["sum_moments"]
+        samples, tokens = moments_KK[0, :2].tolist()
+        if not tokens:
+            return {}
+        metrics = {}
+        for prefix, rows in (("", TERMS), *((f"{term}_", (term,)) for term in TERMS)):
+            nats_K = torch.zeros_like(moments_KK[0])
+            nats_K[[2 + TERMS.index(term) for term in rows]] = 1.0
+            ratio = metrics[f"{prefix}nats_per_token"] = (moments_KK[0] @ nats_K).item() / tokens
+            if samples >= 2:
+                nats_K[1] = -ratio  # of each sample: its nats, less what its tokens lead to expect
+                squares = max(0.0, (nats_K @ moments_KK @ nats_K).item())
+                error = math.sqrt(squares * samples / (samples - 1)) / tokens
+                metrics[f"{prefix}nats_per_token_standard_error"] = error
+        bound = metrics["nats_per_token"]
+        return {**metrics, "perplexity": math.exp(bound) if bound < LARGEST_EXPONENT else math.inf}
 
 
-def _sums(
+def _moments(
     nll_SW: torch.Tensor,
     distance_SW: torch.Tensor,
     x_SWC: torch.Tensor,
@@ -105,15 +113,14 @@ def _sums(
     gamma_end_W: torch.Tensor,
     counted_BL: torch.Tensor,
     weight_B: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
+) -> torch.Tensor:
     counted_SB, samples = counted_BL.t().double(), len(counted_BL)
-    tokens_B = counted_SB.sum(0)
     terms = (
         nll_SW[:, :samples].double(),
         prior_kl(x_SWC[:, :samples], gamma_end_W[:samples]),
         diffusion_term(distance_SW, gamma_W, slope_W)[:, samples:],
     )
-    terms_3B = torch.stack([(term_SB * counted_SB).sum(0) for term_SB in terms])
-    bound_B = terms_3B.sum(0)
-    spread = (torch.ones_like(bound_B), bound_B.square(), bound_B * tokens_B, tokens_B.square())
-    return tokens_B @ weight_B, *(terms_3B @ weight_B), torch.stack(spread) @ weight_B
+    tokens_B = counted_SB.sum(0)
+    of_terms = [(term_SB * counted_SB).sum(0) for term_SB in terms]
+    moments_KB = torch.stack((torch.ones_like(tokens_B), tokens_B, *of_terms))
+    return (moments_KB * weight_B) @ moments_KB.t()

@@ -2,13 +2,7 @@
 
 from dataclasses import dataclass
 
-from cola_megatron.inference.settings import (
-    CommonSettings,
-    _require_at_least,
-    _require_finite,
-    _require_integer,
-    _require_seed,
-)
+from cola_megatron.inference.settings import CommonSettings, require_count, require_finite, require_seed
 
 
 @dataclass(frozen=True)
@@ -28,11 +22,10 @@ class PlaidSettings(CommonSettings):
     score_temperature: float = 0.9
     """The predicted noise is divided by it: below 1 text is likelier and less varied. Published: 0.9."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        _require_integer("steps", self.steps)
-        _require_at_least("steps", self.steps, 1)
-        _require_finite("score_temperature", self.score_temperature)
+        require_count("steps", self.steps)
+        require_finite("score_temperature", self.score_temperature)
         if self.score_temperature <= 0:
             raise ValueError(f"score_temperature={self.score_temperature} must be above 0")
         if self.repetition_penalty != 1:
@@ -56,7 +49,6 @@ class BoundSettings:
     noise_seed: int = 66
     """Seed of all draws. A text's draws depend on this seed, on its own id and on the number of the draw alone."""
 
-    def __post_init__(self):
-        _require_integer("samples", self.samples)
-        _require_at_least("samples", self.samples, 1)
-        _require_seed(self.noise_seed)
+    def __post_init__(self) -> None:
+        require_count("samples", self.samples)
+        require_seed(self.noise_seed)
