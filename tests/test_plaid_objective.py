@@ -245,9 +245,7 @@ def bound(made: NoiseSchedule, denoiser=exact) -> tuple[float, float]:
         times_B = (torch.randperm(DRAWS, generator=generator) + 0.5) / DRAWS
         levels, found = state(times_B.double())
         nll_SB = at_zero.nll_SB.gather(-1, tokens_SB[..., None])[..., 0]
-        diffusion_SB = diffusion_term(
-            squared_distance(x_SBC, found.estimate_SBC), levels.gamma_B, levels.slope_B
-        )
+        diffusion_SB = diffusion_term(squared_distance(x_SBC, found.estimate_SBC), levels.gamma_B, levels.slope_B)
         total_B = (nll_SB + prior_kl(x_SBC, levels.gamma_end_B) + diffusion_SB).sum(0)
     return total_B.mean().item(), total_B.std().item() / math.sqrt(DRAWS)
 
@@ -317,7 +315,12 @@ def test_draws_depend_on_sample_and_step_alone():
 
 
 def test_the_output_prior_rises_and_samples_are_cut():
-    assert [draws(2, step, output_prior_warmup_steps=4)[0]["output_prior"] for step in (0, 1, 3, 9)] == [0.25, 0.5, 1, 1]
+    assert [draws(2, step, output_prior_warmup_steps=4)[0]["output_prior"] for step in (0, 1, 3, 9)] == [
+        0.25,
+        0.5,
+        1,
+        1,
+    ]
     assert draws(2, 0, output_prior_warmup_steps=0)[0]["output_prior"] == 1
     assert not any(sample["cut"] for sample in draws(64, 0, cut_share=0))
     assert all(0 < sample["cut"] < 16 for sample in draws(64, 0, cut_share=1))

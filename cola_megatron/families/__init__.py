@@ -3,8 +3,9 @@
 from cola_megatron.config import RunConfig
 from cola_megatron.families.cola.family import ColaFamily
 from cola_megatron.families.family import Family, Kind, Measurement, Mode
+from cola_megatron.families.plaid.family import PlaidFamily
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (ColaFamily(),)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (ColaFamily(), PlaidFamily())}
 """By `model.family`."""
 
 __all__ = ["FAMILIES", "Family", "Kind", "Measurement", "Mode", "family_of"]

@@ -10,7 +10,6 @@ Shapes as in `loss.py`.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -142,9 +141,7 @@ class Plaid(PipelinedModel):
         yield Step(f"{rows}tokens, texts -> context", context)
         told = f"{rows}self_conditioned"
         if self.self_conditioning:
-            yield Step(
-                f"z, gamma, {rows}output_prior, embeddings, {told}, texts -> first", denoiser.first_estimate
-            )
+            yield Step(f"z, gamma, {rows}output_prior, embeddings, {told}, texts -> first", denoiser.first_estimate)
         else:
             yield Step("-> first", lambda: None)
         yield Step("z, gamma, first -> hidden", plaid.input, part="plaid.input", modules=[plaid.input])

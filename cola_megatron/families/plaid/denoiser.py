@@ -30,9 +30,7 @@ class Denoiser:
         self.transformer, self.plaid, self.chunk = transformer, plaid, chunk
         self.groups = transformer.groups
 
-    def context(
-        self, length: int, device: torch.device, documents_BL: torch.Tensor | None = None
-    ) -> AttentionContext:
+    def context(self, length: int, device: torch.device, documents_BL: torch.Tensor | None = None) -> AttentionContext:
         """Every position sees every other one, or every one of its document."""
         return self.transformer.context(length, device, block_causal_mask(length, length, device, documents_BL))
 
@@ -119,9 +117,7 @@ class Denoiser:
         if not len(rows_R):
             # ZeRO 3 gathers parameters on all ranks in step, so every rank runs the pass.
             rows_R = torch.zeros(1, dtype=torch.long, device=z_SBC.device)
-        context = self.context(
-            len(z_SBC), z_SBC.device, None if documents_BL is None else documents_BL[rows_R]
-        )
+        context = self.context(len(z_SBC), z_SBC.device, None if documents_BL is None else documents_BL[rows_R])
         estimate_SRC = self.estimate(
             z_SBC[:, rows_R], gamma_B[rows_R], output_prior_B[rows_R], embeddings_VC, None, context
         )

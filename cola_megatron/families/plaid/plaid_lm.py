@@ -121,4 +121,6 @@ class PlaidLM(TextModel):
                 without a tokenizer.
         """
         settings = read_settings(BoundSettings, options, "a likelihood")
-        return estimate(self.denoiser, self._read_texts(texts, contexts, ids, batch_size), settings, batch_size, progress)
+        return estimate(
+            self.denoiser, self._read_texts(texts, contexts, ids, batch_size), settings, batch_size, progress
+        )

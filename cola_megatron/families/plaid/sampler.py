@@ -29,9 +29,7 @@ class Prompts(NamedTuple):
 class Predictor(Protocol):
     """x_hat(z_t, t) of a batch."""
 
-    def __call__(
-        self, z_SBC: torch.Tensor, gamma_B: torch.Tensor, told_SBC: torch.Tensor | None
-    ) -> torch.Tensor:
+    def __call__(self, z_SBC: torch.Tensor, gamma_B: torch.Tensor, told_SBC: torch.Tensor | None) -> torch.Tensor:
         """(S, B, C), float64. `told_SBC`: the estimate before, None at first."""
 
 

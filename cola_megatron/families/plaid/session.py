@@ -64,19 +64,18 @@ class PlaidSession:
     @property
     def running(self) -> list[int]:
         """Indices of the requests that are not finished."""
-        return [sample.index for sample in self._samples]
+        return [each.index for each in self._samples]
 
     def drop(self, samples: Sequence[int]) -> None:
         """Ends these samples."""
-        self._samples = [sample for sample in self._samples if sample.index not in samples]
+        self._samples = [each for each in self._samples if each.index not in samples]
 
     def advance(self, preview_steps: Sequence[int] = ()) -> Iterator[TokenPreview | TokenBlock]:
         """The continuation of every running sample; before it its likeliest tokens at some of the steps."""
         samples, self._samples = self._samples, []
-        for length in sorted({sample.length for sample in samples}):
-            yield from _Group(self.denoiser, [each for each in samples if each.length == length], self.settings).run(
-                preview_steps
-            )
+        for length in sorted({each.length for each in samples}):
+            group = _Group(self.denoiser, [each for each in samples if each.length == length], self.settings)
+            yield from group.run(preview_steps)
 
 
 class _Group:
