@@ -76,6 +76,20 @@ def batch_of(config: PlaidConfig, samples: int = 8, step: int = 1) -> dict[str, 
     return batch
 
 
+def assert_same_gradients(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Up to the rounding of float32.
+
+    The schedule's shape is one function, and gradients of parts of it may be small differences of large ones: a noise
+    that is rounded otherwise (6e-8) moves that of `input_bias` by 1e-5 of itself. So the whole shape is the measure.
+    """
+    assert found.keys() == expected.keys()
+    norms = {name: float(np.linalg.norm(gradient)) for name, gradient in expected.items()}
+    of_shape = math.hypot(*(norm for name, norm in norms.items() if name.startswith("plaid.schedule.")))
+    for name, gradient in expected.items():
+        size = of_shape if name.startswith("plaid.schedule.") else norms[name]
+        assert float(np.linalg.norm(found[name] - gradient)) <= FP32 * size + 1e-9, name
+
+
 def gradients(model: Plaid, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     named = dict(model.named_parameters())
     return dict(zip(named, torch.autograd.grad(loss, named.values()), strict=True))
@@ -114,8 +128,7 @@ def test_chunks_and_recomputation_change_nothing_but_rounding():
     for training in ({"loss_chunk_tokens": 24}, {"activation_checkpointing": True}):
         other = model_of(config_of(**training))
         found = gradients(other, other(batch)["loss"])
-        for parameter, gradient in expected.items():
-            assert (found[parameter] - gradient).norm() <= FP32 * gradient.norm() + 1e-9, parameter
+        assert_same_gradients(found, expected)
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
@@ -128,8 +141,7 @@ def test_micro_batches_add_up_to_the_global_batch(micro):
         assert torch.stack([part[name] for part in parts]).mean().item() == pytest.approx(value.item(), rel=1e-5), name
     loss = sum(part["loss"] for part in parts) / len(parts)
     expected, found = gradients(model, whole["loss"]), gradients(model, loss)
-    for parameter, gradient in expected.items():
-        assert (found[parameter] - gradient).norm() <= FP32 * gradient.norm() + 1e-9, parameter
+    assert_same_gradients(found, expected)
 
 
 def test_padding_does_not_count_and_documents_do_not_see_each_other():
@@ -239,9 +251,7 @@ def test_tensor_parallel_ranks_compute_the_same_loss_and_gradients(sequence_para
     for found_terms, found in run_ranks(on_a_rank, 2, config, 2, sequence_parallel):
         for name, value in terms.items():
             assert found_terms[name] == pytest.approx(value, rel=1e-5), name
-        assert found.keys() == whole.keys()
-        for name, gradient in whole.items():
-            assert np.linalg.norm(found[name] - gradient) <= FP32 * np.linalg.norm(gradient) + 1e-9, name
+        assert_same_gradients(found, whole)
 
 
 @pytest.mark.parametrize("split", [[1, 5], [2, 4], [3, 3], [5, 1], [1, 1, 1, 1, 1, 1]])
@@ -257,8 +267,7 @@ def test_stages_of_a_pipeline_compute_the_same_loss_and_gradients(split):
         assert "noise" not in stage.hands_on and "context" not in stage.hands_on
     assert total.item() == pytest.approx(whole["loss"].item(), rel=1e-6)
     found = gradients(model, total)
-    for parameter, gradient in expected.items():
-        assert (found[parameter] - gradient).norm() <= FP32 * gradient.norm() + 1e-9, parameter
+    assert_same_gradients(found, expected)
 
 
 # ---- the held-out measurement ----
