@@ -73,7 +73,8 @@ class PlaidLikelihood:
     @property
     def elbo_error(self) -> float:
         """Standard error of `elbo` over the draws, as if their times were independent; NaN for one draw."""
-        return float(self.log_likelihood_K.std()) / math.sqrt(len(self.log_likelihood_K))
+        draws = len(self.log_likelihood_K)
+        return float(self.log_likelihood_K.std()) / math.sqrt(draws) if draws > 1 else math.nan
 
     @property
     def reconstruction(self) -> float:
