@@ -65,7 +65,8 @@ def stage_panels(
     ]
     if not stages:
         what = "training" if kind == "train" else "evaluation"
-        raise NothingToPlot(f"there are no {what} records with {' or '.join(keys)}")
+        who = "neither stage has" if len(titles) > 1 else "the run has no"
+        raise NothingToPlot(f"{who} {what} records with {' or '.join(keys)}")
     figure = Figure(figsize=(WIDTH_INCHES, (3.1 if shared else 4.7) if len(keys) == 1 else 4.4))
     grid = figure.subplots(len(keys), len(stages), sharex="col", sharey="row" if shared else "none", squeeze=False)
     for (title, _), column in zip(stages, grid.T, strict=True):
