@@ -13,7 +13,7 @@ from cola_megatron.config.model import ModelConfig
 from cola_megatron.config.run import RunConfig
 from cola_megatron.config.training import TrainingConfig
 from cola_megatron.config.transformer import TransformerConfig
-from cola_megatron.config.types import NOT_BOOL, Float, NonNegativeInt, PositiveInt, Share
+from cola_megatron.config.types import NOT_BOOL, Float, NonNegativeInt, PositiveFloat, PositiveInt, Share
 
 
 class PlaidDiffusionConfig(Section):
@@ -50,6 +50,9 @@ class PlaidObjectiveConfig(Section):
     state of training; 1/8 where it evaluates."""
     output_prior_warmup_steps: Annotated[NonNegativeInt, OURS] = 5000
     """Steps over which log p(z_t | token), added to the network's logits, rises to its full weight. Published: 5000."""
+    learning_rate_ratio: Annotated[PositiveFloat, OURS] = 1.0
+    """Learning rate of embeddings, noise schedule and input over that of the transformer. Published: about 7 (0.01 over
+    0.0014), and there the input learns like the transformer."""
     cut_share: Annotated[Share, OURS] = 2 / 256
     """Share of the samples that are cut at a random place into two texts which do not see each other: the model must
     know texts shorter than its training sequences. Published: 2 of 256."""

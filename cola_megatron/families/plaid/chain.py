@@ -41,6 +41,8 @@ class Plaid(PipelinedModel):
         ValueError: a split, and self-conditioning.
     """
 
+    config: PlaidConfig
+
     def __init__(self, config: PlaidConfig, groups: ProcessGroups, split: Sequence[int] | None = None):
         super().__init__(groups, split)
         self.config = config
@@ -69,9 +71,15 @@ class Plaid(PipelinedModel):
         def reconstruction(nll_SB: torch.Tensor, time_B: torch.Tensor, counted_BL: torch.Tensor) -> torch.Tensor:
             return reconstruction_loss(nll_SB, time_B, counted_BL.t(), config)
 
-        def diffusion(*inputs: torch.Tensor) -> torch.Tensor:
-            *levels, counted_BL = inputs
-            return diffusion_loss(*levels, counted_BL.t(), config)
+        def diffusion(
+            distance_SB: torch.Tensor,
+            gamma_B: torch.Tensor,
+            slope_B: torch.Tensor,
+            report_B: torch.Tensor,
+            time_B: torch.Tensor,
+            counted_BL: torch.Tensor,
+        ) -> torch.Tensor:
+            return diffusion_loss(distance_SB, gamma_B, slope_B, report_B, time_B, counted_BL.t(), config)
 
         return [
             *self.noise_steps(),
@@ -89,6 +97,10 @@ class Plaid(PipelinedModel):
     def weights(self) -> dict[str, float]:
         """Weight of each term."""
         return {"prior": 1.0, "reconstruction": 1.0, "diffusion": 1.0}
+
+    def learning_rate_ratios(self) -> dict[str, float]:
+        """Embeddings, schedule and input may learn at another rate than the transformer."""
+        return {"plaid": self.config.objective.learning_rate_ratio}
 
     # Also the steps of a held-out measurement, which reads rows of its own: their names begin with `rows`.
 

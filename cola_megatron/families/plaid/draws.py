@@ -39,13 +39,13 @@ def plaid_draws(
     shift, offset, begin = of_step.random(), of_step.random(), int(of_step.integers(global_batch_size))
     cut = generator(seed, "plaid cut", *of_sample)
     is_cut, position = cut.random() < objective.cut_share, cut.integers(1, max(2, length))
-    warmup = objective.output_prior_warmup_steps
+    warmup, share = objective.output_prior_warmup_steps, objective.reconstruction_share
     return {
         "noise": generator(seed, "plaid noise", *of_sample).standard_normal((length, channels), np.float32),
-        "time": np.float64(spread_time(objective.reconstruction_share, global_batch_size, place + begin, shift)),
-        "self_conditioned": np.bool_(every(objective.self_conditioning, place, offset)),
-        "cut": np.int64(position if is_cut and length > 1 else 0),
-        "output_prior": np.float32(min(1.0, (step + 1) / warmup) if warmup else 1.0),
+        "time": np.asarray(spread_time(share, global_batch_size, place + begin, shift), np.float64),
+        "self_conditioned": np.asarray(every(objective.self_conditioning, place, offset)),
+        "cut": np.asarray(position if is_cut and length > 1 else 0, np.int64),
+        "output_prior": np.asarray(min(1.0, (step + 1) / warmup) if warmup else 1.0, np.float32),
     }
 
 

@@ -13,9 +13,9 @@ Shapes: B texts of one length, K draws, R = B * K rows, S positions, L tokens, C
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -49,6 +49,12 @@ class Bound:
 class PlaidLikelihood:
     """An estimate of log p(text), from below in expectation; or of log p(text | context), of which it is no bound."""
 
+    figures: ClassVar[Mapping[str, str]] = {
+        "reconstruction": "-log p(x|z0), reconstruction",
+        "prior": "KL(q(z1|x) || N(0, I)), prior",
+        "diffusion": "diffusion term",
+        "elbo": "ELBO, less these three",
+    }
     joint: Bound
     """Of context and text together."""
     context: Bound | None

@@ -7,6 +7,7 @@ Shapes: S positions, B batch, C channels of an embedding, H hidden, V vocabulary
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -25,10 +26,16 @@ LOWEST_FREQUENCY, HIGHEST_FREQUENCY = -5.0, 5.0
 """Logarithms of the frequencies of the sinusoid of gamma, as published."""
 
 
+class OnNothing(Protocol):
+    """A layer that has no input."""
+
+    def __call__(self) -> torch.Tensor: ...
+
+
 class UnitEmbeddings(nn.Module):
     """Rows of length 1, cut over the vocabulary."""
 
-    __call__: Callable[[], torch.Tensor]
+    __call__: OnNothing
 
     def __init__(self, vocab_size: int, channels: int, *, groups: ProcessGroups):
         super().__init__()

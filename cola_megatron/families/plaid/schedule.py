@@ -27,7 +27,6 @@ from torch.nn import functional as F
 from cola_megatron.layers.initializers import normal
 from cola_megatron.parallel import mark_parameter
 
-
 SHAPE_GRADIENT = 0.01
 """Of the gradient of E[L^2] towards the shape."""
 

@@ -7,7 +7,7 @@ compares over steps and between runs.
 Shapes: K texts, S positions, C channels of an embedding, V vocabulary on this rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -125,7 +125,7 @@ class _Network:
 
 
 @torch.no_grad()
-def _run(model: Plaid, chain: list[Step], batch: dict[str, object], like: Tensors) -> Tensors:
+def _run(model: Plaid, chain: list[Step], batch: Mapping[str, object], like: Tensors) -> Tensors:
     """One pass; its results, which have the shapes and types of `like`, go to every stage of a pipeline."""
     stage, found = model.own_stage_of(chain, set(batch), list(like)), dict(like)
 
