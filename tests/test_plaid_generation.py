@@ -8,7 +8,7 @@ import torch
 
 from cola_megatron.config.plaid import PlaidModelConfig
 from cola_megatron.families.plaid.plaid_lm import PlaidLM
-from cola_megatron.families.plaid.sampler import Prompts, sample, time_grid
+from cola_megatron.families.plaid.sampler import Estimate, Prompts, sample, time_grid
 from cola_megatron.families.plaid.settings import BoundSettings, PlaidSettings
 from cola_megatron.inference.protocol import Request, TokenBlock, TokenPreview
 from cola_megatron.inference.requests import read_settings
@@ -108,6 +108,7 @@ def test_it_is_a_generator_of_token_ids(plaid):
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"score_temperature": 0}, "score_temperature=0 must be above 0"),
         ({"score_temperature": math.nan}, "score_temperature=nan must be finite"),
+        ({"prompt_guidance": -1}, "prompt_guidance=-1 must be at least 0"),
         ({"repetition_penalty": 1.1}, "repetition_penalty=1.1 must be 1: Plaid settles all tokens"),
         ({"guidance_scale": 2}, "guidance_scale is no setting of generation"),
     ],
@@ -129,7 +130,7 @@ def test_tensor_parallel_ranks_write_the_same_tokens_and_bounds(plaid):
 def on_a_rank(tensor_parallel_size: int, model: PlaidLM | None = None) -> tuple[dict[int, list[int]], list[float]]:
     model = model or language_model(tensor_parallel_size=tensor_parallel_size)
     found = model.log_likelihood([[1, 2, 3], [4, 5]], [[], [6, 7]], samples=2)
-    return blocks(model), [each.elbo for each in found]
+    return blocks(model, prompt_guidance=1.0), [each.elbo for each in found]
 
 
 # ---- the sampler, with the best denoiser there is ----
@@ -137,21 +138,28 @@ def on_a_rank(tensor_parallel_size: int, model: PlaidLM | None = None) -> tuple[
 BATCH = 4000
 
 
-def toy_texts(held: int | None = None) -> torch.Tensor:
+def toy_texts(held: int | None = None, guidance: float = 0.0) -> torch.Tensor:
     """Texts of two words of the toy language, (2, B); the first word may be held."""
     made, generator = schedule(32, -5.0, 7.0), torch.Generator().manual_seed(1)
     known = EMBEDDINGS[torch.full((2, BATCH), held or 0)]
     is_held = torch.tensor([held is not None, False])[:, None, None].expand(2, BATCH, 1)
+
+    def predict(z: torch.Tensor, gamma: torch.Tensor, told: torch.Tensor | None) -> Estimate:
+        if not guidance:
+            return Estimate(exact(z, gamma).estimate_SBC)
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            found = exact(z, gamma)
+            log_p = -found.nll_SB[0, :, held].sum()
+            return Estimate(found.estimate_SBC.detach(), guidance * torch.autograd.grad(log_p, z)[0])
+
     with torch.no_grad():
         gammas = made(time_grid(80, torch.device("cpu"))).gamma_B
-        states = sample(
-            lambda z, gamma, told: exact(z, gamma).estimate_SBC,
-            Prompts(known, is_held),
-            lambda: torch.randn(known.shape, generator=generator, dtype=torch.float64),
-            gammas,
-            1.0,
-        )
-        for state in states:
+
+        def noise() -> torch.Tensor:
+            return torch.randn(known.shape, generator=generator, dtype=torch.float64)
+
+        for state in sample(predict, Prompts(known, is_held), noise, gammas, 1.0):
             if held is not None and state.step in (0, 40, 80):  # the prompt's state is q(z_t | prompt) at every time
                 level = state.gamma_B[0]
                 mean, std = torch.sigmoid(-level).sqrt() * EMBEDDINGS[held], torch.sigmoid(level).sqrt().item()
@@ -169,15 +177,25 @@ def test_samples_of_the_best_denoiser_are_the_language():
     assert distance < 0.03  # of 4,000 draws it is 0.02 by chance, of 80 steps a little more
 
 
-def test_a_held_word_draws_the_other_after_it():
-    """Replacement is no exact conditioning: it is near the truth, and far from what nobody held would write."""
+@pytest.mark.parametrize("guidance", [0.0, 1.0])
+def test_a_held_word_draws_the_other_after_it(guidance):
+    """Replacement alone is near the truth; with the gradient of log p(prompt | z_t) it is the truth."""
     for word in range(3):
-        texts = toy_texts(word)
+        texts = toy_texts(word, guidance)
         assert (texts[0] == word).all()
-        found = shares(texts)[word]
-        truth, alone = JOINT[word] / JOINT[word].sum(), JOINT.sum(0)
+        found, truth, alone = shares(texts)[word], JOINT[word] / JOINT[word].sum(), JOINT.sum(0)
         distance, nobody_held = (0.5 * (other - truth).abs().sum() for other in (found, alone))
-        assert distance < 0.22 and distance < 0.6 * nobody_held
+        assert distance < (0.03 if guidance else 0.6 * nobody_held)
+
+
+@pytest.mark.parametrize("share", [0, 0.25])
+def test_guidance_by_the_prompt_is_each_samples_own(share):
+    model = language_model(share)
+    without, together = blocks(model), blocks(model, prompt_guidance=3.0)
+    assert without != together and without[3] == together[3]  # sample 3 has no prompt
+    for request in REQUESTS:
+        found = blocks(model, [request], prompt_guidance=3.0)
+        assert found == {request.sample_id: together[request.sample_id]}
 
 
 # ---- likelihoods ----

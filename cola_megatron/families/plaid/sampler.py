@@ -2,9 +2,13 @@
 
 As published: the sampler of a variational diffusion model in float64; x_hat of the step before is the estimate that the
 network is told; the predicted noise is divided by a temperature; at t = 0 the token is chosen from the network's
-logits. A prompt is held by replacement (ours; the published code steers by gradients of log p(token | z_t) instead):
-its positions begin as q(z_1 | prompt), and x_hat is there the true embedding wherever it is used. So by
-`ancestral_step` they are a draw of q(z_t | prompt) at every t.
+logits.
+
+A prompt is held by replacement, which is ours: its positions begin as q(z_1 | prompt), and x_hat is there the true
+embedding wherever it is used, so that by `ancestral_step` they are a draw of q(z_t | prompt) at every t. The rest then
+follows p(z_t | prompt's z_t), which at high noise says little of the prompt. What is missing towards
+p(z_t | prompt's z_t, prompt) is by Bayes the gradient of log p(prompt | z_t): the published code steers by it alone,
+here it may be added.
 
 Shapes: S positions, B samples of one length, C channels of an embedding.
 """
@@ -14,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from cola_megatron.objectives.plaid import ancestral_step, noisy_embeddings, tempered_estimate
+from cola_megatron.objectives.plaid import ancestral_step, likelihood_scale, noisy_embeddings, tempered_estimate
 
 
 class Prompts(NamedTuple):
@@ -26,11 +30,20 @@ class Prompts(NamedTuple):
     """True where the token is known."""
 
 
-class Predictor(Protocol):
-    """x_hat(z_t, t) of a batch."""
+class Estimate(NamedTuple):
+    """What a pass of the network says, float64."""
 
-    def __call__(self, z_SBC: torch.Tensor, gamma_B: torch.Tensor, told_SBC: torch.Tensor | None) -> torch.Tensor:
-        """(S, B, C), float64. `told_SBC`: the estimate before, None at first."""
+    x_SBC: torch.Tensor
+    """x_hat."""
+    pull_SBC: torch.Tensor | None = None
+    """Gradient of log p(prompt | z_t) towards z_t, times its weight; None: none."""
+
+
+class Predictor(Protocol):
+    """A pass of the network over a batch."""
+
+    def __call__(self, z_SBC: torch.Tensor, gamma_B: torch.Tensor, told_SBC: torch.Tensor | None) -> Estimate:
+        """`told_SBC`: the estimate before, None at first."""
 
 
 class State(NamedTuple):
@@ -67,9 +80,11 @@ def sample(
     z_SBC = torch.where(prompts.held_SB1, begun_SBC, z_SBC)
     for step in range(len(gammas) - 1):
         yield State(step, times[step], z_SBC, levels[step], told_SBC)
-        estimate_SBC = predict(z_SBC, levels[step], told_SBC)
-        told_SBC = torch.where(prompts.held_SB1, prompts.embeddings_SBC, estimate_SBC)
-        used_SBC = tempered_estimate(z_SBC, estimate_SBC, levels[step], score_temperature)
+        estimate = predict(z_SBC, levels[step], told_SBC)
+        told_SBC = torch.where(prompts.held_SB1, prompts.embeddings_SBC, estimate.x_SBC)
+        used_SBC = tempered_estimate(z_SBC, estimate.x_SBC, levels[step], score_temperature)
+        if estimate.pull_SBC is not None:
+            used_SBC = used_SBC + estimate.pull_SBC / likelihood_scale(levels[step])[:, None]
         used_SBC = torch.where(prompts.held_SB1, prompts.embeddings_SBC, used_SBC)
         z_SBC = ancestral_step(z_SBC, used_SBC, noise(), levels[step], levels[step + 1])
     yield State(len(gammas) - 1, 0.0, z_SBC, levels[-1], told_SBC)

@@ -14,7 +14,7 @@ import torch
 from cola_megatron.families.plaid.categorical import embeddings_of, predict
 from cola_megatron.families.plaid.denoiser import Denoiser
 from cola_megatron.families.plaid.network import PlaidParts
-from cola_megatron.families.plaid.sampler import Prompts, State, noise_of, sample, time_grid
+from cola_megatron.families.plaid.sampler import Estimate, Prompts, State, noise_of, sample, time_grid
 from cola_megatron.families.plaid.settings import PlaidSettings
 from cola_megatron.inference.noise import TOKEN_DRAWS, generator_of
 from cola_megatron.inference.protocol import Request, TokenBlock, TokenPreview
@@ -114,32 +114,47 @@ class _Group:
         for each, ids in zip(self.samples, self._tokens(state, settings.temperature), strict=True):
             yield TokenBlock(each.index, ids, 0, last=True)
 
-    def _estimate(self, z_SBC: torch.Tensor, gamma_B: torch.Tensor, told_SBC: torch.Tensor | None) -> torch.Tensor:
-        """x_hat of the continuations; that of a prompt is asked of nobody."""
+    def _estimate(self, z_SBC: torch.Tensor, gamma_B: torch.Tensor, told_SBC: torch.Tensor | None) -> Estimate:
+        """x_hat of the continuations (that of a prompt is asked of nobody), and the pull of the prompts."""
+        weight, nobody = self.settings.prompt_guidance, torch.zeros(1, device=self.device)
         estimate_SBC = self.prompts.embeddings_SBC.clone()
-        for row, logits_N1V in enumerate(self._logits_of_new(z_SBC, gamma_B, told_SBC)):
-            no_tokens_N1 = torch.zeros(logits_N1V.shape[:2], dtype=torch.long, device=self.device)
-            nobody = torch.zeros(1, device=self.device)
-            found = predict(logits_N1V, self.embeddings_VC, no_tokens_N1, nobody, self.denoiser.groups)
-            estimate_SBC[len(self.samples[row].prompt) :, row] = found.estimate_SBC[:, 0].double()
-        return estimate_SBC
+        with torch.set_grad_enabled(weight > 0):
+            z_SBC = z_SBC.float().detach().requires_grad_(weight > 0)
+            hidden_SBH, log_p = self._hidden(z_SBC, gamma_B, told_SBC), torch.zeros((), device=self.device)
+            for row, each in enumerate(self.samples):
+                given, new = slice(len(each.prompt)), slice(len(each.prompt), None)
+                with torch.no_grad():
+                    logits_N1V = self._logits(hidden_SBH, z_SBC, gamma_B, row, new)
+                    no_tokens_N1 = torch.zeros(logits_N1V.shape[:2], dtype=torch.long, device=self.device)
+                    found = predict(logits_N1V, self.embeddings_VC, no_tokens_N1, nobody, self.denoiser.groups)
+                    estimate_SBC[new, row] = found.estimate_SBC[:, 0].double()
+                if weight > 0 and each.prompt:
+                    tokens_N1 = torch.tensor(each.prompt, device=self.device)[:, None]
+                    logits_N1V = self._logits(hidden_SBH, z_SBC, gamma_B, row, given)
+                    found = predict(logits_N1V, self.embeddings_VC, tokens_N1, nobody, self.denoiser.groups)
+                    log_p = log_p - found.nll_SB.sum()
+        if not log_p.requires_grad:
+            return Estimate(estimate_SBC)
+        return Estimate(estimate_SBC, weight * torch.autograd.grad(log_p, z_SBC)[0].double())
 
     def _tokens(self, state: State, temperature: float) -> Iterator[list[int]]:
-        settings = self.settings
-        for row, logits_N1V in enumerate(self._logits_of_new(state.z_SBC, state.gamma_B, state.told_SBC)):
+        settings, z_SBC = self.settings, state.z_SBC.float()
+        hidden_SBH = self._hidden(z_SBC, state.gamma_B, state.told_SBC)
+        for row, each in enumerate(self.samples):
+            logits_N1V = self._logits(hidden_SBH, z_SBC, state.gamma_B, row, slice(len(each.prompt), None))
             logits_1NV = self.denoiser.whole(logits_N1V).transpose(0, 1)
-            sample_id = self.samples[row].sample_id
-            generators = [generator_of(settings.noise_seed, sample_id, 0, TOKEN_DRAWS, NOISE)]
+            generators = [generator_of(settings.noise_seed, each.sample_id, 0, TOKEN_DRAWS, NOISE)]
             ids_1N = choose_tokens(logits_1NV, temperature, generators, settings.top_k, settings.top_p)
             yield ids_1N[0].tolist()
 
-    def _logits_of_new(
-        self, z_SBC: torch.Tensor, gamma_B: torch.Tensor, told_SBC: torch.Tensor | None
-    ) -> Iterator[torch.Tensor]:
-        """Logits of the continuation of one sample after the other, (N, 1, V on this rank)."""
-        z_SBC = z_SBC.float()
+    def _hidden(self, z_SBC: torch.Tensor, gamma_B: torch.Tensor, told_SBC: torch.Tensor | None) -> torch.Tensor:
+        """What the head reads, (S, B, H)."""
         told_SBC = torch.zeros_like(z_SBC) if told_SBC is None else told_SBC.float()
-        hidden_SBH = self.denoiser.to_head(self.denoiser.hidden(z_SBC, gamma_B, told_SBC, self.context))
-        for row, each in enumerate(self.samples):
-            new, one = slice(len(each.prompt), None), slice(row, row + 1)
-            yield self.denoiser.logits(hidden_SBH[new, one], z_SBC[new, one], gamma_B[one], self.embeddings_VC)
+        return self.denoiser.to_head(self.denoiser.hidden(z_SBC, gamma_B, told_SBC, self.context))
+
+    def _logits(
+        self, hidden_SBH: torch.Tensor, z_SBC: torch.Tensor, gamma_B: torch.Tensor, row: int, positions: slice
+    ) -> torch.Tensor:
+        """Of some positions of one sample, (N, 1, V on this rank): those of a batch would take much memory."""
+        one = slice(row, row + 1)
+        return self.denoiser.logits(hidden_SBH[positions, one], z_SBC[positions, one], gamma_B[one], self.embeddings_VC)

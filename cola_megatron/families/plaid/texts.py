@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from cola_megatron.families.plaid.categorical import embeddings_of, predict
 from cola_megatron.families.plaid.chain import Plaid
-from cola_megatron.families.plaid.sampler import Prompts, noise_of, sample, time_grid
+from cola_megatron.families.plaid.sampler import Estimate, Prompts, noise_of, sample, time_grid
 from cola_megatron.families.texts import Continuation
 from cola_megatron.inference.noise import generator_of
 from cola_megatron.models.compiled_blocks import uncompiled
@@ -42,7 +42,7 @@ def write_texts(model: Plaid, texts_KL: np.ndarray, on_pass: Callable[[], None])
     held_SB1 = (torch.arange(size, device=device)[:, None] < given).expand(size, texts)[..., None]
     found: list[list[tuple[float, list[int]]]] = [[] for _ in range(texts)]
     states = sample(
-        lambda z_SKC, gamma_K, told_SKC: network(z_SKC, gamma_K, told_SKC)[0],
+        lambda z_SKC, gamma_K, told_SKC: Estimate(network(z_SKC, gamma_K, told_SKC)[0]),
         Prompts(known["x"].double(), held_SB1),
         lambda: noise_of(generators, (size, channels), device),
         known["gamma"],
