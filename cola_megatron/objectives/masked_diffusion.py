@@ -52,7 +52,7 @@ def mask_in_order(order_BL: torch.Tensor, candidates_BL: torch.Tensor, number_BN
     """In every block the `number` candidates that come first in order, boolean (B, L)."""
     blocks = number_BN.shape[1]
     last_BL = order_BL.masked_fill(~candidates_BL, torch.inf)
-    rank_BNS = last_BL.unflatten(1, (blocks, -1)).argsort(-1, stable=True).argsort(-1)
+    rank_BNS = last_BL.unflatten(1, (blocks, -1)).argsort(stable=True, dim=-1).argsort(dim=-1)
     return (rank_BNS < number_BN[..., None]).flatten(1) & candidates_BL
 
 
