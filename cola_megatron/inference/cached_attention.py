@@ -5,7 +5,7 @@ over exactly the keys that it sees, so that its numbers do not depend on its nei
 one common width under a mask: a GPU prefers that to many small products.
 
 Shapes: S new positions, R rows of a pass (the B samples, then copies of some that see nothing but themselves), N
-positions of all prompts laid end to end, A heads on this rank, D head channels, K keys.
+positions of all prompts laid end to end, A heads on this rank, G of keys and values, D head channels, K keys.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,12 +60,12 @@ class PackedPrompts:
         self.positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
 
     def attend(
-        self, layer: nn.Module, q_NRAD: torch.Tensor, k_NRAD: torch.Tensor, v_NRAD: torch.Tensor
+        self, layer: nn.Module, q_NRAD: torch.Tensor, k_NRGD: torch.Tensor, v_NRGD: torch.Tensor
     ) -> torch.Tensor:
         """(N, 1, A, D) -> (N, 1, A * D)."""
-        parts = [x.split(self.lengths) for x in (q_NRAD, k_NRAD, v_NRAD)]
+        parts = [x.split(self.lengths) for x in (q_NRAD, k_NRGD, v_NRGD)]
         if self.cache is not None:
-            keys, values = self.cache.of_layer(layer, k_NRAD.permute(1, 2, 0, 3))
+            keys, values = self.cache.of_layer(layer, k_NRGD.permute(1, 2, 0, 3))
             for sample, k, v in zip(self.samples, *parts[1:], strict=True):
                 keys[sample, :, : len(k)] = k[:, 0].transpose(0, 1)
                 values[sample, :, : len(v)] = v[:, 0].transpose(0, 1)
@@ -106,10 +106,10 @@ class NewBlocks:
             row += count
 
     def attend(
-        self, layer: nn.Module, q_SRAD: torch.Tensor, k_SRAD: torch.Tensor, v_SRAD: torch.Tensor
+        self, layer: nn.Module, q_SRAD: torch.Tensor, k_SRGD: torch.Tensor, v_SRGD: torch.Tensor
     ) -> torch.Tensor:
         """(S, R, A, D) -> (S, R, A * D). Rows beyond the samples see their own block alone."""
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SRAD, k_SRAD, v_SRAD))
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SRAD, k_SRGD, v_SRGD))
         keys, values = self.cache.of_layer(layer, k)
         products = []
         for rows, length, visible_SK in self.groups:
@@ -142,10 +142,10 @@ class MaskedBlocks:
         self.visible_B1SK = visible_BSK[:, None].to(device)
 
     def attend(
-        self, layer: nn.Module, q_SRAD: torch.Tensor, k_SRAD: torch.Tensor, v_SRAD: torch.Tensor
+        self, layer: nn.Module, q_SRAD: torch.Tensor, k_SRGD: torch.Tensor, v_SRGD: torch.Tensor
     ) -> torch.Tensor:
         """(S, R, A, D) -> (S, R, A * D). Rows beyond the samples see their own block alone."""
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SRAD, k_SRAD, v_SRAD))
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SRAD, k_SRGD, v_SRGD))
         keys, values = self.cache.of_layer(layer, k)
         batch, positions_BS = len(self.samples_B1), self.positions_SB.t()
         keys[self.samples_B1, :, positions_BS] = k[:batch].transpose(1, 2)

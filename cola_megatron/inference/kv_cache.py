@@ -1,6 +1,6 @@
 """Preallocated keys and values of a batch whose samples have different lengths.
 
-Shapes: B batch, A heads on this rank, D head channels, K capacity.
+Shapes: B batch, G heads of keys and values on this rank, D head channels, K capacity.
 """
 
 from collections.abc import Hashable, Sequence
@@ -25,12 +25,12 @@ class KeyValueCache:
         """Committed latents of each sample. Kept on the host: asking the device would wait for it."""
         self._stores: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def of_layer(self, layer: Hashable, like_BASD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one layer, (B, A, K, D) each; `like_BASD` gives heads, channels, type and device."""
+    def of_layer(self, layer: Hashable, like_BGSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer, (B, G, K, D) each; `like_BGSD` gives heads, channels, type and device."""
         if layer not in self._stores:
-            shape = (len(self.lengths), like_BASD.shape[1], self.capacity, like_BASD.shape[3])
+            shape = (len(self.lengths), like_BGSD.shape[1], self.capacity, like_BGSD.shape[3])
             # Zeros: what a mask hides is multiplied by zero, which an arbitrary bit pattern would survive as NaN.
-            self._stores[layer] = (like_BASD.new_zeros(shape), like_BASD.new_zeros(shape))
+            self._stores[layer] = (like_BGSD.new_zeros(shape), like_BGSD.new_zeros(shape))
         return self._stores[layer]
 
     def advance(self, added: Sequence[int]) -> None:

@@ -1,4 +1,8 @@
-"""Multi-head attention in the two forms of the model; the product itself is one function."""
+"""Multi-head attention in the forms of the models; the product itself is one function.
+
+Shape suffixes beyond those of the package: G heads of keys and values on this rank, each shared by A / G query heads
+next to each other (grouped-query attention; G = A otherwise).
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,7 +26,7 @@ class KeyValueStore(Protocol):
     """Attention through a cache: it takes the new queries, keys and values, and knows what each query may see."""
 
     def attend(
-        self, layer: nn.Module, q_SBAD: torch.Tensor, k_SBAD: torch.Tensor, v_SBAD: torch.Tensor
+        self, layer: nn.Module, q_SBAD: torch.Tensor, k_SBGD: torch.Tensor, v_SBGD: torch.Tensor
     ) -> torch.Tensor:
         """(S, B, A, D) -> (S, B, A * D), as `attend` below."""
 
@@ -43,9 +47,9 @@ class InContext(Protocol):
     def __call__(self, x_SBH: torch.Tensor, context: AttentionContext, /) -> torch.Tensor: ...
 
 
-def attend(q_SBAD: torch.Tensor, k_KBAD: torch.Tensor, v_KBAD: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
+def attend(q_SBAD: torch.Tensor, k_KBGD: torch.Tensor, v_KBGD: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v over the visible keys; (S, B, A, D) -> (S, B, A * D)."""
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBAD, k_KBAD, v_KBAD))
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBAD, k_KBGD, v_KBGD))
     if mask.chunks:
         out = torch.cat(
             [
@@ -59,27 +63,53 @@ def attend(q_SBAD: torch.Tensor, k_KBAD: torch.Tensor, v_KBAD: torch.Tensor, mas
     return out.permute(2, 0, 1, 3).flatten(2)
 
 
-def _joined(x_BAKD: torch.Tensor, parts: tuple[slice, ...]) -> torch.Tensor:
-    pieces = [x_BAKD[:, :, part] for part in parts]
+def _joined(x_BGKD: torch.Tensor, parts: tuple[slice, ...]) -> torch.Tensor:
+    pieces = [x_BGKD[:, :, part] for part in parts]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
 def product(
     q_BASD: torch.Tensor,
-    k_BAKD: torch.Tensor,
-    v_BAKD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKD: torch.Tensor,
     visible: torch.Tensor | None = None,
     causal: bool = False,
 ) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v over the visible keys, (B, A, S, D), by the fastest kernel that torch has for it."""
-    if not q_BASD.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(q_BASD, k_BAKD, v_BAKD, attn_mask=visible, is_causal=causal)
+    shared_by = q_BASD.shape[1] // k_BGKD.shape[1]
+    if shared_by == 1:
+        return _product(q_BASD, k_BGKD, v_BGKD, visible, causal)
+    if causal:
+        # Only flash attention reads a head once for all of its queries; with the other kernels torch would fall back
+        # to a product that holds all pairs.
+        if q_BASD.is_cuda and q_BASD.dtype != torch.float32:
+            return _product(q_BASD, k_BGKD, v_BGKD, causal=True, enable_gqa=True)
+        k_BASD, v_BASD = (x.repeat_interleave(shared_by, dim=1) for x in (k_BGKD, v_BGKD))
+        return _product(q_BASD, k_BASD, v_BASD, causal=True)
+    # The queries of a shared head one behind the other, as if they were further positions: nothing is copied for them.
+    q_BGSD = q_BASD.unflatten(1, (-1, shared_by)).flatten(2, 3)
+    if visible is not None:
+        visible = visible.repeat(*(1,) * (visible.dim() - 2), shared_by, 1)
+    out_BGQSD: torch.Tensor = _product(q_BGSD, k_BGKD, v_BGKD, visible).unflatten(2, (shared_by, -1))
+    return out_BGQSD.flatten(1, 2)
+
+
+def _product(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor | None = None,
+    causal: bool = False,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    if not q.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=enable_gqa)
     # cuDNN makes a plan for every new shape, which takes up to half a second: in training there are few shapes and
     # many calls, in inference a new width for every block of every prompt.
     allowed = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        return F.scaled_dot_product_attention(q_BASD, k_BAKD, v_BAKD, attn_mask=visible, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=enable_gqa)
     finally:
         torch.backends.cuda.enable_cudnn_sdp(allowed)
 
@@ -97,7 +127,11 @@ def allow_cudnn_in_training(lengths: Iterable[int]) -> None:
 class Attention(nn.Module):
     """Projections, query/key norm, rotary, product, output projection.
 
+    Rows of the fused projection are stored as (heads of keys and values, {queries, key, value}, channels); see
+    `layers/linear.py`.
+
     Args:
+        num_key_value_heads: heads of keys and values, each shared by as many query heads; None: as many as of queries.
         norm_whole_width: the query/key norm spans all heads (Text VAE); otherwise one head (DiT).
         rotate: how channels are paired.
     """
@@ -110,6 +144,7 @@ class Attention(nn.Module):
         num_heads: int,
         head_dim: int,
         *,
+        num_key_value_heads: int | None = None,
         groups: ProcessGroups,
         qkv_bias: bool,
         output_bias: bool,
@@ -121,25 +156,31 @@ class Attention(nn.Module):
     ):
         super().__init__()
         self.head_dim, self.rotate, self.norm_whole_width = head_dim, rotate, norm_whole_width
-        width = num_heads * head_dim
-        self.qkv = ColumnLinear(hidden_size, 3 * width, groups=groups, bias=qkv_bias, initializer=initializer)
+        key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
+        self.shared_by = num_heads // key_value_heads
+        width, key_value_width = num_heads * head_dim, key_value_heads * head_dim
+        self.qkv = ColumnLinear(
+            hidden_size, width + 2 * key_value_width, groups=groups, bias=qkv_bias, initializer=initializer
+        )
         self.output = RowLinear(width, hidden_size, groups=groups, bias=output_bias, initializer=initializer)
         self.query_norm = self.key_norm = None
         if norm_eps is not None:
 
-            def norm() -> Norm:
+            def norm(width: int) -> Norm:
                 if norm_whole_width:
                     return ShardedLayerNorm(width, norm_eps, groups=groups, affine=norm_affine)
                 # Whole on every rank, but each rank norms its own heads only.
                 several_ranks = groups.tensor_parallel_size > 1
                 return LayerNorm(head_dim, norm_eps, groups=groups, affine=norm_affine, partial_gradient=several_ranks)
 
-            self.query_norm, self.key_norm = norm(), norm()
+            self.query_norm, self.key_norm = norm(width), norm(key_value_width)
 
     def forward(self, x_SBH: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """(S, B, H) -> (S, B, H)."""
         qkv = self.qkv(x_SBH)
-        q, k, v = qkv.unflatten(-1, (-1, 3, self.head_dim)).unbind(-2)
+        queries = self.shared_by
+        q, k, v = qkv.unflatten(-1, (-1, queries + 2, self.head_dim)).split((queries, 1, 1), dim=-2)
+        q, k, v = q.flatten(-3, -2), k.squeeze(-2), v.squeeze(-2)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self._normed(self.query_norm, q), self._normed(self.key_norm, k)
         q, k = self.rotate(q, context.rotary), self.rotate(k, context.rotary)

@@ -94,4 +94,4 @@ def token_cross_entropy(logits_SBV: torch.Tensor, targets_SB: torch.Tensor) -> t
     """-log softmax(logits)[target] in float32, over a vocabulary cut over the ranks; (S, B), nats."""
     # megatron-core computes in place, so it gets its own copy; `.float()` is that copy except from float32.
     logits = logits_SBV.clone() if logits_SBV.dtype == torch.float32 else logits_SBV.float()
-    return vocab_parallel_cross_entropy(logits, targets_SB)
+    return vocab_parallel_cross_entropy(logits, targets_SB.contiguous())

@@ -1,4 +1,4 @@
-"""LayerNorm, in float32 whatever the compute type; also over channels that are cut over tensor-parallel ranks."""
+"""LayerNorm and RMSNorm, in float32 whatever the compute type; LayerNorm also over channels cut over ranks."""
 
 import torch
 from torch import nn
@@ -45,6 +45,27 @@ class LayerNorm(nn.Module):
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """Any shape that ends in `size`, unchanged; the kernel computes in float32 and rounds once, at the end."""
         return F.layer_norm(x_SBH, (self.size,), self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) over the last dimension, times weight.
+
+    Args:
+        partial_gradient: as of `LayerNorm`.
+    """
+
+    __call__: OnTensor
+
+    def __init__(self, size: int, eps: float, *, groups: ProcessGroups, partial_gradient: bool | None = None):
+        super().__init__()
+        self.size, self.eps = size, eps
+        self.weight = nn.Parameter(torch.empty(size))
+        partial_gradient = groups.sequence_parallel if partial_gradient is None else partial_gradient
+        mark_parameter(self.weight, initializers.ones, partial_gradient=partial_gradient)
+
+    def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
+        """Any shape that ends in `size`, unchanged; torch computes in float32 and rounds once, at the end."""
+        return F.rms_norm(x_SBH, (self.size,), self.weight, self.eps)
 
 
 class ShardedLayerNorm(nn.Module):

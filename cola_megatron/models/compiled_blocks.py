@@ -17,6 +17,7 @@ from cola_megatron.layers.linear import ColumnLinear, RowLinear
 from cola_megatron.layers.norms import ShardedLayerNorm
 from cola_megatron.models.dit import DiTBlock
 from cola_megatron.models.text_vae import TextBlock
+from cola_megatron.models.transformer import TransformerBlock
 
 
 def compiles(config: RunConfig, device: torch.device) -> bool:
@@ -47,7 +48,7 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
 
     Layers of a kind share one graph for each shape they meet and for each of forward alone and forward with gradients.
     """
-    blocks = [module for module in model.modules() if isinstance(module, TextBlock | DiTBlock)]
+    blocks = [module for module in model.modules() if isinstance(module, TextBlock | DiTBlock | TransformerBlock)]
     for block in blocks:
         _leave_collectives_out(block)
         block.compile(backend=backend, dynamic=False)
