@@ -14,6 +14,7 @@ from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.models.steps import Step
 from cola_megatron.models.transformer import Transformer
+from cola_megatron.models.transformer_steps import transformer_steps
 from cola_megatron.objectives.averages import mean_over_counted, weights_of_mean
 from cola_megatron.objectives.masked_diffusion import inverse_time_weights, masked_positions
 from cola_megatron.parallel import ProcessGroups
@@ -50,7 +51,6 @@ class MaskedDiffusion(PipelinedModel):
             Step("mask_uniform, time, counted_tokens -> masked", masked_positions),
             Step("tokens, masked -> network_tokens", self.noisy_tokens),
             *self.context_steps(of_documents=self._cuts_or_parts),
-            *self.network_steps(),
             *self._loss(),
         ]
 
@@ -68,39 +68,21 @@ class MaskedDiffusion(PipelinedModel):
         return self.copies.tokens(clean_WL, clean_WL.masked_fill(masked_WL, self.config.model.mask_id))
 
     def context_steps(self, of_documents: bool, views: int = 1) -> Iterator[Step]:
-        """-> network_context; it reads `token_documents` where attention stays inside of them."""
+        """-> context; it reads `token_documents` where attention stays inside of them."""
         copies, transformer, device = self.copies, self.transformer, self.groups.device
         if of_documents:
             yield Step(
-                "token_documents -> network_context",
+                "token_documents -> context",
                 lambda documents_BL: copies.context(transformer, device, documents_BL.repeat(views, 1)),
             )
         else:
             context = copies.context(transformer, device)
-            yield Step("-> network_context", lambda: context)
+            yield Step("-> context", lambda: context)
 
-    def network_steps(self) -> Iterator[Step]:
-        """network_tokens -> hidden: all that holds parameters but the head."""
-        transformer, recompute = self.transformer, self.config.training.activation_checkpointing
-        yield Step(
-            "network_tokens -> hidden",
-            transformer.embed,
-            part="transformer.embed",
-            modules=[transformer.embedding],
-        )
-        for block in transformer.blocks:
-            yield Step(
-                "hidden, network_context -> hidden",
-                block,
-                part="transformer.block",
-                modules=[block],
-                recompute=recompute,
-            )
-
-    def head_step(self, step: Step) -> Step:
-        """The step that computes what the head does."""
-        step.part, step.modules = "transformer.head", (self.transformer.norm, self.transformer.head)
-        return step
+    def network_steps(self, head: Step) -> Iterator[Step]:
+        """network_tokens, context -> hidden, and then `head`, which reads it through `of_noisy_copy`."""
+        recompute = self.config.training.activation_checkpointing
+        return transformer_steps(self.transformer, head, "network_tokens", recompute)
 
     def of_noisy_copy(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
         """What the head reads of the last block's output: (S, B, H) -> (L, B, H), whole on every rank."""
@@ -127,6 +109,7 @@ class MaskedDiffusion(PipelinedModel):
             yield Step("documents -> token_documents", lambda documents_BL: documents_BL)
 
     def _loss(self) -> Iterator[Step]:
+        """The network, and the loss of its logits; with `loss_chunk_tokens` in one step that never holds all of them."""
         transformer, chunk = self.transformer, self.config.training.loss_chunk_tokens
 
         def weights_of_bound(masked_BL: torch.Tensor, time_BN: torch.Tensor, counted_BL: torch.Tensor) -> torch.Tensor:
@@ -153,9 +136,11 @@ class MaskedDiffusion(PipelinedModel):
             return mean_over_counted(nll_LB * inverse_time_weights(masked_BL, time_BN).t(), counted_BL.t())
 
         if chunk:
-            yield self.head_step(Step("hidden, tokens, masked, time, counted_tokens -> loss_bound", chunked_bound))
+            yield from self.network_steps(
+                Step("hidden, tokens, masked, time, counted_tokens -> loss_bound", chunked_bound)
+            )
             return
-        yield self.head_step(
+        yield from self.network_steps(
             Step("hidden -> logits", lambda hidden_SBH: transformer.head(self.of_noisy_copy(hidden_SBH)))
         )
         yield Step("logits, tokens, masked, time, counted_tokens -> loss_bound", bound)

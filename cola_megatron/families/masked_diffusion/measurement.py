@@ -75,8 +75,7 @@ class MaskedDiffusionMeasurement:
             Step("tokens, masked -> network_tokens", model.noisy_tokens),
             *documents,
             *model.context_steps(by_document, views=PASSES),
-            *model.network_steps(),
-            model.head_step(self._nll(model)),
+            *model.network_steps(self._nll(model)),
             *self._sums(),
         ]
 

@@ -15,6 +15,7 @@ import torch
 from cola_megatron.config.masked_diffusion import MaskedDiffusionModelConfig
 from cola_megatron.families.masked_diffusion.passes import CachedBlocks, Passes, WholeSequences
 from cola_megatron.families.masked_diffusion.settings import MaskedDiffusionSettings
+from cola_megatron.inference.fast_forward import prepare
 from cola_megatron.inference.noise import REPAINT_DRAWS, TOKEN_DRAWS, generator_of
 from cola_megatron.inference.protocol import Request, TokenBlock, TokenPreview
 from cola_megatron.inference.sampling import choose_tokens, penalize_repetition
@@ -26,10 +27,15 @@ ROWS_OF_LOGITS = 1024
 
 
 class MaskedDiffusionGenerator:
-    """Masked diffusion as a family: begins sessions. The network must be in evaluation mode."""
+    """The family in inference: begins sessions.
+
+    The transformer is prepared for inference (`inference/fast_forward.py`); it must be in evaluation mode, without
+    gradients.
+    """
 
     def __init__(self, transformer: Transformer, config: MaskedDiffusionModelConfig):
         self.transformer, self.config = transformer, config
+        prepare(transformer, transformer.groups)
 
     def start(
         self, requests: Sequence[Request], settings: MaskedDiffusionSettings, padding_id: int
