@@ -149,7 +149,8 @@ class MaskedDiffusionSession:
         A preview leaves out what is still masked; its time is the share of the block that is.
         """
         if self._unsettled is not None:
-            self.passes.settle(self._rows(self._samples), self._unsettled)
+            places = [place for place in self._unsettled for _ in range(self._copies)]
+            self.passes.settle(self._rows(self._samples), places)
             self._unsettled = None
         blocks = [self._block(sample) for sample in self._samples]
         for step in range(max((len(block.kept) for block in blocks), default=0)):
@@ -256,7 +257,9 @@ class MaskedDiffusionSession:
                     for (block, _), logits_TV in zip(group, logits_NV.split(lengths), strict=True)
                 ]
             )
-        confidence_N = logits_NV.gather(-1, ids_N[:, None])[:, 0] - logits_NV.logsumexp(-1)
+        # log p / (1 - p): as large as p is, and float32 still tells it apart where p is nearly 1.
+        of_ids_N = logits_NV.gather(-1, ids_N[:, None])[:, 0]
+        confidence_N = of_ids_N - logits_NV.scatter_(-1, ids_N[:, None], -torch.inf).logsumexp(-1)
         for (block, _), ids_T, confidence_T in zip(
             group, ids_N.split(lengths), confidence_N.split(lengths), strict=True
         ):
