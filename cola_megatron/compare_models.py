@@ -5,31 +5,21 @@ names; for the forward pass the two models are built one after the other.
 """
 
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from cola_megatron import ColaDLM
-from cola_megatron.config import ModelConfig
-from cola_megatron.interop.published import FOLDERS, is_published
-from cola_megatron.interop.published_configs import REMARKS
-from cola_megatron.interop.stored_model import ModelSource, open_model_source
+from cola_megatron.conversion.open_model import open_model
+from cola_megatron.families import FAMILIES
+from cola_megatron.interface import load_model
+from cola_megatron.interop.differences import Unequal
+from cola_megatron.interop.weight_source import ModelSource
 
 ROUNDING = 1e-6
 """Relative difference up to which two float32 passes are one computation, summed in another order."""
-BLOCKS, SEED, ABSENT = 3, 0, "absent"
-
-
-class Unequal(NamedTuple):
-    """A named value that differs."""
-
-    name: str
-    first: Any
-    second: Any
 
 
 class Distance(NamedTuple):
@@ -80,7 +70,7 @@ def compare_models(first: Path, second: Path, forward: bool = True, progress: bo
     Raises:
         UserError: one of the folders is no model, or is damaged.
     """
-    sources = open_model_source(first), open_model_source(second)
+    sources = open_model(first), open_model(second)
     shapes, others = (dict(source.shapes) for source in sources)
     common = sorted(shapes.keys() & others.keys())
     misshapen = [Unequal(name, shapes[name], others[name]) for name in common if shapes[name] != others[name]]
@@ -115,31 +105,10 @@ def distance(name: str, first: torch.Tensor, second: torch.Tensor) -> Distance:
 
 def _unequal_configs(first: ModelSource, second: ModelSource) -> tuple[list[Unequal], list[Unequal]]:
     """The keys that make another model, and the remarks."""
-    both = first.has_prior and second.has_prior
-    trees = (source.config.model_dump(mode="json") for source in (first, second))
-    ours = [each for each in _unequal("model.", *trees) if both or not each.name.startswith("model.dit.")]
-    if first.forms is None or second.forms is None:
-        return ours, []
-    # This one is said by tensors, not by config.json.
-    unequal = [each for each in ours if each.name == "model.dit.rotary_precision"]
-    remarks: list[Unequal] = []
-    for part in sorted(first.forms.keys() & second.forms.keys()):
-        folder, forms = FOLDERS[part], (first.forms[part], second.forms[part])
-        for each in _unequal("", *(form.config for form in forms)):
-            named = each._replace(name=f"{folder}/config.json: {each.name}")
-            (remarks if each.name in REMARKS else unequal).append(named)
-        remarks += _unequal(f"{folder}: type of ", *(form.dtypes for form in forms))
-        remarks += _unequal(f"{folder}: values of ", *(form.frequencies for form in forms))
-    return unequal, remarks
-
-
-def _unequal(prefix: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[Unequal]:
-    for key in sorted(first.keys() | second.keys()):
-        ours, theirs = first.get(key, ABSENT), second.get(key, ABSENT)
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            yield from _unequal(f"{prefix}{key}.", ours, theirs)
-        elif ours != theirs:
-            yield Unequal(f"{prefix}{key}", ours, theirs)
+    families = first.config.family, second.config.family
+    if families[0] != families[1]:
+        return [Unequal("model.family", *families)], []
+    return FAMILIES[families[0]].compare_sources(first, second)
 
 
 def _compare_tokenizers(first: Path | None, second: Path | None) -> str:
@@ -149,28 +118,12 @@ def _compare_tokenizers(first: Path | None, second: Path | None) -> str:
 
 
 def _compare_outputs(first: Path, second: Path, ours: ModelSource, theirs: ModelSource) -> list[Distance]:
-    """Nothing where the models do not take the same inputs."""
-    if _inputs_of(ours.config) != _inputs_of(theirs.config):
+    """Of what both compute from inputs that their configs alone decide; nothing where they take other inputs."""
+    if ours.config.family != theirs.config.family or _inputs(ours) != _inputs(theirs):
         return []
-    prior = ours.has_prior and theirs.has_prior
-    outputs, others = (_outputs(folder, ours.config, prior) for folder in (first, second))
-    return [distance(name, output, others[name]) for name, output in outputs.items()]
+    outputs, others = (load_model(folder, device="cpu").fixed_outputs() for folder in (first, second))
+    return [distance(name, output, others[name]) for name, output in outputs.items() if name in others]
 
 
-def _inputs_of(config: ModelConfig) -> tuple[int, ...]:
-    vae, dit = config.vae, config.dit
-    return config.vocab_size, vae.latent_dim, vae.patch_size, vae.block_size, dit.block_size
-
-
-def _outputs(folder: Path, config: ModelConfig, prior: bool) -> dict[str, torch.Tensor]:
-    """What a model computes from tokens, latents and a time that depend on the config alone."""
-    model = (ColaDLM.from_published if is_published(folder) else ColaDLM.from_checkpoint)(folder, device="cpu")
-    generator, vae = torch.Generator().manual_seed(SEED), config.vae
-    latents = BLOCKS * math.lcm(vae.block_size, config.dit.block_size)
-    ids = torch.randint(0, config.vocab_size, (latents * vae.patch_size,), generator=generator)
-    clean, noisy = torch.randn(2, 1, latents, vae.latent_dim, generator=generator)
-    mean, logvar = model.encode(ids)
-    outputs = {"encode, mean": mean, "encode, log variance": logvar, "decode": model.decode(clean[0], [latents])}
-    if prior:
-        outputs["velocity"] = model.velocity(clean, noisy, torch.tensor([0.5]))
-    return outputs
+def _inputs(source: ModelSource) -> tuple[int, ...]:
+    return FAMILIES[source.config.family].input_sizes(source.config)

@@ -45,7 +45,7 @@ def export(
     """
     import torch
 
-    from cola_megatron.interop.export_checkpoint import export_checkpoint
+    from cola_megatron.conversion.export_checkpoint import export_checkpoint
 
     dtypes = {Precision.auto: None, Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
     model = export_checkpoint(run, output, dtypes[precision], _bytes(max_shard_size))
@@ -65,10 +65,10 @@ def import_(
 
     Example: `cola convert import exports/second runs/imported --config small`
     """
-    from cola_megatron.interop.import_published import import_published
+    from cola_megatron.conversion.import_weights import import_weights
 
-    model = import_published(published, output, source, overrides or [])
-    if not model.has_prior:
+    model = import_weights(published, output, source, overrides or [])
+    if not any(name.startswith("dit.") for name in model.shapes) and model.config.family == "cola":
         typer.echo(f"{published} has no cola_dit: this is a checkpoint of the VAE alone", err=True)
     print(output)
 

@@ -35,7 +35,7 @@ def open_model(source: Path, precision: str = "fp32", **options: Any) -> "ColaDL
     import torch
 
     from cola_megatron import ColaDLM
-    from cola_megatron.interop.published import VAE_FOLDER
+    from cola_megatron.families.cola.published import VAE_FOLDER
 
     options["dtype"] = torch.float32 if precision == "fp32" else torch.bfloat16
     if (source / VAE_FOLDER).is_dir():

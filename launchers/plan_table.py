@@ -5,10 +5,10 @@ from dataclasses import asdict
 from typing import Any
 
 from cola_megatron.config import RunConfig
+from cola_megatron.families import family_of
 from cola_megatron.scaling.budget import Budget
 from cola_megatron.scaling.flops import training_flops_per_sample
 from cola_megatron.scaling.hardware import GIB
-from cola_megatron.scaling.parts import chain_parts
 from cola_megatron.scaling.plan import Cluster, Layout, batch_limit
 from launchers.output import print_table
 
@@ -17,11 +17,12 @@ def print_plan(
     config: RunConfig, cluster: Cluster, run: Budget, layouts: Sequence[Layout], refused: int, top: int
 ) -> None:
     """The table and the best layout, on stdout."""
-    parameters = sum(part.parameters for part in chain_parts(config))
+    family = family_of(config)
+    parameters = sum(part.parameters for part in family.parts(config))
     print(
-        f"{config.name}, stage {config.stage}: {parameters:,} parameters, {config.training.precision}, global batch "
-        f"{config.training.global_batch_size:,} x {config.data.sequence_length:,} tokens, on {cluster.gpus:,} "
-        f"{cluster.gpu.name} of {cluster.gpu_memory / GIB:.0f} GiB"
+        f"{config.name}, {family.describe(config)}: {parameters:,} parameters, {config.training.precision}, "
+        f"global batch {config.training.global_batch_size:,} x {config.data.sequence_length:,} tokens, on "
+        f"{cluster.gpus:,} {cluster.gpu.name} of {cluster.gpu_memory / GIB:.0f} GiB"
     )
     print_table(_length_rows(run), "Length of the run")
     print(
@@ -33,7 +34,8 @@ def print_plan(
         rest.append(f"{refused} combinations need more than {cluster.usable_memory / GIB:.1f} GiB")
     if rest:
         print(f"  {'; '.join(rest)}")
-    print(f"  days and GPU-hours are of stage {config.stage} alone: the other stage is a run of its own")
+    if note := family.note_on_length(config):
+        print(f"  {note}")
     limit = batch_limit(config, cluster)
     if limit is not None:
         print(f"  {limit}")
@@ -46,10 +48,10 @@ def as_tree(
     """Everything that is known, in bytes, seconds and FLOPs."""
     return {
         "config": config.name,
-        "parameters": sum(part.parameters for part in chain_parts(config)),
+        "parameters": sum(part.parameters for part in family_of(config).parts(config)),
         "cluster": asdict(cluster) | {"usable_memory": cluster.usable_memory},
         "run": asdict(run),
-        "parts": [asdict(part) | {"flops_per_sample": part.flops} for part in chain_parts(config)],
+        "parts": [asdict(part) | {"flops_per_sample": part.flops} for part in family_of(config).parts(config)],
         "refused_for_memory": refused,
         "batch_limit": batch_limit(config, cluster),
         "layouts": [_layout_tree(layout, run) for layout in layouts],
@@ -58,7 +60,7 @@ def as_tree(
 
 def _layout_tree(layout: Layout, run: Budget) -> dict[str, Any]:
     parallel, training = layout.config.parallel, layout.config.training
-    first, second = layout.times
+    times = [time for time, _ in layout.times]
     return {
         "overrides": layout.overrides,
         "tensor_parallel_size": parallel.tensor_parallel_size,
@@ -77,8 +79,8 @@ def _layout_tree(layout: Layout, run: Budget) -> dict[str, Any]:
         "peak_bytes": layout.peak,
         "step_seconds": layout.step_seconds,
         "step_flops": layout.step_flops,
-        "time": asdict(first),
-        "time_of_a_frozen_step": asdict(second) if second is not first else None,
+        "time": asdict(times[0]),
+        "time_of_a_frozen_step": asdict(times[1]) if len(times) > 1 else None,
         "tokens_per_second": layout.tokens_per_second,
         "mfu": layout.mfu,
         "days": _days(layout, run),
@@ -111,7 +113,7 @@ def _row(layout: Layout, run: Budget) -> dict[str, str]:
         "step s": f"{layout.step_seconds:.3g}",
         "tokens/s": f"{layout.tokens_per_second:,.0f}",
         "MFU": f"{layout.mfu:.1%}",
-        "sent": f"{layout.times[0].sent / GIB:.3g}",
+        "sent": f"{layout.times[0][0].sent / GIB:.3g}",
         "days": f"{_days(layout, run):,.3g}",
         "GPU-hours": _rounded(_gpu_hours(layout, run)),
     }
@@ -119,7 +121,7 @@ def _row(layout: Layout, run: Budget) -> dict[str, str]:
 
 def _print_details(layout: Layout) -> None:
     print("\nThe first in detail")
-    first = layout.times[0]
+    first, _ = layout.times[0]
     seconds = {
         "computation": first.computation,
         "tensor-parallel traffic": first.tensor,
@@ -132,7 +134,7 @@ def _print_details(layout: Layout) -> None:
     print_table(
         [
             ("overrides", " ".join(layout.overrides)),
-            ("FLOPs of a sample", f"{training_flops_per_sample(layout.config, _trains_vae(layout)):.4g}"),
+            ("FLOPs of a sample", f"{training_flops_per_sample(layout.config):.4g}"),
             ("micro-batches", f"{layout.micro_batches} of {layout.config.training.micro_batch_size}"),
             ("seconds of a step", ", ".join(f"{name} {value:.3g}" for name, value in seconds.items() if value)),
             ("GiB a rank sends", ", ".join(f"{name} {size / GIB:.3g}" for name, size in sent.items() if size) or "0"),
@@ -159,10 +161,6 @@ def _stage_row(layout: Layout, stage: int) -> dict[str, str]:
         "host": states.host,
     }
     return {"stage": str(stage), **{name: f"{size / GIB:.2f}" for name, size in sizes.items()}}
-
-
-def _trains_vae(layout: Layout) -> bool:
-    return layout.config.stage == 1 or layout.config.training.vae_update.mode != "frozen"
 
 
 def _days(layout: Layout, run: Budget) -> float:

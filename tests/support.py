@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cola_megatron.config import RunConfig
-from cola_megatron.objectives.samples import training_sample
+from cola_megatron.families.samples import training_sample
 
 TINY = [
     "model.vocab_size=300",

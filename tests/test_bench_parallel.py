@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.multiprocessing import ProcessRaisedException
 
 from cola_megatron.config import ConfigError, RunConfig, load_config
+from cola_megatron.families import family_of
 from cola_megatron.parallel import initialize_parallel
 from tests.ranks import run_ranks
 from tests.support import TINY
@@ -106,7 +107,7 @@ def test_pipeline_bytes_are_the_hidden_states_and_their_gradients():
 @pytest.mark.parametrize(("zero_stage", "reductions"), [(0, 1), (2, MICRO_BATCHES // 2)])
 def test_data_parallel_bytes_are_those_of_the_gradients(zero_stage, reductions):
     config = tiny_config(f"parallel.zero_stage={zero_stage}")
-    parameters = sum(part.parameters for part in bench_layouts.chain_parts(config))
+    parameters = sum(part.parameters for part in family_of(config).parts(config))
     for result in run_ranks(measure, 2, config, 0, 1):
         payload, wire = counted(result, "data", "all-reduce")
         small = payload - reductions * FLOAT32 * parameters

@@ -11,9 +11,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from cola_megatron.config import load_config
+from cola_megatron.families.cola.parts import chain_parts
 from cola_megatron.models.steps import Step
 from cola_megatron.parallel import initialize_parallel
-from cola_megatron.scaling.parts import chain_parts
 from cola_megatron.training.build_model import initialize_run
 from cola_megatron.training.engine import Engine
 from tests.ranks import run_ranks

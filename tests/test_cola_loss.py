@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cola_megatron.config import RunConfig
-from cola_megatron.models.cola import Cola
-from cola_megatron.models.cola_loss import frozen_vae_loss, stage_one_loss, stage_two_loss
+from cola_megatron.families.cola.chain import Cola
+from cola_megatron.families.cola.loss import frozen_vae_loss, stage_one_loss, stage_two_loss
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
 from tests.ranks import run_ranks
 from tests.support import perturbed, random_batch

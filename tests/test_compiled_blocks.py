@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from cola_megatron.config import ConfigError, RunConfig, load_config
-from cola_megatron.models.cola import Cola
+from cola_megatron.families.cola.chain import Cola
 from cola_megatron.models.compiled_blocks import compile_blocks, compiles, start_compilers, uncompiled
 from cola_megatron.parallel import initialize_parameters
 from cola_megatron.training.build_model import build_model, initialize_run

@@ -12,8 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 from cola_megatron.checkpoint.find import newest_checkpoint
-from cola_megatron.interop.export_checkpoint import export_checkpoint
-from cola_megatron.interop.import_published import import_published
+from cola_megatron.conversion.export_checkpoint import export_checkpoint
+from cola_megatron.conversion.import_weights import import_weights
 from cola_megatron.training.loop import train
 from launchers.cli import app
 from tests.test_interop import GOLDEN, PARTS, change_tensors
@@ -45,7 +45,7 @@ def test_a_run_its_checkpoint_its_export_and_an_import_of_that_are_equal(tiny, t
     train(config, progress=False)
     exported, imported = tmp_path / "exported", tmp_path / "imported"
     export_checkpoint(config.run_folder, exported, progress=False)
-    import_published(exported, imported, "tiny", [], progress=False)
+    import_weights(exported, imported, "tiny", [], progress=False)
     for other in (newest_checkpoint(config.run_folder), exported, imported):
         for pair in ((config.run_folder, other), (other, config.run_folder)):
             code, report = found(*pair)

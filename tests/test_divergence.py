@@ -17,7 +17,7 @@ from cola_megatron.checkpoint.state_file import read_state
 from cola_megatron.config import RunConfig
 from cola_megatron.config.training import DivergenceConfig
 from cola_megatron.data import TokenShards, training_samples
-from cola_megatron.models.cola import Cola
+from cola_megatron.families.cola.chain import Cola
 from cola_megatron.records.metrics import read_metrics
 from cola_megatron.records.progress import read_progress
 from cola_megatron.training.bad_steps import RollBack, batch_of, read_roll_backs

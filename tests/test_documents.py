@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cola_megatron.models.cola import Cola
+from cola_megatron.families.cola.chain import Cola
 from cola_megatron.objectives.averages import mean_over_counted
 from cola_megatron.objectives.samples import positions
 from cola_megatron.parallel import initialize_parallel, initialize_parameters

@@ -8,11 +8,11 @@ import torch
 
 from cola_megatron.config import RunConfig, load_config
 from cola_megatron.data import TokenShards, held_out_samples
+from cola_megatron.families.cola.chain import Cola
+from cola_megatron.families.cola.velocity_passes import FIXED_TIMES
+from cola_megatron.families.samples import training_sample
 from cola_megatron.held_out.measure import evaluate
-from cola_megatron.held_out.velocity_passes import FIXED_TIMES
-from cola_megatron.models.cola import Cola
 from cola_megatron.objectives import linear_denoiser as linear
-from cola_megatron.objectives.samples import training_sample
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
 from tests.shard_folders import LENGTH, write_folder
 from tests.support import TINY, perturbed
@@ -105,7 +105,7 @@ def trained(tmp_path_factory) -> Cola:
 
 
 def test_context_is_a_gain_and_that_of_another_text_is_none(trained, shards, tmp_path):
-    found = evaluate(trained, shards, config_of(tmp_path), trained.groups, shuffled_context=True)
+    found = evaluate(trained, shards, config_of(tmp_path), trained.groups, extras=["shuffled_context"])
     assert found["context_gain"] == pytest.approx(
         found["flow_matching_loss_without_context"] - found["flow_matching_loss"], abs=1e-9
     )
@@ -122,7 +122,7 @@ def test_a_prior_that_cannot_see_its_context_gains_nothing(shards, tmp_path):
     groups = initialize_parallel()
     model = Cola(config, groups)
     initialize_parameters(model, 1, groups)  # its gates are zero: no attention reaches the output
-    found = evaluate(model, shards, config, groups, shuffled_context=True)
+    found = evaluate(model, shards, config, groups, extras=["shuffled_context"])
     assert found["context_gain"] == 0 == found["context_information"]
 
 
@@ -185,7 +185,7 @@ def test_statistics_of_the_posterior_are_those_of_its_latents(shards, tmp_path):
     model = Cola(config, groups)
     initialize_parameters(model, 1, groups)
     perturbed(model)
-    found = evaluate(model, shards, config, groups, posterior_statistics=True)
+    found = evaluate(model, shards, config, groups, extras=["posterior_statistics"])
     tokens = torch.from_numpy(np.stack([shards[index].astype(np.int64) for index in range(len(shards))]))
     with torch.no_grad():
         posterior = model.vae.encoder(tokens)

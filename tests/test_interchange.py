@@ -15,10 +15,11 @@ from cola_megatron.checkpoint.reshard import reshard
 from cola_megatron.checkpoint.state_file import read_state
 from cola_megatron.compare_models import compare_models
 from cola_megatron.config import ConfigError
+from cola_megatron.conversion.export_checkpoint import export_checkpoint
+from cola_megatron.conversion.import_weights import import_weights
+from cola_megatron.families.cola.published import PublishedModel, write_published
 from cola_megatron.interface import ColaDLM
-from cola_megatron.interop import HeldWeights, PublishedModel, write_published
-from cola_megatron.interop.export_checkpoint import export_checkpoint
-from cola_megatron.interop.import_published import import_published
+from cola_megatron.interop.weight_source import HeldWeights
 from tests.ranks import run_ranks
 from tests.test_cli import cola
 from tests.test_golden import GOLDEN as GOLDEN_TENSORS
@@ -36,7 +37,7 @@ OVERRIDES = {
 
 def there_and_back(published: Path, folder: Path, *overrides: str) -> Path:
     """import -> reshard -> export."""
-    import_published(published, folder / "imported", "tiny", list(overrides), progress=False)
+    import_weights(published, folder / "imported", "tiny", list(overrides), progress=False)
     reshard(folder / "imported", folder / "resharded", ranks=2, progress=False)
     export_checkpoint(folder / "resharded", folder / "exported", max_shard_bytes=10**5, progress=False)
     return folder / "exported"
@@ -112,7 +113,7 @@ def test_a_checkpoint_of_ours_comes_back_with_its_bits(tmp_path: Path) -> None:
     weights["dit.input.bias"][: len(special)] = special
     write_published(tmp_path / "published", config, HeldWeights(weights), None)
     there_and_back(tmp_path / "published", tmp_path)
-    import_published(tmp_path / "exported", tmp_path / "again", "tiny", [], progress=False)
+    import_weights(tmp_path / "exported", tmp_path / "again", "tiny", [], progress=False)
     for name, weight in read_weights(tmp_path / "again")[1].items():
         assert torch.equal(weight.view(torch.int32), weights[name].view(torch.int32)), name
 
@@ -148,7 +149,7 @@ def test_another_type_is_written_when_it_is_asked_for(
 ) -> None:
     for part in PARTS:
         change_tensors(copied / part, half)
-    import_published(copied, tmp_path / "imported", "tiny", [], progress=False)
+    import_weights(copied, tmp_path / "imported", "tiny", [], progress=False)
     cola("convert", "export", tmp_path / "imported", tmp_path / "exported", "--precision", precision)
     for part in PARTS:
         original = load_file(copied / part / "model.safetensors")
@@ -192,7 +193,7 @@ def test_config_values_that_we_do_not_use_come_back(copied: Path, tmp_path: Path
 @pytest.mark.parametrize("named", ["", "cola_vae"])
 def test_a_vae_alone_goes_through_a_checkpoint_of_stage_one(copied: Path, tmp_path: Path, named: str) -> None:
     shutil.rmtree(copied / "cola_dit")
-    import_published(copied / named, tmp_path / "imported", "tiny", [], progress=False)
+    import_weights(copied / named, tmp_path / "imported", "tiny", [], progress=False)
     assert read_state(tmp_path / "imported")["config"]["stage"] == 1
     export_checkpoint(tmp_path / "imported", tmp_path / "exported", progress=False)
     assert not (tmp_path / "exported" / "cola_dit").exists()
@@ -201,7 +202,7 @@ def test_a_vae_alone_goes_through_a_checkpoint_of_stage_one(copied: Path, tmp_pa
 
 
 def test_a_resharded_import_keeps_its_tokenizer_when_the_import_is_deleted(tmp_path: Path) -> None:
-    import_published(GOLDEN, tmp_path / "imported", "tiny", [], progress=False)
+    import_weights(GOLDEN, tmp_path / "imported", "tiny", [], progress=False)
     cola("convert", "reshard", tmp_path / "imported", tmp_path / "resharded", "--ranks", 3)
     shutil.rmtree(tmp_path / "imported")
     assert ColaDLM.from_checkpoint(tmp_path / "resharded").tokenizer is not None
@@ -215,13 +216,13 @@ def test_an_import_that_fails_leaves_no_checkpoint(copied: Path, tmp_path: Path)
     tensors = load_file(path)
     save_file({name: tensor for name, tensor in tensors.items() if "norm" not in name}, path)
     with pytest.raises(ValueError, match=r"missing tensors \['decoder\.blocks\.0\.k_norm\.bias'"):
-        import_published(copied, tmp_path / "imported", "tiny", [], progress=False)
+        import_weights(copied, tmp_path / "imported", "tiny", [], progress=False)
     assert not (tmp_path / "imported").exists()
 
 
 @pytest.mark.parametrize("size", ["5", "0GB", "5gb", "-1GB", "1.5GB"])
 def test_a_shard_size_that_is_none_is_named(tmp_path: Path, size: str) -> None:
-    import_published(GOLDEN, tmp_path / "imported", "tiny", [], progress=False)
+    import_weights(GOLDEN, tmp_path / "imported", "tiny", [], progress=False)
     with pytest.raises(ConfigError, match=rf"--max-shard-size={size} must be a positive number with a unit"):
         cola("convert", "export", tmp_path / "imported", tmp_path / "exported", f"--max-shard-size={size}")
     assert not (tmp_path / "exported").exists()

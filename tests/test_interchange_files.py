@@ -10,7 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cola_megatron.interop import HeldWeights, PublishedError, PublishedModel, read_published, write_published
+from cola_megatron.families.cola.published import PublishedModel, read_published, write_published
+from cola_megatron.interop.errors import PublishedError
+from cola_megatron.interop.weight_source import HeldWeights
 from tests.test_interop import GOLDEN, PARTS, change_tensors
 
 SHARD = 100_000

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from cola_megatron.config import DiTConfig, ModelConfig, VAEConfig
-from cola_megatron.interop import write_published
-from cola_megatron.interop.published_names import dit_rules, vae_rules
+from cola_megatron.config import DiTConfig, ColaModelConfig, VAEConfig
+from cola_megatron.families.cola.published import write_published
+from cola_megatron.families.cola.published_names import dit_rules, vae_rules
 from cola_megatron.checkpoint import sharded_tensors
-from cola_megatron.interop.export_checkpoint import export_checkpoint
-from cola_megatron.interop.import_published import import_published
+from cola_megatron.conversion.export_checkpoint import export_checkpoint
+from cola_megatron.conversion.import_weights import import_weights
 from cola_megatron.compare_models import compare_models
 
 MEGABYTE = 10**6
@@ -34,7 +34,7 @@ class Generated:
 
 def model(hidden, layers):
     vae = VAEConfig(encoder_layers=1, decoder_layers=1, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4)
-    return ModelConfig(vocab_size=320, vae=vae, dit=DiTConfig(num_layers=layers, hidden_size=hidden))
+    return ColaModelConfig(vocab_size=320, vae=vae, dit=DiTConfig(num_layers=layers, hidden_size=hidden))
 
 
 def peak():
@@ -56,7 +56,7 @@ def round_trip(config, folder, shard):
     published, imported, exported = (folder / name for name in ("published", "imported", "exported"))
     found = {
         "write": measured(lambda: write_published(published, config, source, None, max_shard_bytes=shard)),
-        "import": measured(lambda: import_published(published, imported, "tiny", [], progress=False)),
+        "import": measured(lambda: import_weights(published, imported, "tiny", [], progress=False)),
         "export": measured(lambda: export_checkpoint(imported, exported, max_shard_bytes=shard, progress=False)),
         "verify": measured(lambda: compare_models(published, exported, forward=False, progress=False)),
     }

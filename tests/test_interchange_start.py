@@ -9,16 +9,17 @@ import torch
 import yaml
 
 from cola_megatron.config import ConfigError, RunConfig, load_config
+from cola_megatron.conversion.export_checkpoint import export_checkpoint
+from cola_megatron.conversion.import_weights import import_weights
 from cola_megatron.data import training_samples
 from cola_megatron.data.run_shards import open_shards
-from cola_megatron.interop import HeldWeights, read_published, write_published
-from cola_megatron.interop.export_checkpoint import export_checkpoint
-from cola_megatron.interop.import_published import import_published
-from cola_megatron.models.cola import Cola
+from cola_megatron.families.cola.chain import Cola
+from cola_megatron.families.cola.published import read_published, write_published
+from cola_megatron.families.cola.warm_start import load_starting_weights
+from cola_megatron.interop.weight_source import HeldWeights
 from cola_megatron.parallel import initialize_parallel, initialize_parameters, load_full_state_dict
 from cola_megatron.training.batches import MicroBatches
 from cola_megatron.training.loop import train
-from cola_megatron.training.warm_start import load_starting_weights
 from tests.ranks import run_ranks
 from tests.support import TINY
 from tests.test_checkpoint_layouts import ALONE, DATA_ZERO_3, STAGES, STAGES_TENSOR, TENSOR, run_layout
@@ -36,7 +37,7 @@ def start(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
     config = load_config("tiny", TINY).model
     published, imported = folder / "published", folder / "imported"
     write_published(published, config, HeldWeights(random_weights(config)), corpus / "tokenizer.json", torch.bfloat16)
-    import_published(published, imported, "tiny", TINY, progress=False)
+    import_weights(published, imported, "tiny", TINY, progress=False)
     common = [override for override in TINY if not override.startswith(("training.steps", "training.vae_update"))]
     common += ["training.steps=1", "training.precision=fp32", f"data.path={corpus}", f"runs_folder={folder / 'runs'}"]
 

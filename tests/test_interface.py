@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cola_megatron import ColaDLM
+from cola_megatron.families.cola.published import PublishedModel
 from cola_megatron.inference.settings import FlowSettings
-from cola_megatron.interop.published import PublishedModel
 
 FOLDER = Path(__file__).parent / "data" / "reference_tiny"  # vocabulary 320, 8 channels, VAE and DiT blocks of 4
 IDS = list(range(100, 116))

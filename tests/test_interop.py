@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cola_megatron.config import DiTConfig, ModelConfig, VAEConfig
+from cola_megatron.config import ColaModelConfig, DiTConfig, VAEConfig
+from cola_megatron.families.cola.published import PublishedModel, read_published, write_published
 from cola_megatron.interface import ColaDLM
-from cola_megatron.interop import HeldWeights, PublishedError, PublishedModel, read_published, write_published
+from cola_megatron.interop.errors import PublishedError
+from cola_megatron.interop.weight_source import HeldWeights
 from cola_megatron.models.dit import DiT
 from cola_megatron.models.text_vae import TextVAE
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
@@ -66,10 +68,10 @@ VARIANTS = {
 }
 
 
-def variant_config(variant: str) -> ModelConfig:
+def variant_config(variant: str) -> ColaModelConfig:
     """A tiny architecture with the tokenizer of the golden model."""
     vae, dit = VARIANTS[variant]
-    return ModelConfig(vocab_size=320, vae=VAEConfig(**(VAE | vae)), dit=DiTConfig(**(DIT | dit)))
+    return ColaModelConfig(vocab_size=320, vae=VAEConfig(**(VAE | vae)), dit=DiTConfig(**(DIT | dit)))
 
 
 def published_config(folder: Path) -> dict:
@@ -77,7 +79,7 @@ def published_config(folder: Path) -> dict:
     return {name: value for name, value in config.items() if name not in IGNORED}
 
 
-def random_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
+def random_weights(config: ColaModelConfig) -> dict[str, torch.Tensor]:
     """Starting weights plus noise, so that nothing is left at zero or one."""
     groups = initialize_parallel()
     generator = torch.Generator().manual_seed(7)

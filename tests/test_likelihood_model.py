@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.distributions import Normal
 
-from cola_megatron.config import ModelConfig
+from cola_megatron.config import ColaModelConfig
 from cola_megatron.errors import UserError
 from cola_megatron.evaluation.likelihood import from_all_replicas, own_part
 from cola_megatron.inference.block_flow import BlockFlow
@@ -32,7 +32,7 @@ def random_model(tokenizer: Path | None = None, **vae: object) -> ColaDLM:
     sizes = {"hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4, "latent_dim": 4}
     layers = {"encoder_layers": 1, "decoder_layers": 1}
     prior = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "head_dim": 8, "rotary_dim": 6}
-    config = ModelConfig(
+    config = ColaModelConfig(
         vocab_size=320, vae={**sizes, **layers, **vae}, dit={**prior, "latent_dim": 4, "block_size": 4}
     )
     groups, weights = initialize_parallel(), {}

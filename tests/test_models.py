@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from cola_megatron.config import load_config
+from cola_megatron.families.cola.chain import Cola, attention_chunk
 from cola_megatron.layers.attention import attend
 from cola_megatron.layers.masks import block_causal_mask, two_copies_in_chunks, two_copy_mask
 from cola_megatron.layers.time_embedding import look_up
 from cola_megatron.models import DiT, TextVAE
-from cola_megatron.models.cola import Cola, attention_chunk
 from cola_megatron.models.dit import two_copy_times
 from cola_megatron.models.steps import run_steps, steps_for
 from cola_megatron.parallel import initialize_parallel, initialize_parameters

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from cola_megatron.config import TimeConfig
-from cola_megatron.models.cola import Cola
-from cola_megatron.models.cola_loss import flow_matching_term
+from cola_megatron.families.cola.chain import Cola
+from cola_megatron.families.cola.draws import sample_draws
+from cola_megatron.families.cola.loss import flow_matching_term
 from cola_megatron.models.steps import run_steps, steps_for
 from cola_megatron.objectives import flow_matching, vae
-from cola_megatron.objectives.randomness import draw_mask, draw_times, generator, sample_draws
+from cola_megatron.objectives.randomness import draw_mask, draw_times, generator
 from cola_megatron.objectives.vae import Posterior
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
 from tests.support import perturbed, random_batch

@@ -16,10 +16,10 @@ from cola_megatron.checkpoint.state_file import read_config, read_state, write_s
 from cola_megatron.config import ConfigError, load_config, stored_tree
 from cola_megatron.config.changes import SCHEMA_KEY, schema_after
 from cola_megatron.config.history import CHANGES
+from cola_megatron.conversion.export_checkpoint import export_checkpoint
 from cola_megatron.errors import UserError
 from cola_megatron.evaluation.likelihood import held_out_texts
 from cola_megatron.held_out.measure_checkpoint import measure_checkpoint
-from cola_megatron.interop.export_checkpoint import export_checkpoint
 from cola_megatron.records.metrics import read_metrics
 from cola_megatron.training.loop import train
 from launchers.slurm.array import write_again, write_array

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from cola_megatron.config import ConfigError, load_config
-from cola_megatron.held_out.measured_steps import measured_steps
-from cola_megatron.models.cola import Cola
+from cola_megatron.families.cola.chain import Cola
+from cola_megatron.families.cola.measured_steps import measured_steps
+from cola_megatron.families.cola.parts import chain_parts
 from cola_megatron.models.steps import Step, cut_chain, run_steps
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
 from cola_megatron.scaling.balance import balance
-from cola_megatron.scaling.parts import chain_parts
 from cola_megatron.scaling.split import pipeline_split
 from tests.support import perturbed, random_batch
 

@@ -9,15 +9,14 @@ import pytest
 from typer.testing import CliRunner
 
 from cola_megatron.config import ConfigError, load_config
+from cola_megatron.families.cola.chain import Cola
+from cola_megatron.families.cola.parts import chain_parts
 from cola_megatron.layers.masks import two_copies_in_chunks, two_copy_mask
-from cola_megatron.models.cola import Cola
 from cola_megatron.parallel import initialize_parallel
 from cola_megatron.scaling.budget import budget
 from cola_megatron.scaling.hardware import GIB, GPUS, Efficiency, efficiency_with
-from cola_megatron.scaling.parts import chain_parts
 from cola_megatron.scaling.plan import Cluster, PlanError, batch_limit, layouts_of, plan
 from cola_megatron.scaling.split import pipeline_split
-from cola_megatron.scaling.step_time import computed_pairs
 from launchers.cli import app, main
 
 
@@ -203,6 +202,8 @@ def test_the_pairs_of_attention_in_chunks_are_those_of_its_products():
     chunked = load_config("paper-2b", ["training.attention_chunk=100"])  # rounded up to 112, seven blocks
     mask = two_copy_mask(512, 16, 496)
     products = two_copies_in_chunks(mask, 512, 496, 16, 100).chunks
-    block = next(part for part in chain_parts(whole) if part.label == "dit.block")
-    pairs = [computed_pairs(config, block) for config in (chunked, whole)]
+    pairs = [
+        next(part.computed_pairs for part in chain_parts(config) if part.label == "dit.block")
+        for config in (chunked, whole)
+    ]
     assert pairs[0] / pairs[1] == pytest.approx(sum(chunk.visible.numel() for chunk in products) / 1008**2)

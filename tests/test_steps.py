@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from cola_megatron.held_out.measured_steps import measured_steps
+from cola_megatron.families.cola.chain import Cola
+from cola_megatron.families.cola.measured_steps import measured_steps
 from cola_megatron.models.chain_check import check_chain
-from cola_megatron.models.cola import Cola
 from cola_megatron.models.steps import Step, run_steps
 from cola_megatron.parallel import initialize_parallel
 from tests.support import random_batch

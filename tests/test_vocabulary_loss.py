@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from cola_megatron.config import RunConfig
+from cola_megatron.families.cola.chain import Cola
 from cola_megatron.layers.embedding import VocabularyHead, token_cross_entropy
 from cola_megatron.layers.initializers import normal
-from cola_megatron.models.cola import Cola
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
 from tests.ranks import run_ranks
 from tests.support import perturbed, random_batch

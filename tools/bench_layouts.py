@@ -13,8 +13,9 @@ import torch
 from torch.multiprocessing.spawn import ProcessException
 
 from cola_megatron.config import ConfigError, RunConfig, load_config
-from cola_megatron.scaling.communication import Traffic, data_traffic, pipeline_traffic, tensor_traffic
-from cola_megatron.scaling.parts import chain_parts
+from cola_megatron.costs.traffic import Traffic
+from cola_megatron.families import family_of
+from cola_megatron.scaling.communication import data_traffic, pipeline_traffic, tensor_traffic
 from cola_megatron.scaling.split import pipeline_split
 from cola_megatron.training.batches import micro_batches_per_step
 from tools.bench_ranks import RankResult, run_ranks
@@ -57,13 +58,13 @@ class Layout:
 
 def predicted(config: RunConfig, replicas: int, stage: int) -> dict[str, Traffic]:
     """What a rank of a pipeline stage sends in one optimiser step, by kind of group; bytes on the wire."""
-    parts, split = chain_parts(config), pipeline_split(config, replicas)
+    parts, split = family_of(config).parts(config), pipeline_split(config, replicas)
     count = micro_batches_per_step(config, replicas)
     first = sum(split[:stage])
     end = first + split[stage]
     return {
         TENSOR: sum((tensor_traffic(config, part) for part in parts[first:end]), Traffic()) * count,
-        PIPELINE: pipeline_traffic(config, parts, first, end) * count,
+        PIPELINE: pipeline_traffic(parts, first, end) * count,
         DATA: data_traffic(config, parts[first:end], replicas, count),
     }
 
@@ -149,7 +150,7 @@ def run_bubble(source: str, overrides: Sequence[str], warm_up: int, steps: int, 
         if any("seconds" not in figures for figures in found.values()):
             raise RuntimeError(f"no times over {count} micro-batches: {found}")
         config = load_config(source, [*own, *two.overrides])
-        parts, split = chain_parts(config), pipeline_split(config)
+        parts, split = family_of(config).parts(config), pipeline_split(config)
         lengths = [sum(part.flops for part in parts[: split[0]]), sum(part.flops for part in parts[split[0] :])]
         needed = sum(lengths) + (count - 1) * max(lengths)
         alone, together = (min(found[layout.name]["steps"]) for layout in (one, two))

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from cola_megatron.config import RunConfig, load_config
+from cola_megatron.families import family_of
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.records.provenance import versions
 from cola_megatron.scaling.flops import training_flops_per_sample
@@ -215,7 +216,7 @@ def table(answer: Answer, config: RunConfig, groups: ProcessGroups) -> str:
     count = training.global_batch_size // training.micro_batch_size // groups.data_parallel_size
     link = "" if rates.link is None else f", all-reduce {rates.link / 1e9:.4g} GB/s"
     lines = [
-        f"{config.name}, stage {config.stage}, {training.precision}, {count} micro-batches of "
+        f"{config.name}, {family_of(config).describe(config)}, {training.precision}, {count} micro-batches of "
         f"{training.micro_batch_size} sequences, ZeRO {config.parallel.zero_stage}, {groups.world_size} ranks",
         f"measured: product {rates.product / 1e12:.4g} TFLOP/s, copy {rates.copy / 1e9:.4g} GB/s{link}",
         f"step {answer.step * 1e3:.2f} ms ({answer.model_flops / 1e12:.4g} TFLOP/s of model FLOPs a rank), with the "

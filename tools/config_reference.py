@@ -18,8 +18,9 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from cola_megatron.config import RunConfig, load_config, preset_names
+from cola_megatron.config import ColaConfig, ModelConfig, RunConfig, TrainingConfig, load_config, preset_names
 from cola_megatron.config.facts import Origin, is_free, origin_of
+from cola_megatron.config.families import CONFIGS
 from cola_megatron.config.walk import sections_in, tags_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
@@ -88,14 +89,37 @@ ROOT = Part("", RunConfig, is_free=False)
 
 
 def parts(part: Part = ROOT) -> Iterator[Part]:
-    """A section and all sections below it, in the order of the definitions."""
+    """A section and all sections below it, in the order of the definitions; of the root also what each family adds."""
+    shared = list(_below(part))
+    yield from shared
+    if part.kind is RunConfig:
+        known = {each[:2] for each in shared}
+        for family, kind in CONFIGS.items():
+            for own in _below(Part("", kind, is_free=False)):
+                if own[:2] not in known and rows(own):
+                    yield own._replace(chosen_by=own.chosen_by or f"model.family={family}")
+
+
+def _below(part: Part) -> Iterator[Part]:
     yield part
     for name, field in part.kind.model_fields.items():
         members = sections_in(field.annotation)
         tag, chosen = tags_of(members) if len(members) > 1 else ("", {None: members[0]} if members else {})
         for value, kind in chosen.items():
             free, key = part.is_free or is_free(field), f"{part.name}.{name}".lstrip(".")
-            yield from parts(Part(key, kind, free, value and f"{key}.{tag}={value}"))
+            yield from _below(Part(key, kind, free, value and f"{key}.{tag}={value}"))
+
+
+def _own_fields(kind: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Of a family's version of a section, the fields that it adds or changes; of any other section, all."""
+    base = next((each for each in kind.__mro__[1:] if each in (RunConfig, TrainingConfig, ModelConfig)), None)
+    if base is None or not issubclass(base, BaseModel):
+        return kind.model_fields
+    return {
+        name: field
+        for name, field in kind.model_fields.items()
+        if name not in base.model_fields or field.description != base.model_fields[name].description
+    }
 
 
 def rows(part: Part) -> list[Row]:
@@ -105,7 +129,7 @@ def rows(part: Part) -> list[Row]:
         ValueError: a field without a docstring under it, or without an origin.
     """
     found = []
-    for name, field in part.kind.model_fields.items():
+    for name, field in _own_fields(part.kind).items():
         if sections_in(field.annotation):
             continue
         key, origin = f"{part.name}.{name}".lstrip("."), origin_of(field)
@@ -173,6 +197,8 @@ def _presets_table() -> str:
     ]
     for name in preset_names():
         config = load_config(name)
+        if not isinstance(config, ColaConfig):
+            continue
         vae, dit, training = config.model.vae, config.model.dit, config.training
         lines.append(
             f"| `{name}` | {vae.encoder_layers} + {vae.decoder_layers} x {vae.hidden_size} "

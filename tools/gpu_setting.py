@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from cola_megatron.config import RunConfig, load_config
-from cola_megatron.models.cola import Cola
+from cola_megatron.families.cola.chain import Cola
 from cola_megatron.parallel import ProcessGroups, marks_of
 from cola_megatron.records.provenance import versions
 from cola_megatron.scaling.hardware import gpu_of_device
@@ -124,6 +124,7 @@ def random_model(config: RunConfig, groups: ProcessGroups, spread: float = 0.0) 
     """
     with groups.device:
         model = build_model(config, groups).to(groups.device)
+    assert isinstance(model, Cola), "the checks on a GPU are of Cola DLM"
     generator = torch.Generator(groups.device).manual_seed(config.seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -20,7 +20,7 @@ from cola_megatron.checkpoint.compatible import check_checkpoint
 from cola_megatron.checkpoint.load import load_optimizer, load_weights, read_weights
 from cola_megatron.checkpoint.writer import save_checkpoint
 from cola_megatron.config import RunConfig
-from cola_megatron.objectives.samples import training_sample
+from cola_megatron.families.samples import training_sample
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.scaling.flops import training_flops_per_sample
 from cola_megatron.training.engine import Engine

@@ -13,8 +13,8 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from cola_megatron.config import RunConfig
-from cola_megatron.models.cola import Cola
-from cola_megatron.scaling.parts import chain_parts
+from cola_megatron.families import family_of
+from cola_megatron.families.cola.chain import Cola
 from cola_megatron.scaling.split import pipeline_split
 from tools.pipeline_facts import (
     BACKWARD_LENGTH,
@@ -93,7 +93,7 @@ def _head(height: int) -> list[str]:
 
 
 def _chain(config: RunConfig, contents: list[list[Box]], crossing: list[list[Crossing]], height: int) -> list[str]:
-    split, parts = pipeline_split(config), chain_parts(config)
+    split, parts = pipeline_split(config), family_of(config).parts(config)
     total = sum(part.flops for part in parts)
     lines = [
         _text("heading", _LEFT, 40, f"The chain of a stage-2 step, cut into {len(contents)} stages"),

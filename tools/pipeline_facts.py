@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from cola_megatron.config import RunConfig, load_config
-from cola_megatron.models.cola import Cola
+from cola_megatron.config import ColaConfig, RunConfig, load_config, require_family
+from cola_megatron.families.cola.chain import Cola
+from cola_megatron.families.samples import training_sample
 from cola_megatron.models.pipelined import LOSS
 from cola_megatron.models.steps import Stage, Step, cut_chain, run_steps
-from cola_megatron.objectives.samples import training_sample
 from cola_megatron.parallel import initialize_parallel
 from cola_megatron.parallel.pipeline import one_forward_one_backward
 from cola_megatron.scaling.split import pipeline_split
@@ -69,7 +69,9 @@ def stages_of_a_preset(preset: str, stages: int) -> tuple[RunConfig, Cola, list[
     config = load_config(preset, ["stage=2", f"parallel.pipeline_parallel_size={stages}"])
     groups = replace(initialize_parallel(), device=torch.device("meta"))
     with groups.device:
-        model = Cola(config, groups).to(torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
+        model = Cola(require_family(config, ColaConfig, "the figure"), groups).to(
+            torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        )
     return config, model, cut_chain(model.steps(), pipeline_split(config), model.batch_names)
 
 

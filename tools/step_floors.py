@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from cola_megatron.config import RunConfig
+from cola_megatron.costs.part import Part
+from cola_megatron.families import family_of
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.preflight.cluster import measure_all_reduce
-from cola_megatron.scaling.activations import part_activations
 from cola_megatron.scaling.hardware import GPUS, Efficiency
 from cola_megatron.scaling.memory import micro_batches
-from cola_megatron.scaling.parts import Part, chain_parts
 from cola_megatron.scaling.split import pipeline_split
 from cola_megatron.scaling.step_time import ATTENTION_PASSES, MATRIX_PASSES, optimizer_seconds, step_time
 
@@ -78,7 +78,7 @@ def floors(config: RunConfig, groups: ProcessGroups, rates: Rates) -> dict[str, 
     """
     replicas, split = groups.data_parallel_size, pipeline_split(config, groups.data_parallel_size)
     first = sum(split[: groups.pipeline_parallel_rank])
-    own = chain_parts(config)[first : first + split[groups.pipeline_parallel_rank]]
+    own = family_of(config).parts(config)[first : first + split[groups.pipeline_parallel_rank]]
     found: dict[str, Floor] = {}
     for part in own:
         for label, floor in _floors_of(config, part, rates).items():
@@ -102,7 +102,7 @@ def _floors_of(config: RunConfig, part: Part, rates: Rates) -> dict[str, Floor]:
     """Of one micro-batch: the part, and for a block its branches."""
     if not part.forward:
         return {}
-    is_block = part.label.endswith("block")
+    is_block = part.is_block
     recomputed = is_block and part.backward and config.training.activation_checkpointing
     matrix_passes, attention_passes = (
         (passes if part.backward else 1.0) + recomputed for passes in (MATRIX_PASSES, ATTENTION_PASSES)
@@ -114,7 +114,7 @@ def _floors_of(config: RunConfig, part: Part, rates: Rates) -> dict[str, Floor]:
 
     whole = products(part.matrix_macs, part.attention_macs)
     if part.backward:
-        whole.bytes = 2 * part_activations(config, part.label).kept / rates.copy
+        whole.bytes = 2 * part.activations.kept / rates.copy
     if not is_block:
         return {part.label: whole}
     projections = part.matrix_macs - part.feed_forward_macs - part.modulation_macs

@@ -1,7 +1,7 @@
 """What changed in the tree of a run since configs are stored with a number.
 
-Whoever changes a key of `RunConfig` appends one line to `CHANGES`, in the same commit. Lines are never changed or
-removed: the number of lines is in every stored config, and runs of every schema are read for ever
+Whoever changes a key of a run's config, of any family, appends one line to `CHANGES`, in the same commit. Lines are
+never changed or removed: the number of lines is in every stored config, and runs of every schema are read for ever
 (`tests/test_old_runs.py`).
 
     Added("training.ema_decay", 0.0)                       old runs had none
@@ -33,4 +33,5 @@ CHANGES: tuple[Change, ...] = (
     Added("training.evaluation.texts", 0),  # schema 8
     Added("training.attention_chunk", 0),  # schema 9
     Added("training.start_from", None),  # schema 10
+    Added("model.family", "cola"),  # schema 11
 )

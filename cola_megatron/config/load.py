@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from cola_megatron.config.errors import ConfigError
+from cola_megatron.config.families import kinds_of
 from cola_megatron.config.resolve import Config, resolve_tree
 from cola_megatron.config.run import RunConfig
 from cola_megatron.config.stored import tree_of_file
@@ -66,7 +67,11 @@ def _apply(kind: type[BaseModel], tree: dict[str, Any], override: str) -> None:
 
 
 def _takes_text(kind: type[BaseModel], key: str) -> bool:
-    """Whether text belongs there; of a tagged union, in any of its sections: what is no text in the one that was chosen
-    is read out of the text.
+    """Whether text belongs there; in a tagged union, or a run of any family, in any of its sections: what is no text in
+    the one that was chosen is read out of the text.
     """
-    return any(set(alternatives(each)) <= {str, Path, NoneType} for each in annotations_of(kind, key))
+    return any(
+        set(alternatives(each)) <= {str, Path, NoneType}
+        for member in kinds_of(kind)
+        for each in annotations_of(member, key)
+    )

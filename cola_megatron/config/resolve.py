@@ -9,6 +9,7 @@ from pydantic_core import ErrorDetails
 
 from cola_megatron.config.changes import what_became_of
 from cola_megatron.config.errors import ConfigError
+from cola_megatron.config.families import kind_of
 from cola_megatron.config.run import RunConfig
 from cola_megatron.config.walk import annotations_of, place_of, sections_in, tags_of
 
@@ -22,6 +23,7 @@ def resolve_config(tree: dict[str, Any]) -> RunConfig:
 
 def resolve_tree(kind: type[Config], tree: dict[str, Any]) -> Config:
     """The same for any tree of sections; raises ConfigError."""
+    kind = kind_of(kind, tree)
     try:
         return kind.model_validate(tree)
     except ValidationError as error:

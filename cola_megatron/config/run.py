@@ -9,7 +9,6 @@ from cola_megatron.config.base import Section
 from cola_megatron.config.facts import FREE, OURS, PUBLISHED
 from cola_megatron.config.history import CHANGES
 from cola_megatron.config.model import ModelConfig
-from cola_megatron.config.objective import ObjectiveConfig
 from cola_megatron.config.training import TrainingConfig
 from cola_megatron.config.types import NOT_BOOL, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -82,7 +81,10 @@ class ParallelConfig(Section):
 
 
 class RunConfig(Section):
-    """One training run: stage 1 (Text VAE) or stage 2 (VAE and DiT)."""
+    """What a training run of any family has. Each family has a class of its own (`config/families.py`).
+
+    The defaults of `model` and `training` are those classes'.
+    """
 
     history = CHANGES
 
@@ -92,19 +94,10 @@ class RunConfig(Section):
     """The run folder is `runs_folder/name`."""
     seed: Annotated[NonNegativeInt, PUBLISHED] = 66
     """Key of the starting weights and of every random draw of training."""
-    stage: Annotated[Literal[1, 2], NOT_BOOL, OURS] = 2
-    """1 trains the Text VAE alone, 2 the VAE and the DiT."""
-    model: ModelConfig = ModelConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    training: TrainingConfig = TrainingConfig()
+    model: ModelConfig
+    training: TrainingConfig
     data: DataConfig = DataConfig()
     parallel: Annotated[ParallelConfig, FREE] = ParallelConfig()
-
-    @property
-    def attention_lengths(self) -> tuple[int, ...]:
-        """Positions that attention under a mask runs over in training: of the VAE's latents, of the prior's copies."""
-        copies = (2 * self.latent_length - self.model.dit.block_size,) if self.stage == 2 else ()
-        return (self.latent_length, *copies)
 
     @property
     def run_folder(self) -> Path:
@@ -112,66 +105,30 @@ class RunConfig(Section):
         return self.runs_folder / self.name
 
     @property
-    def latent_length(self) -> int:
-        """Latents per sequence."""
-        return self.data.sequence_length // self.model.vae.patch_size
+    def attention_lengths(self) -> tuple[int, ...]:
+        """Positions that attention under a mask runs over in training."""
+        raise NotImplementedError
 
     @property
-    def posterior_term(self) -> Literal["kl", "entropy"]:
-        """The regulariser of the posterior in this stage."""
-        chosen = self.objective.vae.posterior_term
-        return chosen if chosen != "by_stage" else ("kl" if self.stage == 1 else "entropy")
+    def shared_widths(self) -> dict[str, int]:
+        """What tensor-parallel ranks share and must divide, by its key; every other width is a multiple of these."""
+        raise NotImplementedError
 
     @property
-    def uses_reference(self) -> bool:
-        """Whether stage 2 keeps the frozen stage-1 encoder beside the trained one."""
-        update = self.training.vae_update
-        return (
-            self.stage == 2
-            and self.objective.reference_weight > 0
-            and update.mode != "frozen"
-            and not update.from_scratch
-        )
+    def shared_sequences(self) -> dict[str, int]:
+        """Positions that sequence parallelism cuts, by words that a refusal begins with: "KEY=... is N, which"."""
+        raise NotImplementedError
+
+    def check_family(self) -> None:
+        """What the keys of one family alone must hold; raises ValueError."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
-        length, patch = self.data.sequence_length, self.model.vae.patch_size
-        if length % patch:
-            raise ValueError(f"data.sequence_length={length} must be divisible by model.vae.patch_size={patch}")
-        for key, block in (("vae", self.model.vae.block_size), ("dit", self.model.dit.block_size)):
-            if (key == "vae" or self.stage == 2) and self.latent_length % block:
-                raise ValueError(
-                    f"model.{key}.block_size={block} must divide the {self.latent_length} latents of a sequence "
-                    "(data.sequence_length / model.vae.patch_size)"
-                )
-        if self.stage == 2 and self.model.dit.block_size % self.model.vae.block_size:
-            raise ValueError(
-                f"model.dit.block_size={self.model.dit.block_size} must be divisible by "
-                f"model.vae.block_size={self.model.vae.block_size} in stage 2: generation decodes one DiT block at a "
-                "time, where a VAE block that reaches beyond it would see less than in training"
-            )
+        self.check_family()
         self._check_layout()
         if self.training.precision == "bf16" and self.parallel.zero_stage == 0:
             raise ValueError(
                 "parallel.zero_stage=0 with training.precision=bf16 keeps no float32 master weights; use zero_stage=1"
-            )
-        if self.stage == 1 and self.training.stage_one is not None:
-            raise ValueError(
-                f"training.stage_one={self.training.stage_one} is what stage 2 starts from; stage=1 would not read it"
-            )
-        update = self.training.vae_update
-        if self.stage == 2 and update.from_scratch and update.mode == "frozen":
-            raise ValueError(
-                "training.vae_update.mode=frozen with from_scratch=true would freeze a random VAE; use mode=joint"
-            )
-        if not self.model.vae.variational and self.objective.vae.beta > 0:
-            raise ValueError(
-                f"objective.vae.beta={self.objective.vae.beta} needs model.vae.variational=true; set it to 0"
-            )
-        if not self.model.vae.variational and self.uses_reference:
-            raise ValueError(
-                f"objective.reference_weight={self.objective.reference_weight} needs model.vae.variational=true; "
-                "set it to 0"
             )
         return self
 
@@ -185,29 +142,18 @@ class RunConfig(Section):
             )
         if self.parallel.offload_optimizer and self.parallel.zero_stage == 0:
             raise ValueError("parallel.offload_optimizer=true needs parallel.zero_stage of 1 or more")
-        model, ranks = self.model, self.parallel.tensor_parallel_size
+        ranks = self.parallel.tensor_parallel_size
         rule = f"must be divisible by parallel.tensor_parallel_size={ranks}"
-        for key, size in (
-            ("vae.num_attention_heads", model.vae.num_attention_heads),
-            ("vae.ffn_hidden_size / 2", model.vae.ffn_hidden_size // 2),
-            ("dit.num_attention_heads", model.dit.num_attention_heads),
-            ("dit.hidden_size", model.dit.hidden_size),
-        ):
-            if size % ranks and (self.stage == 2 or key.startswith("vae")):
-                raise ValueError(f"model.{key}={size} {rule}")
+        for key, size in self.shared_widths.items():
+            if size % ranks:
+                raise ValueError(f"{key}={size} {rule}")
         if not self.parallel.sequence_parallel:
             return
         if ranks == 1:
             raise ValueError("parallel.sequence_parallel=true needs parallel.tensor_parallel_size above 1")
-        latents, rule = self.latent_length, f"{rule} under parallel.sequence_parallel"
-        if latents % ranks:
-            raise ValueError(f"data.sequence_length={self.data.sequence_length} is {latents} latents, which {rule}")
-        # Training lays the noisy copy behind a clean copy that leaves out the last block.
-        two_copies = 2 * latents - model.dit.block_size
-        if self.stage == 2 and two_copies % ranks:
-            raise ValueError(
-                f"model.dit.block_size={model.dit.block_size}: 2 * {latents} latents - block_size = {two_copies} {rule}"
-            )
+        for positions, size in self.shared_sequences.items():
+            if size % ranks:
+                raise ValueError(f"{positions} {rule} under parallel.sequence_parallel")
 
     def _check_pipeline(self) -> None:
         parallel = self.parallel

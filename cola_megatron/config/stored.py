@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from cola_megatron.config.changes import SCHEMA_KEY, schema_after, upgraded, without_left_over
 from cola_megatron.config.errors import ConfigError
+from cola_megatron.config.families import kinds_of
 from cola_megatron.config.resolve import Config, resolve_tree
 from cola_megatron.config.run import RunConfig
 from cola_megatron.config.walk import annotations_of
@@ -55,7 +56,7 @@ def stored_config(tree: dict[str, Any], source: str | Path) -> RunConfig:
     current = without_left_over(
         upgraded_tree(tree, source),
         RunConfig.history,
-        keep=lambda key: key.startswith("model.") or bool(annotations_of(RunConfig, key)),
+        keep=lambda key: key.startswith("model.") or any(annotations_of(kind, key) for kind in kinds_of(RunConfig)),
     )
     try:
         return resolve_tree(RunConfig, current)

@@ -48,27 +48,6 @@ class ScheduleConfig(Section):
         return self
 
 
-class VAEUpdateConfig(Section):
-    """How stage 2 trains the VAE (paper RQ2)."""
-
-    mode: Annotated[Literal["joint", "frozen", "interval"], PUBLISHED] = "joint"
-    """joint: always; frozen: never; interval: joint_steps trained, then frozen_steps frozen, and again."""
-    joint_steps: Annotated[PositiveInt, PUBLISHED] = 2_000
-    """Steps of an interval in which the VAE is trained."""
-    frozen_steps: Annotated[PositiveInt, PUBLISHED] = 3_000
-    """Steps of an interval in which it is not."""
-    learning_rate_ratio: Annotated[PositiveFloat, PUBLISHED] = 1.0
-    """VAE learning rate over DiT learning rate."""
-    from_scratch: Annotated[bool, OURS] = False
-    """Stage 2 starts a new VAE instead of a stage-1 checkpoint."""
-
-    def trains_at(self, step: int) -> bool:
-        """Whether the VAE is updated in this step (counted from 0)."""
-        if self.mode == "interval":
-            return step % (self.joint_steps + self.frozen_steps) < self.joint_steps
-        return self.mode == "joint"
-
-
 class EvaluationConfig(Section):
     """Held-out measurements during training."""
 
@@ -129,7 +108,7 @@ class LogConfig(Section):
 
 
 class TrainingConfig(Section):
-    """One run of one stage."""
+    """How one run trains."""
 
     steps: Annotated[PositiveInt, PUBLISHED, FREE] = 250_000
     """Optimiser steps of the whole run. The default is the published length of stage 2; that of stage 1 is not
@@ -155,9 +134,6 @@ class TrainingConfig(Section):
     loss_chunk_tokens: Annotated[NonNegativeInt, OURS, FREE] = 0
     """Tokens whose logits exist at once: head and cross-entropy are computed in chunks, their gradients in the forward
     pass. 0: all logits of a micro-batch. Worth it for a large vocabulary."""
-    stage_one: Annotated[Path | None, OURS] = None
-    """Stage 2 starts from this folder: the VAE of a stage-1 run or of a published `cola_vae`, or VAE and prior of a
-    published model, an imported checkpoint or a stage-2 run."""
     start_from: Annotated[Path | None, OURS] = None
     """A new run goes on from this run's newest checkpoint, or this checkpoint, at its step and with its optimiser, in
     place of `stage_one`: under another learning rate, schedule, batch or other data. start.json in the run folder says
@@ -172,7 +148,6 @@ class TrainingConfig(Section):
     hang_seconds: Annotated[PositiveFloat | None, OURS, FREE] = 1_800.0
     """A job without a step, or another sign of progress, for so long writes the stacks of all ranks and ends; null:
     never. Longer than the start, a compilation or the save of a checkpoint takes."""
-    vae_update: VAEUpdateConfig = VAEUpdateConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     evaluation: Annotated[EvaluationConfig, FREE] = EvaluationConfig()
@@ -184,10 +159,7 @@ class TrainingConfig(Section):
     def _consistent(self) -> "TrainingConfig":
         if self.stop_after is not None and self.stop_after > self.steps:
             raise ValueError(f"stop_after={self.stop_after} must not exceed steps={self.steps}")
-        if self.stage_one is not None and self.vae_update.from_scratch:
-            raise ValueError(
-                f"stage_one={self.stage_one} would be ignored with vae_update.from_scratch=true; give one of them"
-            )
+        self.check_family()
         if self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"global_batch_size={self.global_batch_size} must be divisible by "
@@ -199,3 +171,6 @@ class TrainingConfig(Section):
                 f"optimizer.learning_rate={self.optimizer.learning_rate}"
             )
         return self
+
+    def check_family(self) -> None:
+        """What a family's own keys must hold; raises ValueError."""

@@ -16,6 +16,7 @@ from cola_megatron.checkpoint.errors import CheckpointError
 from cola_megatron.checkpoint.find import require_checkpoint
 from cola_megatron.checkpoint.state_file import read_config
 from cola_megatron.config import ConfigError
+from cola_megatron.conversion.open_model import open_model
 from cola_megatron.data import TokenShards, held_out_samples, require_same_tokenizer
 from cola_megatron.evaluation.errors import EvaluationError
 from cola_megatron.evaluation.files import read_rows
@@ -23,7 +24,6 @@ from cola_megatron.evaluation.statistics import Interval, ratio_interval
 from cola_megatron.inference.likelihood import Progress
 from cola_megatron.inference.likelihood_terms import Likelihood
 from cola_megatron.inference.robustness import RobustnessCurve
-from cola_megatron.interop.stored_model import open_model_source
 from cola_megatron.parallel import ProcessGroups
 
 Result = TypeVar("Result")
@@ -50,7 +50,7 @@ def held_out_texts(source: Path, data: Path | None, limit: int | None) -> Texts:
             raise ConfigError(f"{source} is no run with data of its own: give --data FOLDER or --file FILE") from None
     if folder is None:
         raise ConfigError(f"{source} names no data: give --data FOLDER or --file FILE")
-    require_same_tokenizer(open_model_source(source).tokenizer, folder)
+    require_same_tokenizer(open_model(source).tokenizer, folder)
     shards = TokenShards(folder, "held_out")
     count = len(shards) if limit is None else min(limit, len(shards))
     return Texts([sample.tokens.tolist() for sample in held_out_samples(shards).read(0, count)], None)

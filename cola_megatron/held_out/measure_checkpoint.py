@@ -9,9 +9,10 @@ from cola_megatron.checkpoint.tokenizer import stored_tokenizer
 from cola_megatron.config import ConfigError, resolve_config
 from cola_megatron.data import PreparedFolder, ShardError, TokenShards, require_same_tokenizer
 from cola_megatron.data.run_shards import open_shards
+from cola_megatron.families import family_of
 from cola_megatron.held_out.measure import evaluate
 from cola_megatron.held_out.texts import decoder_for, held_out_texts
-from cola_megatron.models.cola import Cola
+from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.parallel import initialize_parallel, load_full_state_dict
 
 
@@ -26,7 +27,7 @@ def measure_checkpoint(run_folder: Path, data: str | Path | None, samples: int) 
     evaluation = model.config.training.evaluation.model_copy(update={"samples": samples})
     training = model.config.training.model_copy(update={"evaluation": evaluation})
     config = model.config.model_copy(update={"training": training})
-    return evaluate(model, held_out, config, model.groups, shuffled_context=True, posterior_statistics=True)
+    return evaluate(model, held_out, config, model.groups, extras=family_of(config).extras)
 
 
 def reconstruct_with_checkpoint(run_folder: Path, data: str | Path | None, texts: int) -> list[dict[str, Any]]:
@@ -40,7 +41,7 @@ def reconstruct_with_checkpoint(run_folder: Path, data: str | Path | None, texts
     return [text.readable(decode) for text in held_out_texts(model, held_out, model.config, texts)]
 
 
-def _model_and_texts(run_folder: Path, data: str | Path | None) -> tuple[Cola, TokenShards]:
+def _model_and_texts(run_folder: Path, data: str | Path | None) -> tuple[PipelinedModel, TokenShards]:
     """The newest checkpoint, without what is no part of a measurement, and the held-out split."""
     config, weights = read_weights(require_checkpoint(run_folder))
     groups = initialize_parallel()
@@ -58,8 +59,7 @@ def _model_and_texts(run_folder: Path, data: str | Path | None) -> tuple[Cola, T
     length = config.data.model_copy(update={"sequence_length": manifest.sequence_length})
     config = resolve_config(config.model_copy(update={"data": length}).model_dump())
     (held_out,) = open_shards(config, folder, ["held_out"], groups)
-    # The reference encoder is no part of what is measured.
-    objective = config.objective.model_copy(update={"reference_weight": 0.0})
-    model = Cola(config.model_copy(update={"objective": objective}), groups)
+    family = family_of(config)
+    model = family.build(family.measured_config(config), groups)
     load_full_state_dict(model, weights, groups)
     return model.to(groups.device), held_out

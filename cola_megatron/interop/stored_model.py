@@ -1,7 +1,9 @@
-"""A model on disk, whichever form it has: opened, checked, and read one tensor at a time."""
+"""A checkpoint as a model on disk: opened, checked, and read one tensor at a time."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,8 +12,6 @@ from cola_megatron.checkpoint.pieces import WEIGHTS
 from cola_megatron.checkpoint.state_file import open_tensors, read_config, read_state
 from cola_megatron.checkpoint.tokenizer import stored_tokenizer
 from cola_megatron.config import ModelConfig, RunConfig
-from cola_megatron.interop.published import Forms, PublishedModel, is_published
-from cola_megatron.interop.published_form import PublishedForm
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ FORMS = "published"
 
 
 class CheckpointModel:
-    """The weights of a checkpoint, or of a run's newest one, without the reference encoder. It is a `WeightSource`.
+    """The weights of a checkpoint, or of a run's newest one, without what only training needs. It is a `ModelSource`.
 
     Raises:
         CheckpointError: there is none, or it is damaged. ConfigError: a newer version wrote its config.
@@ -32,8 +32,7 @@ class CheckpointModel:
         self.step: int = state["step"]
         self.run: RunConfig = read_config(self.folder)
         self.config: ModelConfig = self.run.model
-        forms = state.get(FORMS)
-        self.forms: Forms | None = forms and {part: PublishedForm(**form) for part, form in forms.items()}
+        self.imported: Mapping[str, Any] | None = state.get(FORMS)
         self.shapes = {
             name.removeprefix(WEIGHTS): shape
             for name, shape in open_tensors(self.folder).shapes.items()
@@ -47,22 +46,9 @@ class CheckpointModel:
                 self.folder,
             )
 
-    @property
-    def has_prior(self) -> bool:
-        """Whether there is a DiT."""
-        return any(name.startswith("dit.") for name in self.shapes)
-
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor: float32, on the CPU; raises CheckpointError.
 
         The files are mapped anew each time: what was read through a mapping counts as memory while it is kept.
         """
         return open_tensors(self.folder).read(f"{WEIGHTS}{name}")
-
-
-ModelSource = PublishedModel | CheckpointModel
-
-
-def open_model_source(folder: Path) -> ModelSource:
-    """A published folder, its `cola_vae`, a run folder or a checkpoint; raises PublishedError, CheckpointError."""
-    return PublishedModel(folder) if is_published(folder) else CheckpointModel(folder)

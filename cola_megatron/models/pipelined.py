@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cola_megatron.config import RunConfig
 from cola_megatron.models.chain_check import check_chain
 from cola_megatron.models.steps import Stage, Step, cut_chain, run_steps
 from cola_megatron.parallel import ProcessGroups
@@ -23,6 +24,8 @@ class PipelinedModel(nn.Module):
     order, in every mode (`Step.idle` keeps the place of one without work). With several stages a process holds the
     parameters of its own stage only, under the names that they have in the whole model.
     """
+
+    config: RunConfig
 
     def __init__(self, groups: ProcessGroups, split: Sequence[int] | None):
         super().__init__()
@@ -41,6 +44,18 @@ class PipelinedModel(nn.Module):
     def weights(self, *arguments: Any, **mode: Any) -> dict[str, float]:
         """Weight of each term of `steps(**mode)` in the loss."""
         raise NotImplementedError
+
+    def trained_networks(self) -> dict[str, nn.Module]:
+        """The networks that the run trains, by the first part of their parameters' names; alike on every stage."""
+        return dict(self.named_children())
+
+    def idle_networks(self, *arguments: Any, **mode: Any) -> dict[str, nn.Module]:
+        """Of `trained_networks`, those that have no part in a step of this mode."""
+        return {}
+
+    def learning_rate_ratios(self) -> dict[str, float]:
+        """Of networks whose learning rate is another than the schedule's: its multiple."""
+        return {}
 
     def forward(
         self, batch: Mapping[str, torch.Tensor], taken: Mapping[str, torch.Tensor] | None = None, **mode: bool

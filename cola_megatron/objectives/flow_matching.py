@@ -2,7 +2,7 @@
 
     z_t = (1 - t) z0 + t z1,   u = z1 - z0,   L_FM = E || v(z_t, t; z0^(<b)) - u ||^2
 
-Which of these carry gradient is said in `models/cola_loss.py`. Shapes: S latents, B batch, C channels, N blocks.
+Which of these carry gradient is said in `families/cola/loss.py`. Shapes: S latents, B batch, C channels, N blocks.
 """
 
 import torch

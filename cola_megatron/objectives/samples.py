@@ -1,4 +1,4 @@
-"""What training knows of one sample: its tokens, which of them count, where documents end, and its random draws.
+"""What training knows of one sample beside its random draws: its tokens, which of them count, where documents end.
 
 Shapes: B batch, L tokens, S latents, P tokens per latent.
 """
@@ -10,23 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cola_megatron.config import RunConfig
-from cola_megatron.objectives.randomness import sample_draws
-
-
-def training_sample(
-    config: RunConfig, tokens_L: NDArray[Any], padding_id: int, end_of_text_id: int, sample_index: int, step: int
-) -> dict[str, NDArray[Any]]:
-    """The fields of one sample in one step.
-
-    Args:
-        padding_id, end_of_text_id: -1 where no token is one.
-        sample_index: global position of the sample in the run.
-
-    Returns:
-        those of `positions` and of `randomness.sample_draws`.
-    """
-    return {**positions(tokens_L, padding_id, end_of_text_id), **sample_draws(config, sample_index, step)}
+from cola_megatron.config import ColaConfig
 
 
 def positions(tokens_L: NDArray[Any], padding_id: int, end_of_text_id: int) -> dict[str, NDArray[Any]]:
@@ -40,7 +24,7 @@ def positions(tokens_L: NDArray[Any], padding_id: int, end_of_text_id: int) -> d
     return {"tokens": tokens_L, "counted": counted, "documents": np.where(counted, documents, -1)}
 
 
-def latent_positions(batch: Mapping[str, torch.Tensor], config: RunConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+def latent_positions(batch: Mapping[str, torch.Tensor], config: ColaConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Of the latents of a batch: whether they count, (S, B), and where attention asks for it their document, (B, S)."""
     patch_size, by_document = config.model.vae.patch_size, config.data.document_attention
     documents_BS = latents_to_documents(batch["documents"], patch_size) if by_document else None

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from cola_megatron.families import family_of
 from cola_megatron.reporting.compared_runs import HEADLINE, OWN_TIMES, ComparedRun
 from cola_megatron.reporting.curves import logarithmic_where_wide, running_median, series, step_axis
 from cola_megatron.reporting.figure_style import WIDTH_INCHES, NothingToPlot, styled
@@ -100,8 +101,8 @@ def overlaid(runs: Sequence[ComparedRun], curve: Curve, against: Against) -> Fig
         NothingToPlot: none has; or the runs are of both stages and the quantity is the loss, a sum of other terms in
             each.
     """
-    if curve.key == "loss" and len({run.config.stage for run in runs}) > 1:
-        raise NothingToPlot("the losses of stage 1 and stage 2 are sums of different terms")
+    if curve.key == "loss" and len({family_of(run.config).describe(run.config) for run in runs}) > 1:
+        raise NothingToPlot("the losses of another stage or family are sums of different terms")
     having = [(number, run) for number, run in enumerate(runs) if series(run.records, curve.kind, curve.key)[0].size]
     if not having:
         raise NothingToPlot("no run has it")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cola_megatron.checkpoint.compatible import FREE_KEYS
+from cola_megatron.families import family_of
 from cola_megatron.reporting.compared_runs import HEADLINE, OWN_TIMES, ComparedRun
 
 ABSENT = "-"
@@ -45,7 +46,7 @@ def table(runs: Sequence[ComparedRun]) -> list[list[str]]:
     """Rows with a heading first: a figure per row, a run per column; `ABSENT` where a run has not measured it."""
     rows = [
         ["", *(run.label for run in runs)],
-        ["stage", *(str(run.config.stage) for run in runs)],
+        ["stage", *(str(family_of(run.config).stage_of(run.config) or "-") for run in runs)],
         ["state", *(run.state for run in runs)],
         ["steps", *(f"{run.step:,} of {run.config.training.steps:,}" for run in runs)],
         ["tokens", *(f"{run.step * run.tokens_per_step:,}" for run in runs)],
@@ -117,7 +118,7 @@ def as_json(runs: Sequence[ComparedRun]) -> dict[str, Any]:
         "runs": {
             run.label: {
                 "folder": str(run.folder),
-                "stage": run.config.stage,
+                "stage": family_of(run.config).stage_of(run.config),
                 "state": run.state,
                 "step": run.step,
                 "steps": run.config.training.steps,

@@ -63,7 +63,7 @@ def posterior_dimensions(metrics: Mapping[str, float]) -> Figure:
     """Of each dimension the mean of mu^2 and of sigma^2, and its KL; of the covariance of z0 the eigenvalues.
 
     Args:
-        metrics: what `held_out.posterior_statistics.posterior_metrics` returns.
+        metrics: what `families.cola.posterior_statistics.posterior_metrics` returns.
 
     Raises:
         NothingToPlot: they are not there.

@@ -11,6 +11,7 @@ import torch
 
 from cola_megatron.checkpoint.find import newest_checkpoint
 from cola_megatron.errors import UserError
+from cola_megatron.families import family_of
 from cola_megatron.reporting.continuations import Sampling, continue_held_out
 from cola_megatron.reporting.report import ReconstructedText, Row, Sample
 from cola_megatron.reporting.run_records import Run
@@ -83,7 +84,7 @@ def observe(
 
     fitting = sampling.fitting(run.config.data.sequence_length, _block(run))
     measured = _tried("the held-out measurement", measure, notes, insist=data is not None) or {}
-    if run.config.stage == 1 and export is None:
+    if not family_of(run.config).generates(run.config) and export is None:
         reconstructed = _tried("reconstruction", reconstruct, notes, insist=data is not None) or []
         why = "a run of stage 1 has no prior to generate from"
         return Observed(step, measured, samples_absent=why, reconstructed=reconstructed, notes=notes)
@@ -93,17 +94,16 @@ def observe(
 
 
 def _block(run: Run) -> int:
-    return run.config.model.dit.block_size * run.config.model.vae.patch_size
+    return family_of(run.config).block_tokens(run.config)
 
 
 def _model(checkpoint: Path | None, export: Path | None):
     """The model of an export, else of the checkpoint."""
-    from cola_megatron import ColaDLM
+    from cola_megatron.interface import load_model
 
-    if export is not None:
-        return ColaDLM.from_published(export)
-    assert checkpoint is not None, "asked for where there is one"
-    return ColaDLM.from_checkpoint(checkpoint)
+    folder = export or checkpoint
+    assert folder is not None, "asked for where there is one"
+    return load_model(folder)
 
 
 def _tried(what: str, attempt: Callable[[], Found], notes: list[str], insist: bool) -> Found | None:

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cola_megatron.config import dump_config
-from cola_megatron.models.cola_loss import loss_weights
+from cola_megatron.families import family_of
 from cola_megatron.reporting.observed import Observed
 from cola_megatron.reporting.report import Report, Row, Stage, Table
 from cola_megatron.reporting.run_records import Run, stage_one_of
-from cola_megatron.reporting.tables import accuracy_rows, cost_table, held_out_rows, model_rows, prior_rows
+from cola_megatron.reporting.tables import accuracy_rows, cost_table, heading, held_out_rows, model_rows, prior_rows
 from cola_megatron.reporting.text_records import texts_over_steps
 
 
@@ -36,11 +36,15 @@ def report_of_run(
         UserError: `stage_one` is not the stage 1 of this run.
     """
     first, at_step, why_not = stage_one_of(run, stage_one)
-    own = Stage(run.records, loss_weights(run.config))
-    if run.config.stage == 1:
+    own = Stage(run.records, family_of(run.config).loss_weights(run.config))
+    if family_of(run.config).stage_of(run.config) == 1:
         stages = own, Stage(absent=why_not)
     else:
-        before = Stage(absent=why_not) if first is None else Stage(first.records, loss_weights(first.config))
+        before = (
+            Stage(absent=why_not)
+            if first is None
+            else Stage(first.records, family_of(first.config).loss_weights(first.config))
+        )
         stages = before, own
     tables = [
         *_held_out_tables(run, observed),
@@ -51,7 +55,11 @@ def report_of_run(
     places = [("run", str(run.folder)), *([("run of stage 1", str(first.folder))] if first else [])]
     if run.data is not None:
         places.append(("data", run.data))
-    no_stage_one = [f"No curves and no cost of a stage 1: {why_not}."] if why_not and run.config.stage == 2 else []
+    no_stage_one = (
+        [f"No curves and no cost of a stage 1: {why_not}."]
+        if why_not and family_of(run.config).stage_of(run.config) == 2
+        else []
+    )
     notes = [*run.notes, *(first.notes if first else []), *observed.notes]
     return Report(
         title=title or f"cola_megatron: {run.config.name}",
@@ -76,13 +84,13 @@ def report_of_run(
 
 def status_of(run: Run) -> str:
     """Where a run stands, in one line."""
-    progress, steps = run.progress, run.config.training.steps
+    progress, steps, what = run.progress, run.config.training.steps, heading(run.config)
     at = f"step {run.step:,} of {steps:,}"
     if not progress:
-        return f"Stage {run.config.stage}, {at}; progress.json is missing, so whether the run goes on is not known."
+        return f"{what}, {at}; progress.json is missing, so whether the run goes on is not known."
     if run.has_ended:
-        return f"Stage {run.config.stage}, {run.state} at {at}."
-    line = f"Stage {run.config.stage}, in progress ({run.state}): {at}"
+        return f"{what}, {run.state} at {at}."
+    line = f"{what}, in progress ({run.state}): {at}"
     if isinstance(progress.get("time"), int | float):
         alive = datetime.datetime.fromtimestamp(progress["time"], datetime.UTC)
         line += f"; last sign of life {alive:%Y-%m-%d %H:%M:%S} UTC"
@@ -102,8 +110,8 @@ def _held_out_tables(run: Run, observed: Observed) -> list[Table]:
         metrics, step, by = own[-1], own[-1]["step"], "by the run"
     numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
     tables = [Table(f"Held-out, measured at step {step:,} {by}", held_out_rows(numbers))]
-    if run.config.stage == 2:
-        tables.append(Table(f"The prior, at step {step:,}", prior_rows(numbers)))
+    if rows := prior_rows(numbers):
+        tables.append(Table(f"The prior, at step {step:,}", rows))
     return tables
 
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 
 from cola_megatron.config import RunConfig
+from cola_megatron.families import family_of
 from cola_megatron.reporting.report import Row, Table
 from cola_megatron.reporting.run_records import Cost, Run
-from cola_megatron.scaling.parts import chain_parts
 
 NETWORKS = (
     ("vae.encoder", "text encoder", "q(z0 given x): from tokens to the posterior of the latents"),
@@ -112,6 +112,12 @@ def prior_in_words(metrics: Mapping[str, float]) -> str:
     return f"to use the text before a block: it lowers the loss by {gain:.3f}{share}"
 
 
+def heading(config: RunConfig) -> str:
+    """The stage, of a family that has several; else the family."""
+    stage = family_of(config).stage_of(config)
+    return family_of(config).title if stage is None else f"Stage {stage}"
+
+
 def cost_rows(name: str, cost: Cost) -> list[Row]:
     """What one run took; `name` says which."""
     seconds = "not recorded" if cost.seconds is None else f"{cost.seconds:,.0f} s"
@@ -128,7 +134,7 @@ def cost_rows(name: str, cost: Cost) -> list[Row]:
 
 def model_rows(config: RunConfig) -> list[Row]:
     """Parameters of each network that the run trains."""
-    parts = chain_parts(config)
+    parts = family_of(config).parts(config)
     counts = [
         (what, sum(part.parameters for part in parts if part.label.startswith(f"{name}.")), meaning)
         for name, what, meaning in NETWORKS
@@ -150,7 +156,13 @@ def model_rows(config: RunConfig) -> list[Row]:
 def cost_table(run: Run, first: tuple[Run, int] | None) -> Table:
     """The run's own cost, and in rows of its own that of the stage 1 it started from, up to that step."""
     rows = [] if first is None else cost_rows(f"stage 1, {first[0].folder.name}", first[0].cost(first[1]))
-    return Table("Cost", [*rows, *cost_rows(f"stage {run.config.stage}, {run.folder.name}", run.cost())])
+    return Table(
+        "Cost",
+        [
+            *rows,
+            *cost_rows(f"{heading(run.config)[0].lower()}{heading(run.config)[1:]}, {run.folder.name}", run.cost()),
+        ],
+    )
 
 
 def accuracy_rows(accuracies: Mapping[str, tuple[float, float, float, int]]) -> list[Row]:

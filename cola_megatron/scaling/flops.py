@@ -3,29 +3,26 @@
 Counted are the matrices, the attention scores that the masks keep, and nothing elementwise. Recomputation is not
 counted: it is a way of running, not of the model.
 
-`chain_parts` (in `scaling/parts.py`) is the one place where the model's parameters and multiply-adds are written down;
-`stage_costs` makes of it the costs by which a pipeline is balanced.
+The parts of its family are the one place where a model's parameters and multiply-adds are written down; `stage_costs`
+makes of them the costs by which a pipeline is balanced.
 """
 
 from collections.abc import Callable
 
 from cola_megatron.config import RunConfig
+from cola_megatron.families import Mode, family_of
 from cola_megatron.scaling.hardware import GPUS, Efficiency
-from cola_megatron.scaling.parts import Part, chain_parts
 
 # Share of the peak that a whole micro-batch reaches, elementwise work included: what the byte rates compare with.
 TYPICAL_MFU = 0.35
 
 __all__ = [
-    "Part",
-    "chain_parts",
     "paper_nominal_flops",
     "parameter_step_cost",
     "stage_costs",
     "training_flops",
     "training_flops_by_step",
     "training_flops_per_sample",
-    "vae_step_counts",
 ]
 
 
@@ -34,38 +31,32 @@ def paper_nominal_flops(backbone_parameters: float, tokens: int) -> float:
     return 6.0 * backbone_parameters * tokens
 
 
-def training_flops_per_sample(config: RunConfig, train_vae: bool = True) -> float:
-    """FLOPs of one sample through one optimiser step of the config's stage."""
-    return sum(part.flops for part in chain_parts(config, train_vae))
+def training_flops_per_sample(config: RunConfig, mode: Mode | None = None) -> float:
+    """FLOPs of one sample through one optimiser step of that kind; None: the kind of the first step."""
+    return sum(part.flops for part in family_of(config).parts(config, mode))
 
 
 def training_flops(config: RunConfig, steps: int) -> float:
-    """FLOPs of the first `steps` optimiser steps, frozen steps counted as such."""
+    """FLOPs of the first `steps` optimiser steps, each counted as what it is (a frozen VAE costs less)."""
     return training_flops_by_step(config)(steps)
 
 
 def training_flops_by_step(config: RunConfig) -> Callable[[int], float]:
     """`training_flops` of a config as a function of the steps, for many of them: the parts are counted once."""
-    joint_flops, frozen_flops = (training_flops_per_sample(config, train_vae) for train_vae in (True, False))
+    family = family_of(config)
+    of_kind: dict[tuple[tuple[str, bool], ...], float] = {}
+
+    def per_sample(mode: Mode) -> float:
+        key = tuple(sorted(mode.items()))
+        if key not in of_kind:
+            of_kind[key] = training_flops_per_sample(config, mode)
+        return of_kind[key]
 
     def flops(steps: int) -> float:
-        joint, frozen = vae_step_counts(config, steps)
-        return config.training.global_batch_size * (joint * joint_flops + frozen * frozen_flops)
+        kinds = family.kinds(config, steps)
+        return config.training.global_batch_size * sum(count * per_sample(mode) for mode, count in kinds)
 
     return flops
-
-
-def vae_step_counts(config: RunConfig, steps: int) -> tuple[int, int]:
-    """How many of the first `steps` steps train the VAE, and how many do not."""
-    update = config.training.vae_update
-    if config.stage == 1 or update.mode == "joint":
-        joint = steps
-    elif update.mode == "frozen":
-        joint = 0
-    else:
-        period = update.joint_steps + update.frozen_steps
-        joint = steps // period * update.joint_steps + min(steps % period, update.joint_steps)
-    return joint, steps - joint
 
 
 def parameter_step_cost(config: RunConfig, data_parallel_size: int) -> float:
@@ -92,20 +83,18 @@ def parameter_step_cost(config: RunConfig, data_parallel_size: int) -> float:
 
 
 def stage_costs(config: RunConfig, data_parallel_size: int = 1) -> list[float]:
-    """Cost of each part of `chain_parts`, in FLOP-equivalents per sample, for `scaling.balance.balance`.
+    """Cost of each part of the chain, in FLOP-equivalents per sample, for `scaling.balance.balance`.
 
     FLOPs, plus `parameter_step_cost` for each trained parameter, divided over the samples that one replica contributes
-    to an optimiser step: global_batch_size / data_parallel_size. With `vae_update.mode=interval` the FLOPs are the mean
-    over one period.
+    to an optimiser step: global_batch_size / data_parallel_size. Where there are several kinds of steps the FLOPs are
+    their mean over one period.
     """
-    samples = config.training.global_batch_size / data_parallel_size
-    update = config.training.vae_update
-    joint, frozen = vae_step_counts(config, update.joint_steps + update.frozen_steps)
-    trained = chain_parts(config, True) if joint else chain_parts(config, False)
-    still = chain_parts(config, False) if frozen else trained
+    family, samples = family_of(config), config.training.global_batch_size / data_parallel_size
+    kinds = family.kinds(config, family.period(config))
+    chains = [(family.parts(config, mode), count) for mode, count in kinds]
     per_parameter = parameter_step_cost(config, data_parallel_size) / samples
     return [
-        (joint * first.flops + frozen * second.flops) / (joint + frozen)
-        + (first.parameters * per_parameter if first.backward else 0.0)
-        for first, second in zip(trained, still, strict=True)
+        sum(part.flops * count for part, (_, count) in zip(parts, chains, strict=True)) / family.period(config)
+        + (parts[0].parameters * per_parameter if parts[0].backward else 0.0)
+        for parts in zip(*(chain for chain, _ in chains), strict=True)
     ]

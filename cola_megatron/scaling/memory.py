@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cola_megatron.config import RunConfig
-from cola_megatron.scaling.activations import FLOAT32, Activations, largest_gathered_input, part_activations
-from cola_megatron.scaling.parts import Part, chain_parts
+from cola_megatron.costs.part import FLOAT32, Activations, Part, largest_gathered_input
+from cola_megatron.families import family_of
 
 MASTER_AND_MOMENTS = 3 * FLOAT32
 
@@ -68,8 +68,8 @@ def rank_memory(config: RunConfig, replicas: int, split: Sequence[int]) -> tuple
         replicas: data-parallel size.
         split: parts in each stage, as `pipeline_split` gives them.
     """
-    parts = chain_parts(config)
-    activations = [part_activations(config, part.label) if part.backward else _NOTHING for part in parts]
+    parts = family_of(config).parts(config)
+    activations = [part.activations if part.backward else Activations() for part in parts]
     stages, first = [], 0
     for stage, count in enumerate(split):
         own = slice(first, first + count)
@@ -83,9 +83,6 @@ def rank_memory(config: RunConfig, replicas: int, split: Sequence[int]) -> tuple
 def micro_batches(config: RunConfig, replicas: int) -> int:
     """Forward passes of one replica in an optimiser step."""
     return config.training.global_batch_size // (config.training.micro_batch_size * replicas)
-
-
-_NOTHING = Activations(0.0, 0.0, 0.0)
 
 
 def _stage_memory(
@@ -136,10 +133,10 @@ def model_states(config: RunConfig, parts: Sequence[Part], replicas: int) -> Mod
     trained = sum(_trained(part, config) for part in parts)
     everything = sum(part.parameters_on_rank(parallel.tensor_parallel_size) for part in parts)
     partition = trained / replicas
-    gathered_inputs = largest_gathered_input(config)
+    gathered_inputs = largest_gathered_input(parts)
     bucket_buffers = 2 if parallel.overlap_communication and stage < 3 else 1
     bucket = parallel.reduce_bucket_size * bucket_buffers
-    largest = max((_largest_gradient(part, config) for part in parts), default=0.0)
+    largest = max((part.largest_matrix for part in parts if part.backward), default=0.0)
 
     weights, optimizer = e * everything, MASTER_AND_MOMENTS * partition
     gradients = parameter_gradients = buffers = at_the_step = 0.0
@@ -179,15 +176,16 @@ def model_states(config: RunConfig, parts: Sequence[Part], replicas: int) -> Mod
 def _reduction_copies(config: RunConfig, parts: Sequence[Part]) -> float:
     """Bytes of the largest joined copy of the float32 sums, and of its rounding to the type of the reduction.
 
-    The sums are four tensors: the VAE's vectors and matrices, the DiT's matrices and vectors. They are joined in this
-    order until they exceed `JOINED_REDUCTION`; one that does so alone is not joined, only rounded.
+    The sums are two tensors for each network, its matrices and its vectors. They are joined in the order of the
+    model's parameters until they exceed `JOINED_REDUCTION`; one that does so alone is not joined, only rounded.
     """
-    vae, dit = (
-        sum(_trained(part, config) for part in parts if part.label.startswith(network)) for network in ("vae", "dit")
-    )
-    vectors = 1.0  # next to the matrices they have no size, but they are there
+    family, vectors = family_of(config), 1.0  # next to the matrices they have no size, but they are there
     rounded = 2 if config.parallel.gradient_reduction == "bf16" else 0
-    tensors = [*([vectors, vae] if vae else []), *([dit, vectors] if dit else [])]
+    tensors: list[float] = []
+    for network in dict.fromkeys(part.network for part in family.parts(config)):
+        matrices = sum(_trained(part, config) for part in parts if part.network == network)
+        pair = [vectors, matrices] if network in family.vectors_first else [matrices, vectors]
+        tensors += pair if matrices else []
     largest = 0.0
     joined: list[float] = []
     for size in [*tensors, float("inf")]:
@@ -200,17 +198,6 @@ def _reduction_copies(config: RunConfig, parts: Sequence[Part]) -> float:
 
 def _trained(part: Part, config: RunConfig) -> float:
     return part.parameters_on_rank(config.parallel.tensor_parallel_size) if part.backward else 0.0
-
-
-def _largest_gradient(part: Part, config: RunConfig) -> float:
-    """Elements of the largest matrix: a table of the vocabulary, or the widest matrix of a block."""
-    model, ranks = config.model, config.parallel.tensor_parallel_size
-    if not part.backward:
-        return 0.0
-    if part.label in ("vae.encoder.embed", "vae.decoder.head"):
-        return model.vocab_size * model.vae.hidden_size / ranks
-    network = model.dit if part.label.startswith("dit") else model.vae
-    return network.hidden_size * network.ffn_hidden_size / ranks
 
 
 def _construction(config: RunConfig, parts: Sequence[Part]) -> float:

@@ -12,10 +12,10 @@ from typing import Any
 
 from cola_megatron.config import ConfigError, RunConfig, resolve_config
 from cola_megatron.errors import UserError
-from cola_megatron.scaling.flops import training_flops_per_sample, vae_step_counts
+from cola_megatron.families import Mode, family_of
+from cola_megatron.scaling.flops import training_flops_by_step
 from cola_megatron.scaling.hardware import GIB, GPU, Efficiency
 from cola_megatron.scaling.memory import RankMemory, micro_batches, rank_memory
-from cola_megatron.scaling.parts import chain_parts
 from cola_megatron.scaling.split import pipeline_split
 from cola_megatron.scaling.step_time import StepTime, step_time
 
@@ -82,18 +82,15 @@ class Layout:
         return self.peak <= self.cluster.usable_memory
 
     @cached_property
-    def times(self) -> tuple[StepTime, StepTime]:
-        """A step that trains the VAE, and one that leaves it frozen (twice the same where there is one kind only)."""
-        joint, frozen = self._kinds
-        trained = self._step_time(True) if joint else self._step_time(False)
-        return trained, (self._step_time(False) if frozen else trained)
+    def times(self) -> list[tuple[StepTime, int]]:
+        """Of each kind of step, and how many of a period are of it."""
+        family = family_of(self.config)
+        return [(self._step_time(mode), count) for mode, count in family.kinds(self.config, family.period(self.config))]
 
     @property
     def step_seconds(self) -> float:
         """Mean over the config's kinds of steps."""
-        joint, frozen = self._kinds
-        first, second = self.times
-        return (joint * first.seconds + frozen * second.seconds) / (joint + frozen)
+        return sum(count * time.seconds for time, count in self.times) / sum(count for _, count in self.times)
 
     @property
     def tokens_per_second(self) -> float:
@@ -109,11 +106,8 @@ class Layout:
     @property
     def step_flops(self) -> float:
         """Model FLOPs of one optimiser step, the mean over the config's kinds of steps."""
-        joint, frozen = self._kinds
-        flops = joint * training_flops_per_sample(self.config, True)
-        if frozen:
-            flops += frozen * training_flops_per_sample(self.config, False)
-        return self.config.training.global_batch_size * flops / (joint + frozen)
+        period = family_of(self.config).period(self.config)
+        return training_flops_by_step(self.config)(period) / period
 
     @property
     def micro_batches(self) -> int:
@@ -123,7 +117,7 @@ class Layout:
     @property
     def stage_labels(self) -> list[str]:
         """What each pipeline stage holds, as in `vae.encoder.embed, 4 vae.encoder.block, ...`."""
-        labels, held = iter(part.label for part in chain_parts(self.config)), []
+        labels, held = iter(part.label for part in family_of(self.config).parts(self.config)), []
         for count in self.split:
             runs = [(label, len(list(run))) for label, run in itertools.groupby(itertools.islice(labels, count))]
             held.append(", ".join(label if times == 1 else f"{times} {label}" for label, times in runs))
@@ -137,15 +131,10 @@ class Layout:
         # YAML's spelling, without spaces, so that a shell takes each as one word.
         return [f"{key}={str(value).lower().replace(' ', '')}" for key, value in values.items() if value is not None]
 
-    @property
-    def _kinds(self) -> tuple[int, int]:
-        update = self.config.training.vae_update
-        return vae_step_counts(self.config, update.joint_steps + update.frozen_steps)
-
-    def _step_time(self, train_vae: bool) -> StepTime:
+    def _step_time(self, mode: Mode) -> StepTime:
         cluster = self.cluster
         return step_time(
-            self.config, self.replicas, self.split, cluster.gpu, cluster.efficiency, cluster.gpus_per_node, train_vae
+            self.config, self.replicas, self.split, cluster.gpu, cluster.efficiency, cluster.gpus_per_node, mode
         )
 
 

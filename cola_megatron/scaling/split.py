@@ -1,9 +1,9 @@
 """Which steps of the chain each pipeline stage computes."""
 
 from cola_megatron.config import ConfigError, RunConfig
+from cola_megatron.families import family_of
 from cola_megatron.scaling.balance import balance
 from cola_megatron.scaling.flops import stage_costs
-from cola_megatron.scaling.parts import chain_parts
 
 
 def pipeline_split(config: RunConfig, data_parallel_size: int = 1) -> tuple[int, ...]:
@@ -14,7 +14,7 @@ def pipeline_split(config: RunConfig, data_parallel_size: int = 1) -> tuple[int,
             that trains nothing.
     """
     stages, split = config.parallel.pipeline_parallel_size, config.parallel.pipeline_split
-    parts = chain_parts(config)
+    parts = family_of(config).parts(config)
     trained = [part.backward for part in parts]
     if sum(trained) < stages:
         raise ConfigError(

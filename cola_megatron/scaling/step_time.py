@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cola_megatron.config import RunConfig
-from cola_megatron.scaling.activations import part_activations
+from cola_megatron.costs.part import Part
+from cola_megatron.costs.traffic import Traffic
+from cola_megatron.families import Mode, family_of
 from cola_megatron.scaling.communication import (
-    Traffic,
     data_traffic,
     links,
     pipeline_traffic,
@@ -19,7 +20,6 @@ from cola_megatron.scaling.communication import (
 )
 from cola_megatron.scaling.hardware import GPU, Efficiency
 from cola_megatron.scaling.memory import micro_batches
-from cola_megatron.scaling.parts import Part, chain_parts, two_copy_pairs, two_copy_positions
 
 # Forward and backward against forward alone: matrix products, attention (which computes its scores once more), bytes.
 MATRIX_PASSES, ATTENTION_PASSES, BYTE_PASSES = 3.0, 3.5, 3.0
@@ -66,36 +66,37 @@ def step_time(
     gpu: GPU,
     efficiency: Efficiency,
     gpus_per_node: int,
-    train_vae: bool | None = None,
+    mode: Mode | None = None,
 ) -> StepTime:
-    """One optimiser step; `split` as `pipeline_split` gives it, `train_vae` as in `chain_parts`."""
-    parts, count = chain_parts(config, train_vae), micro_batches(config, replicas)
+    """One optimiser step; `split` as `pipeline_split` gives it, `mode` as in `Family.parts`."""
+    parts, count = family_of(config).parts(config, mode), micro_batches(config, replicas)
     link = links(gpu, config, replicas, gpus_per_node)
     stages, first = [], 0
     for held in split:
         own = parts[first : first + held]
         computation = sum(computation_seconds(config, part, gpu, efficiency) for part in own)
         tensor = sum((tensor_traffic(config, part) for part in own), Traffic())
-        pipeline = pipeline_traffic(config, parts, first, first + held)
+        pipeline = pipeline_traffic(parts, first, first + held)
         data = data_traffic(config, own, replicas, count)
         stages.append((computation, tensor, pipeline, data, optimizer_seconds(config, own, replicas, gpu, efficiency)))
         first += held
+    rates = efficiency.link, efficiency.collective_seconds
     lengths = [
-        computation + tensor.seconds(link.tensor, efficiency) + pipeline.seconds(link.pipeline, efficiency)
+        computation + tensor.seconds(link.tensor, *rates) + pipeline.seconds(link.pipeline, *rates)
         for computation, tensor, pipeline, _, _ in stages
     ]
     slowest = lengths.index(max(lengths))
     computation, tensor, pipeline, _, _ = stages[slowest]
     data = max((stage[3] for stage in stages), key=lambda traffic: traffic.bytes)
-    exposed = data.seconds(link.data, efficiency)
+    exposed = data.seconds(link.data, *rates)
     if _overlaps(config):
         backward = count * computation * (1 - 1 / MATRIX_PASSES)
         hides_behind = count * computation if config.parallel.zero_stage == 3 else backward
         exposed = max(0.0, exposed - efficiency.overlap * hides_behind)
     return StepTime(
         computation=count * computation,
-        tensor=count * tensor.seconds(link.tensor, efficiency),
-        pipeline=count * pipeline.seconds(link.pipeline, efficiency),
+        tensor=count * tensor.seconds(link.tensor, *rates),
+        pipeline=count * pipeline.seconds(link.pipeline, *rates),
         bubble=sum(lengths) - lengths[slowest],
         data=exposed,
         optimizer=max(stage[4] for stage in stages),
@@ -115,7 +116,7 @@ def computation_seconds(config: RunConfig, part: Part, gpu: GPU, efficiency: Eff
     if not part.forward:
         return 0.0
     peak = gpu.bf16_flops if config.training.precision == "bf16" else gpu.fp32_flops
-    recomputes = config.training.activation_checkpointing and part.label.endswith("block")
+    recomputes = config.training.activation_checkpointing and part.is_block
     samples, ranks = config.training.micro_batch_size, config.parallel.tensor_parallel_size
 
     def passes(forward_and_backward: float) -> float:
@@ -124,48 +125,18 @@ def computation_seconds(config: RunConfig, part: Part, gpu: GPU, efficiency: Eff
     if efficiency.mfu is not None:
         return 2 * samples / ranks * part.macs * passes(MATRIX_PASSES) / (peak * efficiency.mfu)
     matrix = 2 * samples / ranks * part.matrix_macs / (peak * efficiency.matrix)
-    attention = 2 * samples / ranks * part.attention_macs * computed_pairs(config, part) / (peak * efficiency.attention)
+    attention = 2 * samples / ranks * part.attention_macs * part.computed_pairs / (peak * efficiency.attention)
     compiled = config.training.compile_blocks != "never" and config.parallel.can_compile_blocks
     crossings = efficiency.elementwise_passes if compiled else efficiency.plain_elementwise_passes
-    forward_bytes = _kept_bytes(config, part) * crossings / BYTE_PASSES
+    work = part.activations.kept if part.activations.elementwise is None else part.activations.elementwise
+    forward_bytes = work * crossings / BYTE_PASSES
     elementwise = forward_bytes / (gpu.memory_bandwidth * efficiency.memory)
     seconds = matrix * passes(MATRIX_PASSES) + attention * passes(ATTENTION_PASSES) + elementwise * passes(BYTE_PASSES)
-    if not part.label.endswith("block"):
+    if not part.is_block:
         return seconds
     kernels = KERNELS_OF_A_COMPILED_BLOCK if compiled else KERNELS_OF_A_BLOCK
     started = kernels * efficiency.kernel_seconds * passes(MATRIX_PASSES) / MATRIX_PASSES
     return max(seconds, started)
-
-
-def computed_pairs(config: RunConfig, part: Part) -> float:
-    """Pairs that the kernel computes over pairs that the mask keeps: with a mask tensor it skips none."""
-    if part.label == "dit.block":
-        return _pairs_of_the_prior(config) / two_copy_pairs(config.latent_length, config.model.dit.block_size)
-    length, block = config.latent_length, config.model.vae.block_size
-    return 1.0 if block == 1 else 2 * length / (length + block)
-
-
-def _pairs_of_the_prior(config: RunConfig) -> int:
-    """Pairs in the products of one sample: of all positions, or of the chunks of `two_copies_in_chunks`."""
-    positions, length, block = two_copy_positions(config), config.latent_length, config.model.dit.block_size
-    chosen = config.training.attention_chunk
-    if not chosen:
-        return positions**2
-    size, clean_length = -(-chosen // block) * block, positions - length
-    of_clean = [(min(start + size, clean_length), start) for start in range(0, clean_length, size)]
-    of_noisy = [(min(start + size, length), start) for start in range(0, length, size)]
-    return sum((end - start) * end for end, start in of_clean) + sum(
-        (end - start) * (min(end, clean_length) + end - start) for end, start in of_noisy
-    )
-
-
-def _kept_bytes(config: RunConfig, part: Part) -> float:
-    """A measure of elementwise work: what the part keeps, or would keep if it were trained."""
-    if part.label != "reference":
-        return part_activations(config, part.label).kept
-    views = 2 if config.objective.vae.mask_weight > 0 else 1
-    blocks = config.model.vae.encoder_layers * part_activations(config, "vae.encoder.block").kept
-    return (blocks + part_activations(config, "vae.encoder.embed").kept) / views
 
 
 def optimizer_seconds(

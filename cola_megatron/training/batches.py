@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.data.samples import Sample
-from cola_megatron.objectives.samples import training_sample
+from cola_megatron.families.samples import training_sample
 
 
 class Samples(Protocol):
@@ -26,7 +26,7 @@ class MicroBatch(NamedTuple):
     """What one forward pass of one replica takes."""
 
     tensors: dict[str, torch.Tensor]
-    """The fields of `objectives.samples.training_sample`, stacked."""
+    """The fields of `families.samples.training_sample`, stacked."""
     skipped: list[tuple[str, str]]
     """For each sample that was replaced: the shard it should have come from, and what is wrong with that."""
 

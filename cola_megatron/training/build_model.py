@@ -1,7 +1,8 @@
 """From a config to this process's place in the job and its part of the model."""
 
 from cola_megatron.config import RunConfig
-from cola_megatron.models.cola import Cola
+from cola_megatron.families import family_of
+from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.parallel import ProcessGroups, initialize_parallel
 from cola_megatron.scaling.split import pipeline_split
 
@@ -17,8 +18,7 @@ def initialize_run(config: RunConfig) -> ProcessGroups:
     )
 
 
-def build_model(config: RunConfig, groups: ProcessGroups) -> Cola:
+def build_model(config: RunConfig, groups: ProcessGroups) -> PipelinedModel:
     """This process's stage of the model, not yet filled; raises ConfigError for a split that does not fit it."""
-    if groups.pipeline_parallel_size == 1:
-        return Cola(config, groups)
-    return Cola(config, groups, pipeline_split(config, groups.data_parallel_size))
+    split = pipeline_split(config, groups.data_parallel_size) if groups.pipeline_parallel_size > 1 else None
+    return family_of(config).build(config, groups, split)

@@ -8,9 +8,10 @@ import torch
 
 from cola_megatron.checkpoint.pieces import frozen_weights
 from cola_megatron.config import RunConfig
+from cola_megatron.families import family_of
 from cola_megatron.layers.attention import allow_cudnn_in_training
-from cola_megatron.models.cola import Cola
 from cola_megatron.models.compiled_blocks import compile_blocks, compiles, start_compilers
+from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.models.steps import Stage
 from cola_megatron.parallel import ProcessGroups, sum_partial_gradients
 from cola_megatron.parallel.deepspeed_grid import DeepSpeedGrid
@@ -18,7 +19,7 @@ from cola_megatron.parallel.deepspeed_output import quiet_deepspeed
 from cola_megatron.parallel.pipeline import Neighbours, SeedGradients, Tensors, one_forward_one_backward
 from cola_megatron.parallel.zero_optimizer import ZeroOptimizer
 from cola_megatron.training.batches import micro_batches_per_step
-from cola_megatron.training.optimizer import build_optimizer, learning_rate, set_learning_rates, trained_networks
+from cola_megatron.training.optimizer import build_optimizer, learning_rate, set_learning_rates
 from cola_megatron.training.stop_signals import STOP_SIGNALS
 
 
@@ -28,7 +29,7 @@ class Engine:
     The model must hold its starting weights, in float32 and on the device, when the engine takes it over.
     """
 
-    def __init__(self, model: Cola, config: RunConfig, groups: ProcessGroups):
+    def __init__(self, model: PipelinedModel, config: RunConfig, groups: ProcessGroups):
         self.config, self.groups = config, groups
         self.accumulation = micro_batches_per_step(config, groups.data_parallel_size)
         sum_partial_gradients(model, groups)
@@ -56,11 +57,11 @@ class Engine:
             config.parallel.zero_stage,
             config.parallel.offload_optimizer,
             groups,
-            trained_networks(model),
+            model.trained_networks(),
         )
 
     @property
-    def model(self) -> Cola:
+    def model(self) -> PipelinedModel:
         """The model, with its parameters in compute precision."""
         return self.deepspeed.module
 
@@ -78,13 +79,13 @@ class Engine:
 
         Returns:
             the loss and its terms, averaged over the global batch, `gradient_norm` (before clipping), of which
-            `gradient_norm_vae` and `gradient_norm_dit` are the parts, as far as the run trains them, and
-            `learning_rate`; alike on every rank.
+            `gradient_norm_NETWORK` are the parts, and `learning_rate`; alike on every rank.
         """
         training = self.config.training
-        mode = {"train_vae": self.config.stage == 1 or training.vae_update.trains_at(step)}
+        mode = family_of(self.config).mode_at(self.config, step)
+        idle = self.model.idle_networks(**mode)
         rate = learning_rate(training, step)
-        set_learning_rates(self.deepspeed.optimizer.param_groups, rate, **mode)
+        set_learning_rates(self.deepspeed.optimizer.param_groups, rate, idle)
         names = ["loss", *self.model.term_names(**mode)]
         stage = self.model.stage(**mode)
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.groups.device)
@@ -110,9 +111,9 @@ class Engine:
             }
 
         one_forward_one_backward(self._neighbours(stage), self.accumulation, forward, backward)
-        if not mode["train_vae"]:
-            # A VAE that is left out has gradient 0, in the norm and in the moments, in every layout.
-            self.optimizer.clear_gradients(self.model.vae.parameters(), network="vae")
+        for network, module in idle.items():
+            # A network that is left out has gradient 0, in the norm and in the moments, in every layout.
+            self.optimizer.clear_gradients(module.parameters(), network=network)
         means = self.groups.sum_over_stages_and_replicas(sums) / (self.accumulation * self.groups.data_parallel_size)
         metrics = dict(zip(names, means.tolist(), strict=True))
 

@@ -17,6 +17,7 @@ from cola_megatron.config import RunConfig
 from cola_megatron.data import TokenShards, training_samples
 from cola_megatron.data.manifest import TOKENIZER_NAME
 from cola_megatron.data.run_shards import open_shards
+from cola_megatron.families import family_of
 from cola_megatron.held_out.measure import evaluate
 from cola_megatron.held_out.texts import Decode, decoder_for, held_out_texts
 from cola_megatron.parallel import HangWatch, PeerWatch, ProcessGroups, initialize_parameters
@@ -45,7 +46,6 @@ from cola_megatron.training.divergence import BadStep, Divergence, TrainingDiver
 from cola_megatron.training.engine import Engine
 from cola_megatron.training.loader import BatchLoader
 from cola_megatron.training.stop_signals import StopSignals
-from cola_megatron.training.warm_start import load_starting_weights
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def _train(
         model = build_model(config, groups)
         if checkpoint is None:
             initialize_parameters(model, config.seed, groups)
-            load_starting_weights(model, config, groups)
+            family_of(config).load_starting_weights(model, config, groups)
         else:
             load_weights(model, checkpoint, groups)
         engine = Engine(model.to(groups.device), config, groups)
@@ -269,8 +269,8 @@ class _Run:
         texts = held_out_texts(self.engine.model, self.held_out_shards, self.config, count, self.hang.progress)
         if self.groups.is_main:
             self.decode = self.decode or decoder_for(self.config.run_folder / TOKENIZER_NAME)
-            kind = "reconstructions" if self.config.stage == 1 else "continuations"
-            self.recorder.texts(kind, self.step, [text.readable(self.decode) for text in texts])
+            readable = [text.readable(self.decode) for text in texts]
+            self.recorder.texts(texts[0].kind, self.step, readable)
 
     def _save(self) -> None:
         self.recorder.state("saving")

@@ -1,20 +1,19 @@
 """AdamW groups and the learning-rate schedule."""
 
 import math
+from collections.abc import Collection
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from cola_megatron.config import ConfigError, RunConfig, TrainingConfig
-from cola_megatron.models.cola import Cola
+from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.parallel import ProcessGroups
 
 
-def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict]:
-    """Groups by network (VAE, DiT) and by decay (matrices, vectors); `learning_rate_ratio` is relative to the DiT's."""
-    optimizer = config.training.optimizer
-    vae_ratio = config.training.vae_update.learning_rate_ratio if config.stage == 2 else 1.0
+def parameter_groups(model: PipelinedModel, config: RunConfig) -> list[dict]:
+    """Groups by network and by decay (matrices, vectors); `learning_rate_ratio` is relative to the schedule's rate."""
+    optimizer, ratios = config.training.optimizer, model.learning_rate_ratios()
     groups: dict[tuple[str, bool], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -25,7 +24,7 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict]:
             {
                 "params": [],
                 "network": network,
-                "learning_rate_ratio": vae_ratio if network == "vae" else 1.0,
+                "learning_rate_ratio": ratios.get(network, 1.0),
                 "weight_decay": optimizer.weight_decay if decays else 0.0,
             },
         )
@@ -33,17 +32,7 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict]:
     return list(groups.values())
 
 
-def trained_networks(model: Cola) -> dict[str, nn.Module]:
-    """The networks that this run trains, by the names that their groups have; alike on every stage of a pipeline."""
-    networks: dict[str, nn.Module] = {}
-    if model.dit is None or model.config.training.vae_update.mode != "frozen":
-        networks["vae"] = model.vae
-    if model.dit is not None:
-        networks["dit"] = model.dit
-    return networks
-
-
-def build_optimizer(model: nn.Module, config: RunConfig, groups: ProcessGroups) -> torch.optim.AdamW:
+def build_optimizer(model: PipelinedModel, config: RunConfig, groups: ProcessGroups) -> torch.optim.AdamW:
     """AdamW over the trained parameters of this stage; its learning rates are set anew before every step.
 
     Raises:
@@ -100,11 +89,10 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
     return schedule.final_learning_rate + (peak - schedule.final_learning_rate) * left
 
 
-def set_learning_rates(groups: list[dict], rate: float, train_vae: bool) -> None:
-    """Writes the rate of this step into the optimiser's groups; a frozen VAE step has rate 0 for the VAE.
+def set_learning_rates(groups: list[dict], rate: float, idle: Collection[str]) -> None:
+    """Writes the rate of this step into the optimiser's groups; a network that is idle in this step has rate 0.
 
     At rate 0 AdamW changes nothing (decay is multiplied by the rate as well); its moments decay meanwhile.
     """
     for group in groups:
-        frozen = group["network"] == "vae" and not train_vae
-        group["lr"] = 0.0 if frozen else rate * group["learning_rate_ratio"]
+        group["lr"] = 0.0 if group["network"] in idle else rate * group["learning_rate_ratio"]

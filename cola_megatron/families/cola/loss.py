@@ -6,8 +6,8 @@
     where      L_VAE = -E log p(x|z0) + beta * posterior term + lambda_mask L_mask
                L_FM  = E || v(z_t, t; sg(z0^(<b))) - sg(z1 - z0) ||^2,   z_t = (1 - t) z0 + t z1
 
-Training runs the same as a chain of steps that a pipeline can cut (`models/cola.py`); `tests/test_cola_loss.py` holds
-both equal, bit for bit, in every term and gradient. A batch has the fields of `objectives.samples.training_sample`,
+Training runs the same as a chain of steps that a pipeline can cut (`families/cola/chain.py`); `tests/test_cola_loss.py`
+holds both equal, bit for bit, in every term and gradient. A batch has the fields of `families.samples.training_sample`,
 stacked over B. A loss is the terms by name, float32 scalars, and their weighted sum as `loss`.
 
 Shapes: B batch, W texts and behind them their masked views (2 B, or B without a mask loss), L tokens (T where they come
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 
 import torch
 
-from cola_megatron.config import RunConfig
+from cola_megatron.config import ColaConfig
 from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.models.dit import DiT
 from cola_megatron.models.text_vae import TextEncoder, TextVAE
@@ -39,13 +39,13 @@ Terms = dict[str, torch.Tensor]
 stop_gradient = torch.Tensor.detach
 
 
-def stage_one_loss(vae: TextVAE, batch: Batch, config: RunConfig) -> Terms:
+def stage_one_loss(vae: TextVAE, batch: Batch, config: ColaConfig) -> Terms:
     """L_VAE: the Text VAE alone."""
     terms, _, _ = vae_terms(vae, batch, config)
     return with_loss(terms, loss_weights(config))
 
 
-def stage_two_loss(vae: TextVAE, dit: DiT, reference: TextEncoder | None, batch: Batch, config: RunConfig) -> Terms:
+def stage_two_loss(vae: TextVAE, dit: DiT, reference: TextEncoder | None, batch: Batch, config: ColaConfig) -> Terms:
     """lambda_VAE L_VAE + lambda_FM L_FM + lambda_ref E KL(q || q_ref): VAE and prior jointly.
 
     `reference` is the stage-1 encoder; None where lambda_ref is 0 or stage 2 starts from scratch.
@@ -60,7 +60,7 @@ def stage_two_loss(vae: TextVAE, dit: DiT, reference: TextEncoder | None, batch:
     return with_loss(terms, loss_weights(config))
 
 
-def frozen_vae_loss(vae: TextVAE, dit: DiT, batch: Batch, config: RunConfig) -> Terms:
+def frozen_vae_loss(vae: TextVAE, dit: DiT, batch: Batch, config: ColaConfig) -> Terms:
     """lambda_FM L_FM alone: stage 2 with a frozen VAE, and the frozen steps of an interval."""
     _, documents_BS = latent_positions(batch, config)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def frozen_vae_loss(vae: TextVAE, dit: DiT, batch: Batch, config: RunConfig) -> 
     return with_loss(terms, loss_weights(config, train_vae=False))
 
 
-def vae_terms(vae: TextVAE, batch: Batch, config: RunConfig) -> tuple[Terms, Posterior, torch.Tensor]:
+def vae_terms(vae: TextVAE, batch: Batch, config: ColaConfig) -> tuple[Terms, Posterior, torch.Tensor]:
     """The terms of L_VAE; and, of the texts alone, q(z0|x) and z0 in the prior's coordinates."""
     tokens_BL, counted_TB, texts = batch["tokens"], batch["counted"].t(), len(batch["tokens"])
     counted_SB, documents_BS = latent_positions(batch, config)
@@ -94,7 +94,7 @@ def vae_terms(vae: TextVAE, batch: Batch, config: RunConfig) -> tuple[Terms, Pos
     return terms, posterior.of_first(texts), z0_SWC[:, :texts]
 
 
-def flow_matching_term(dit: DiT, z0_SBC: torch.Tensor, batch: Batch, config: RunConfig) -> torch.Tensor:
+def flow_matching_term(dit: DiT, z0_SBC: torch.Tensor, batch: Batch, config: ColaConfig) -> torch.Tensor:
     """L_FM, of all blocks in one pass over `[clean copy | noisy copy]`."""
     counted_SB, documents_BS = latent_positions(batch, config)
     z1_SBC, at_zero_SB = batch["flow_noise"].transpose(0, 1), batch["at_zero"].t()
@@ -115,7 +115,7 @@ def flow_matching_term(dit: DiT, z0_SBC: torch.Tensor, batch: Batch, config: Run
     return flow_matching_loss(velocity_SBC, target_SBC, at_zero_SB, counted_SB)
 
 
-def loss_weights(config: RunConfig, train_vae: bool = True) -> dict[str, float]:
+def loss_weights(config: ColaConfig, train_vae: bool = True) -> dict[str, float]:
     """The weight of each term that a pass has, in the order in which they are added up.
 
     Without a variance there is no posterior term, without a weight no masked view, without a stage-1 encoder no

@@ -3,11 +3,11 @@
 Shapes: S latents, B batch, C channels of a latent.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
-from cola_megatron.config import RunConfig
+from cola_megatron.config import ColaConfig
 from cola_megatron.models.steps import Step
 from cola_megatron.objectives.linear_denoiser import covariance_of_moments
 
@@ -15,7 +15,7 @@ DEAD_BELOW = 1e-3
 """Share of the mean eigenvalue below which a direction without posterior noise counts as dead."""
 
 
-def posterior_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
+def posterior_shapes(config: ColaConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the sums below."""
     channels = config.model.vae.latent_dim
     return {"sum_mean_moments": (1 + channels, 1 + channels), "sum_channels": (2, channels)}
@@ -41,7 +41,7 @@ def posterior_sums(variational: bool) -> Iterator[Step]:
         yield Step("logvar, counted_latents, weight -> sum_channels", channels)
 
 
-def posterior_metrics(sums: dict[str, torch.Tensor]) -> dict[str, float]:
+def posterior_metrics(sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """Statistics of q(z0 given x) over held-out latents, in the coordinates of the encoder.
 
     Returns:

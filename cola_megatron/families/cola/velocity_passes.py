@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cola_megatron.config import RunConfig
+from cola_megatron.config import ColaConfig
+from cola_megatron.families.cola.chain import Cola
 from cola_megatron.layers.attention import AttentionContext
 from cola_megatron.layers.time_embedding import TimeRows
-from cola_megatron.models.cola import Cola
 from cola_megatron.models.dit import two_copy_times
 from cola_megatron.models.steps import Step
 from cola_megatron.objectives import flow_matching, vae
@@ -53,7 +53,7 @@ class Passes:
             control, for what is gained from any context at all is not learned from the text.
     """
 
-    def __init__(self, model: Cola, config: RunConfig, shuffled_context: bool = False):
+    def __init__(self, model: Cola, config: ColaConfig, shuffled_context: bool = False):
         self.model, self.config = model, config
         self.passes = [_Pass("training", own_times=True), _Pass("with"), _Pass("without", sees_context=False)]
         if shuffled_context and config.training.micro_batch_size > 1:
@@ -152,7 +152,7 @@ class Passes:
         return weight_B.sum(), torch.cat((of_samples @ weight_B, of_samples.square() @ weight_B))
 
 
-def fixed_draws(config: RunConfig, samples: list[int]) -> dict[str, NDArray[np.float32]]:
+def fixed_draws(config: ColaConfig, samples: list[int]) -> dict[str, NDArray[np.float32]]:
     """What a measurement draws for these held-out samples, by their number in the split.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Weights and switches of the losses (paper section 2)."""
+"""Weights and switches of the losses of Cola DLM (paper section 2)."""
 
 from typing import Annotated, Literal
 
@@ -53,7 +53,7 @@ class FlowConfig(Section):
     """Share of noisy blocks that see no clean context: the unconditional branch of guidance. Not published."""
 
 
-class ObjectiveConfig(Section):
+class ColaObjectiveConfig(Section):
     """Stage 1: the VAE terms. Stage 2: vae_weight * VAE terms + flow + reference_weight * KL(q || q_ref)."""
 
     vae: VAEObjectiveConfig = VAEObjectiveConfig()

@@ -1,8 +1,7 @@
-"""Published weights as a checkpoint of ours."""
+"""Weights in the layout of another program as a checkpoint of ours."""
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,19 @@ from cola_megatron.checkpoint.sharded_tensors import Piece, write_index, write_p
 from cola_megatron.checkpoint.state_file import TENSORS, write_state
 from cola_megatron.checkpoint.tokenizer import store_tokenizer
 from cola_megatron.config import RunConfig, dump_config, load_config, resolve_config, stored_tree
+from cola_megatron.conversion.open_model import format_of
 from cola_megatron.errors import UserError
-from cola_megatron.interop.published import PublishedModel
+from cola_megatron.families import FAMILIES
+from cola_megatron.interop.errors import PublishedError
 from cola_megatron.interop.stored_model import FORMS
+from cola_megatron.interop.weight_source import ModelSource
 from cola_megatron.records.provenance import versions
 from cola_megatron.records.run_folder import CONFIG
 
 
-def import_published(
+def import_weights(
     published: Path, output: Path, source: str, overrides: list[str], progress: bool = True
-) -> PublishedModel:
+) -> ModelSource:
     """Writes a checkpoint folder without optimiser state, with the tokenizer and a config.yaml to train on with.
 
     Stage 2 starts from it (`training.stage_one`) under any layout; a run does not resume from it. The model section
@@ -37,7 +39,10 @@ def import_published(
     """
     if output.exists():
         raise UserError(f"{output} exists; give a new folder")
-    model = PublishedModel(published)
+    layout = format_of(published)
+    if layout is None:
+        raise PublishedError(f"{published} is in no layout that a family reads")
+    model = layout.open(published)
     config = _config(model, load_config(source, overrides).model_dump(mode="json"), output)
     unfinished = output.with_name(f".importing_{output.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -50,19 +55,14 @@ def import_published(
     write_index(unfinished / TENSORS, write_pieces(unfinished / TENSORS, "imported", pieces()))
     tokenizer = {} if model.tokenizer is None else store_tokenizer(model.tokenizer, unfinished)
     (unfinished / CONFIG).write_text(dump_config(config))
-    forms = {part: asdict(form) for part, form in model.forms.items()}
-    state = {"step": 0, "imported_from": str(published), FORMS: forms, "versions": versions()}
+    state = {"step": 0, "imported_from": str(published), FORMS: model.imported, "versions": versions()}
     write_state(unfinished, {**state, **tokenizer, "config": stored_tree(config)})
     unfinished.rename(output)
     return model
 
 
-def _config(model: PublishedModel, tree: dict[str, Any], output: Path) -> RunConfig:
-    networks = model.config.model_dump(mode="json")
-    if not model.has_prior:
-        networks["dit"] = tree["model"]["dit"] | {"latent_dim": model.config.vae.latent_dim}
-        tree["stage"] = 1
-    tree["model"] = networks
+def _config(model: ModelSource, tree: dict[str, Any], output: Path) -> RunConfig:
+    tree = FAMILIES[model.config.family].tree_of_import(model, tree)
     if model.tokenizer is not None:
         tree["data"]["path"] = str(output.absolute())
     return resolve_config(tree)

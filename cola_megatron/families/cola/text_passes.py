@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cola_megatron.held_out.measured_steps import whole_logits
+from cola_megatron.families.cola.chain import Cola
+from cola_megatron.families.cola.measured_steps import whole_logits
 from cola_megatron.inference.settings import FlowSettings
 from cola_megatron.inference.solvers import RULES, Evaluation, integrate, uniform_grid
 from cola_megatron.layers.masks import AttentionMask, block_causal_visibility
 from cola_megatron.layers.time_embedding import TimeRows
-from cola_megatron.models.cola import Cola
 from cola_megatron.models.compiled_blocks import uncompiled
 from cola_megatron.models.steps import Step, run_steps
 from cola_megatron.parallel.pipeline import Neighbours, Tensors, forward_only

@@ -1,11 +1,13 @@
-"""A checkpoint of ours in the published layout."""
+"""A checkpoint of ours in the layout that other programs of its family read."""
 
 from pathlib import Path
 
 import torch
 
+from cola_megatron.data.manifest import TOKENIZER_NAME
+from cola_megatron.errors import UserError
+from cola_megatron.families import FAMILIES
 from cola_megatron.interop.errors import PublishedError
-from cola_megatron.interop.published import TOKENIZER, write_published
 from cola_megatron.interop.stored_model import CheckpointModel
 from cola_megatron.interop.weight_files import MAX_SHARD_BYTES
 
@@ -28,13 +30,20 @@ def export_checkpoint(
 
     Raises:
         CheckpointError: there is none, or it is damaged. PublishedError: the layout cannot hold this model; or it was
-            trained, and no tokenizer is known (an import without one is exported as it was).
+            trained, and no tokenizer is known (an import without one is exported as it was). UserError: its family has
+            no such layout.
     """
     model = CheckpointModel(checkpoint)
-    if model.tokenizer is None and model.forms is None:
+    family = FAMILIES[model.config.family]
+    if not family.formats:
+        raise UserError(
+            f"{family.title} has no layout of another program to be written in; every command and `load_model` read "
+            f"{model.folder} itself"
+        )
+    if model.tokenizer is None and model.imported is None:
         raise PublishedError(
             f"no tokenizer.json is known for {model.folder}, and an export without one can read no text: copy the one "
-            f"of its data to {model.folder / TOKENIZER}"
+            f"of its data to {model.folder / TOKENIZER_NAME}"
         )
-    write_published(output, model.config, model, model.tokenizer, dtype, model.forms, max_shard_bytes, progress)
+    family.formats[0].write(output, model, dtype, max_shard_bytes, progress)
     return model

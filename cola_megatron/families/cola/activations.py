@@ -10,36 +10,21 @@ tensor-parallel size where the layer cuts it, positions are divided by it where 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cola_megatron.config import RunConfig
-from cola_megatron.scaling.parts import two_copy_positions
-
-FLOAT32 = 4
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Bytes of one part for one micro-batch on one rank."""
-
-    kept: float
-    """From its forward to its backward pass, without recomputation."""
-    output: float
-    """Of `kept`, what remains when the part is recomputed: what the next part reads."""
-    temporary: float
-    """On top of `kept` at the worst moment of its own forward or backward pass."""
-    recomputable: bool = False
-    """Whether `training.activation_checkpointing` applies to the part."""
+from cola_megatron.config import ColaConfig
+from cola_megatron.costs.part import FLOAT32, Activations, compute_bytes
+from cola_megatron.families.cola.copies import two_copy_positions
 
 
 @dataclass(frozen=True)
 class _MicroBatch:
     """The config in the numbers that the formulas use."""
 
-    config: RunConfig
+    config: ColaConfig
     views: int
 
     @property
     def e(self) -> int:
-        return 2 if self.config.training.precision == "bf16" else 4
+        return compute_bytes(self.config)
 
     @property
     def tensor(self) -> int:
@@ -69,21 +54,30 @@ class _MicroBatch:
         return two_copy_positions(self.config) * self.samples
 
 
-def part_activations(config: RunConfig, label: str) -> Activations:
-    """Activations of a trained part, by its label in `chain_parts`; the reference encoder keeps nothing."""
-    views = 2 if config.objective.vae.mask_weight > 0 else 1
-    return _FORMULAS[label](_MicroBatch(config, views))
+def part_activations(config: ColaConfig, label: str) -> Activations:
+    """Activations of a trained part, by its label; the reference encoder keeps nothing. KeyError: no such part."""
+    return _FORMULAS[label](_MicroBatch(config, text_views(config)))
 
 
-def largest_gathered_input(config: RunConfig) -> float:
-    """Bytes of megatron-core's one buffer into which a linear layer gathers its input under sequence parallelism."""
+def text_views(config: ColaConfig) -> int:
+    """How often the VAE sees each text: as it is, and where there is a mask loss once more with masks."""
+    return 2 if config.objective.vae.mask_weight > 0 else 1
+
+
+def reference_work(config: ColaConfig) -> float:
+    """What the reference encoder would keep of the text if it were trained: a measure of its elementwise work."""
+    blocks = config.model.vae.encoder_layers * part_activations(config, "vae.encoder.block").kept
+    return (blocks + part_activations(config, "vae.encoder.embed").kept) / text_views(config)
+
+
+def gathered_input(config: ColaConfig, label: str) -> float:
+    """Bytes of the input that the part's linear layers gather under sequence parallelism."""
     if not config.parallel.sequence_parallel:
         return 0.0
-    micro_batch = _MicroBatch(config, 2 if config.objective.vae.mask_weight > 0 else 1)
-    inputs = [micro_batch.text_positions * config.model.vae.hidden_size]
-    if config.stage == 2:
-        inputs.append(micro_batch.flow_positions * config.model.dit.hidden_size)
-    return micro_batch.e * max(inputs)
+    micro_batch = _MicroBatch(config, text_views(config))
+    if label.startswith("dit."):
+        return micro_batch.e * micro_batch.flow_positions * config.model.dit.hidden_size
+    return micro_batch.e * micro_batch.text_positions * config.model.vae.hidden_size
 
 
 def _encoder_embed(m: _MicroBatch) -> Activations:

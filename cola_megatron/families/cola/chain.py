@@ -1,4 +1,4 @@
-"""Cola DLM in training: the losses of `models/cola_loss.py` as a chain of steps.
+"""Cola DLM in training: the losses of `families/cola/loss.py` as a chain of steps.
 
 Shapes: B batch, W views of each sample stacked along the batch (the text, then its masked view), L tokens, S latents,
 C latent channels, N blocks, H hidden.
@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
-from cola_megatron.config import RunConfig
+from cola_megatron.config import ColaConfig
+from cola_megatron.families.cola.loss import loss_weights, stop_gradient
 from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.layers.time_embedding import TimeRows
-from cola_megatron.models.cola_loss import loss_weights, stop_gradient
 from cola_megatron.models.dit import DiT, two_copy_times
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.models.steps import Step
@@ -27,7 +28,7 @@ from cola_megatron.parallel import ProcessGroups
 LATENTS_WORTH_CHUNKS, CHUNK = 512, 256
 
 
-def attention_chunk(config: RunConfig, device: torch.device) -> int:
+def attention_chunk(config: ColaConfig, device: torch.device) -> int:
     """Queries of one attention product of the prior's training, 0 for all of them."""
     chosen = config.training.attention_chunk
     if chosen is not None:
@@ -48,7 +49,9 @@ class Cola(PipelinedModel):
         split: for each stage of the pipeline the number of its steps with parameters; None: all of them are here.
     """
 
-    def __init__(self, config: RunConfig, groups: ProcessGroups, split: Sequence[int] | None = None):
+    config: ColaConfig
+
+    def __init__(self, config: ColaConfig, groups: ProcessGroups, split: Sequence[int] | None = None):
         super().__init__(groups, split)
         self.config = config
         with self.under_construction():
@@ -68,6 +71,23 @@ class Cola(PipelinedModel):
         """The DiT of stage 2."""
         assert self.dit is not None, "stage 1 has no prior"
         return self.dit
+
+    def trained_networks(self) -> dict[str, nn.Module]:
+        """The VAE unless it is frozen, and the prior."""
+        networks: dict[str, nn.Module] = {}
+        if self.dit is None or self.config.training.vae_update.mode != "frozen":
+            networks["vae"] = self.vae
+        if self.dit is not None:
+            networks["dit"] = self.dit
+        return networks
+
+    def idle_networks(self, train_vae: bool = True) -> dict[str, nn.Module]:
+        """The VAE in a step that leaves it frozen."""
+        return {} if train_vae else {"vae": self.vae}
+
+    def learning_rate_ratios(self) -> dict[str, float]:
+        """Stage 2 may train the VAE at another rate than the prior."""
+        return {"vae": self.config.training.vae_update.learning_rate_ratio} if self.config.stage == 2 else {}
 
     @property
     def batch_names(self) -> set[str]:

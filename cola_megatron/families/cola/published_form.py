@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from cola_megatron.config import DiTConfig
+from cola_megatron.families.cola.published_configs import named_type
 from cola_megatron.interop.errors import PublishedError
-from cola_megatron.interop.published_configs import named_type
 from cola_megatron.interop.weight_files import WeightFiles
 
 FREQUENCIES = ".msa.rope.rope.freqs"

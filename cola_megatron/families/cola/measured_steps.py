@@ -1,17 +1,17 @@
 """What a held-out measurement computes, as a chain over the same parts as training: any pipeline can run it.
 
 Names that begin with `sum_` are sums over the counted positions of a micro-batch, each sample weighted by `weight`.
-Shapes as in `models/cola.py`.
+Shapes as in `families/cola/chain.py`.
 """
 
 from collections.abc import Iterator
 
 import torch
 
-from cola_megatron.config import RunConfig
-from cola_megatron.held_out.posterior_statistics import posterior_sums
-from cola_megatron.held_out.velocity_passes import Passes, total
-from cola_megatron.models.cola import Cola
+from cola_megatron.config import ColaConfig
+from cola_megatron.families.cola.chain import Cola
+from cola_megatron.families.cola.posterior_statistics import posterior_sums
+from cola_megatron.families.cola.velocity_passes import Passes, total
 from cola_megatron.models.steps import Step
 from cola_megatron.parallel.megatron import gather_from_tensor_model_parallel_region
 
@@ -19,7 +19,7 @@ ROBUSTNESS_TIMES = (0.0, 0.25, 0.5)
 
 
 def measured_steps(
-    model: Cola, config: RunConfig, shuffled_context: bool = False, posterior_statistics: bool = False
+    model: Cola, config: ColaConfig, shuffled_context: bool = False, posterior_statistics: bool = False
 ) -> list[Step]:
     """Posterior, reconstruction of latents at several flow times, and the velocity's error with and without context."""
     steps = [*model.position_steps(), *model.encoder_steps("tokens", gradient=False), *_of_the_posterior(model)]

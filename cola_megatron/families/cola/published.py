@@ -3,30 +3,32 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from cola_megatron.checkpoint.tensor_files import PlannedTensor
-from cola_megatron.config import ConfigError, DiTConfig, ModelConfig
-from cola_megatron.interop.errors import PublishedError
-from cola_megatron.interop.published_configs import (
+from cola_megatron.config import ColaModelConfig, ConfigError, DiTConfig
+from cola_megatron.families.cola.published_configs import (
     dit_config_from_published,
     dit_config_to_published,
     named_type,
     vae_config_from_published,
     vae_config_to_published,
 )
-from cola_megatron.interop.published_form import (
+from cola_megatron.families.cola.published_form import (
     PublishedForm,
     frequency_names,
     rotary_frequencies,
     understood_frequencies,
 )
-from cola_megatron.interop.published_names import Rule, Shape, dit_rules, vae_rules
+from cola_megatron.families.cola.published_names import Rule, Shape, dit_rules, vae_rules
+from cola_megatron.interop.errors import PublishedError
 from cola_megatron.interop.weight_files import MAX_SHARD_BYTES, WeightFiles, write_weights
+from cola_megatron.interop.weight_source import ModelSource, WeightFormat, Weights
 
 FOLDERS = {"vae": "cola_vae", "dit": "cola_dit"}
 VAE_FOLDER, DIT_FOLDER = FOLDERS.values()
@@ -40,33 +42,8 @@ Forms = Mapping[str, PublishedForm]
 T = TypeVar("T")
 
 
-class WeightSource(Protocol):
-    """Whole tensors named `vae.*` and, where there is a prior, `dit.*`, read one at a time."""
-
-    @property
-    def shapes(self) -> Mapping[str, Shape]:
-        """Of every tensor."""
-
-    def read(self, name: str) -> torch.Tensor:
-        """Float32, on the CPU."""
-
-
-class HeldWeights:
-    """A `WeightSource` of tensors in memory."""
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]):
-        self.tensors = tensors
-
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.tensors[name].detach().to("cpu", torch.float32)
-
-
 class PublishedModel:
-    """A folder in the published layout, opened: all but the values is checked. It is a `WeightSource`.
+    """A folder in the published layout, opened: all but the values is checked. It is a `ModelSource`.
 
     A `cola_vae` folder without a `cola_dit` beside it, or itself in the place of the folder, has no prior.
 
@@ -90,7 +67,7 @@ class PublishedModel:
             _check_tensors(self._files["dit"], self._rules["dit"], frequency_names(dit_config))
             dit_config, frequencies["dit"] = understood_frequencies(self._files["dit"], dit_config)
         try:
-            self.config = ModelConfig(vocab_size=vocab_size, vae=vae_config, dit=dit_config)
+            self.config = ColaModelConfig(vocab_size=vocab_size, vae=vae_config, dit=dit_config)
         except ValueError as error:
             raise PublishedError(f"{dit_folder / CONFIG}: {' '.join(str(error).split())}") from None
         self.forms = {
@@ -102,6 +79,11 @@ class PublishedModel:
             for part, files in self._files.items()
         }
         self.tokenizer = find_tokenizer(folder)
+
+    @property
+    def imported(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the way in which it was written."""
+        return {part: asdict(form) for part, form in self.forms.items()}
 
     @property
     def has_prior(self) -> bool:
@@ -135,10 +117,52 @@ def _networks_in(folder: Path) -> Path:
 def is_published(folder: Path) -> bool:
     """Whether a folder means to be a published model or its VAE."""
     folder = _networks_in(folder)
-    return (folder / VAE_FOLDER).is_dir() or (folder / CONFIG).is_file()
+    return (folder / VAE_FOLDER).is_dir() or ((folder / CONFIG).is_file() and _is_ours(folder / CONFIG))
 
 
-def read_published(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+def _is_ours(config: Path) -> bool:
+    """Unless it names another kind of model; what is broken is refused when it is opened."""
+    try:
+        tree = json.loads(config.read_text())
+    except (OSError, ValueError):
+        return True
+    kind = tree.get("model_type") if isinstance(tree, dict) else None
+    return not isinstance(kind, str) or kind.startswith("cola")
+
+
+class PublishedFormat(WeightFormat):
+    """The layout as a format of the family."""
+
+    name = "the published layout of Cola DLM"
+
+    def matches(self, folder: Path) -> bool:
+        """See `is_published`."""
+        return is_published(folder)
+
+    def open(self, folder: Path) -> PublishedModel:
+        """See `PublishedModel`."""
+        return PublishedModel(folder)
+
+    def write(
+        self,
+        folder: Path,
+        source: ModelSource,
+        dtype: torch.dtype | None = None,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        progress: bool = False,
+    ) -> None:
+        """See `write_published`; what was imported is written as it was read, unless a type is given."""
+        assert isinstance(source.config, ColaModelConfig)
+        forms = forms_of(source.imported)
+        write_published(folder, source.config, source, source.tokenizer, dtype, forms, max_shard_bytes, progress)
+
+
+def forms_of(imported: Mapping[str, Any] | None) -> Forms | None:
+    """How an import was written, from what its checkpoint keeps."""
+    return {part: PublishedForm(**form) for part, form in imported.items()} if imported else None
+
+
+def read_published(folder: Path) -> tuple[ColaModelConfig, dict[str, torch.Tensor]]:
     """The architecture and all tensors at once; see `PublishedModel`, also for what it raises."""
     model = PublishedModel(folder)
     return model.config, {name: model.read(name) for name in model.shapes}
@@ -146,8 +170,8 @@ def read_published(folder: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
 
 def write_published(
     folder: Path,
-    config: ModelConfig,
-    weights: WeightSource,
+    config: ColaModelConfig,
+    weights: Weights,
     tokenizer: Path | None,
     dtype: torch.dtype | None = None,
     forms: Forms | None = None,
@@ -189,7 +213,7 @@ def write_published(
         shutil.copyfile(tokenizer, folder / TOKENIZER)
 
 
-def _rules_for(config: ModelConfig, weights: WeightSource) -> dict[str, dict[str, Rule]]:
+def _rules_for(config: ColaModelConfig, weights: Weights) -> dict[str, dict[str, Rule]]:
     """The rules of each network that `weights` has; raises PublishedError where its tensors are not exactly theirs."""
     rules = {"vae": vae_rules(config.vae, config.vocab_size)}
     shapes = dict(weights.shapes)
@@ -200,7 +224,7 @@ def _rules_for(config: ModelConfig, weights: WeightSource) -> dict[str, dict[str
     return rules
 
 
-def _our_forms(config: ModelConfig, rules: Mapping[str, Mapping[str, Rule]], dtype: torch.dtype) -> Forms:
+def _our_forms(config: ColaModelConfig, rules: Mapping[str, Mapping[str, Rule]], dtype: torch.dtype) -> Forms:
     try:
         configs = {"vae": vae_config_to_published(config.vae, config.vocab_size, dtype)}
         if "dit" in rules:

@@ -1,53 +1,20 @@
-"""The model as a chain of parts: the steps that hold parameters, in the order in which training runs them.
+"""Cola DLM as a chain of parts: the steps that hold parameters, in the order in which training runs them.
 
-Parameters and multiply-adds are counted from the config alone, for the whole model: no layout enters here. The labels
-are those of the models' steps, so that a cost meets its step by position and by name.
+Here are parameters and multiply-adds; `activations.py` and `tensor_traffic.py` have the bytes. The labels are those of
+the steps of `chain.py`, so that a cost meets its step by position and by name.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
-from cola_megatron.config import DiTConfig, RunConfig, VAEConfig
-
-
-@dataclass(frozen=True)
-class Part:
-    """One step that holds parameters."""
-
-    label: str
-    """Part of the model, as in `dit.block`; repeated blocks share it."""
-    parameters: int
-    """Of the whole model."""
-    uncut: int
-    """Those of them that tensor parallelism leaves whole on every rank."""
-    matrix_macs: float
-    """Multiply-adds of the matrix products in one forward pass of one sample, all its views."""
-    attention_macs: float = 0.0
-    """Multiply-adds of the attention pairs that the mask keeps, likewise."""
-    feed_forward_macs: float = 0.0
-    """Those of `matrix_macs` that a block spends in its feed-forward."""
-    modulation_macs: float = 0.0
-    """Those of `matrix_macs` that a block spends in AdaLN."""
-    forward: bool = True
-    """False: the part does not run in this kind of step."""
-    backward: bool = True
-    """False: forward only, without gradients."""
-
-    def parameters_on_rank(self, tensor_parallel_size: int) -> float:
-        """Parameters of this part on one tensor-parallel rank (padding of the vocabulary left out)."""
-        return self.uncut + (self.parameters - self.uncut) / tensor_parallel_size
-
-    @property
-    def macs(self) -> float:
-        """Multiply-adds of one forward pass of one sample."""
-        return (self.matrix_macs + self.attention_macs) if self.forward else 0.0
-
-    @property
-    def flops(self) -> float:
-        """Training FLOPs of one sample: two per multiply-add, backward twice the forward."""
-        return 2.0 * self.macs * (3.0 if self.backward else 1.0)
+from cola_megatron.config import ColaConfig, DiTConfig, VAEConfig
+from cola_megatron.costs.part import Part, RingUnits, causal_pairs, two_copy_pairs
+from cola_megatron.families.cola.activations import gathered_input, part_activations, reference_work
+from cola_megatron.families.cola.copies import distinct_times, pairs_in_products, two_copy_positions
+from cola_megatron.families.cola.tensor_traffic import ring_units
 
 
-def chain_parts(config: RunConfig, train_vae: bool | None = None) -> tuple[Part, ...]:
+def chain_parts(config: ColaConfig, train_vae: bool | None = None) -> tuple[Part, ...]:
     """One entry for each step that holds parameters, in chain order.
 
     Stage 1: encoder, decoder. Stage 2: encoder, the frozen reference encoder (one part) where there is one, DiT,
@@ -80,7 +47,7 @@ def chain_parts(config: RunConfig, train_vae: bool | None = None) -> tuple[Part,
         *[block] * vae.decoder_layers,
         _decoder_head(config, views, train_vae),
     ]
-    return tuple(parts)
+    return _with_bytes(config, parts)
 
 
 def _reference(encoder: tuple[Part, ...], runs: bool) -> Part:
@@ -95,7 +62,7 @@ def _reference(encoder: tuple[Part, ...], runs: bool) -> Part:
     )
 
 
-def _encoder(config: RunConfig, views: int, backward: bool) -> tuple[Part, ...]:
+def _encoder(config: ColaConfig, views: int, backward: bool) -> tuple[Part, ...]:
     vae, latents = config.model.vae, config.latent_length
     width, patch = vae.hidden_size, vae.patch_size
     outputs = (2 if vae.variational else 1) * vae.latent_dim
@@ -139,7 +106,7 @@ def _text_block(vae: VAEConfig, label: str, latents: int, views: int, runs: bool
     )
 
 
-def _decoder_head(config: RunConfig, views: int, runs: bool) -> Part:
+def _decoder_head(config: ColaConfig, views: int, runs: bool) -> Part:
     vae, vocabulary = config.model.vae, config.model.vocab_size
     width, patch = vae.hidden_size, vae.patch_size
     return Part(
@@ -152,7 +119,7 @@ def _decoder_head(config: RunConfig, views: int, runs: bool) -> Part:
     )
 
 
-def _dit(config: RunConfig) -> list[Part]:
+def _dit(config: ColaConfig) -> list[Part]:
     dit, latents = config.model.dit, config.latent_length
     width = dit.hidden_size
     positions, times = two_copy_positions(config), distinct_times(config)
@@ -191,24 +158,38 @@ def _dit_block(dit: DiTConfig, positions: int, latents: int, times: int) -> Part
     )
 
 
-def two_copy_positions(config: RunConfig) -> int:
-    """Positions of `[clean copy | noisy copy]`: the last clean block is seen by nobody and is left out."""
-    return 2 * config.latent_length - config.model.dit.block_size
+def _with_bytes(config: ColaConfig, parts: Sequence[Part]) -> tuple[Part, ...]:
+    """The parts with what they keep, send and compute beside their multiply-adds; alike for all parts of a label."""
+    found: dict[str, Part] = {}
+    for part in parts:
+        if part.label not in found:
+            activations = part_activations(config, part.label)
+            if part.label == "reference":
+                activations = replace(activations, elementwise=reference_work(config))
+            forward, backward = ring_units(config, part.label)
+            found[part.label] = replace(
+                part,
+                computed_pairs=_computed_pairs(config, part.label),
+                largest_matrix=_largest_matrix(config, part.label),
+                gathered_input=gathered_input(config, part.label),
+                activations=activations,
+                ring_units=RingUnits(forward, backward),
+            )
+    return tuple(found[part.label] for part in parts)
 
 
-def distinct_times(config: RunConfig) -> int:
-    """Times of one sample at which the modulations are evaluated (t = 0, shared by a whole batch, is not counted)."""
-    return config.latent_length // config.model.dit.block_size if config.objective.flow.time.per == "block" else 1
+def _computed_pairs(config: ColaConfig, label: str) -> float:
+    length = config.latent_length
+    if label == "dit.block":
+        return pairs_in_products(config) / two_copy_pairs(length, config.model.dit.block_size)
+    block = config.model.vae.block_size
+    return 1.0 if block == 1 else 2 * length / (length + block)
 
 
-def causal_pairs(length: int, block_size: int) -> float:
-    """Pairs (query, key) that block-causal attention keeps."""
-    blocks = length / block_size
-    return block_size * block_size * blocks * (blocks + 1) / 2
-
-
-def two_copy_pairs(length: int, block_size: int) -> float:
-    """Pairs kept over `[clean copy | noisy copy]`: clean to clean, noisy to earlier clean, noisy to its own block."""
-    blocks = length // block_size
-    noisy_blocks = blocks * (blocks - 1) / 2 + blocks
-    return causal_pairs(length - block_size, block_size) + block_size * block_size * noisy_blocks
+def _largest_matrix(config: ColaConfig, label: str) -> float:
+    """A table of the vocabulary, or the widest matrix of a block."""
+    model, ranks = config.model, config.parallel.tensor_parallel_size
+    if label in ("vae.encoder.embed", "vae.decoder.head"):
+        return model.vocab_size * model.vae.hidden_size / ranks
+    network = model.dit if label.startswith("dit.") else model.vae
+    return network.hidden_size * network.ffn_hidden_size / ranks

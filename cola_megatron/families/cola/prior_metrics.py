@@ -1,16 +1,17 @@
 """What the prior has learned, beside what a sceptic would compare it with: from the sums of a held-out measurement."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 
-from cola_megatron.config import RunConfig
-from cola_megatron.held_out.velocity_passes import FIXED_TIMES, TIME_BINS
+from cola_megatron.config import ColaConfig
+from cola_megatron.families.cola.velocity_passes import FIXED_TIMES, TIME_BINS
 from cola_megatron.objectives.flow_matching import constant_predictor_loss
 from cola_megatron.objectives.linear_denoiser import linear_error, linear_predictor, moments_of_latents
 
 
-def sum_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
+def sum_shapes(config: ColaConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of those sums that are no scalars."""
     times, moments = len(FIXED_TIMES), 1 + 2 * config.model.dit.latent_dim
     return {
@@ -20,7 +21,7 @@ def sum_shapes(config: RunConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def prior_metrics(sums: dict[str, torch.Tensor]) -> dict[str, float]:
+def prior_metrics(sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """The prior's losses, all on the same latents, noise and equally spaced times, each the mean over these times.
 
     Returns:

@@ -1,0 +1,1 @@
+"""Models from and to folders of any layout, whatever their family."""

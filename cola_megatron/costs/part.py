@@ -1,0 +1,119 @@
+"""One step that holds parameters, and everything that it costs, counted from the config alone."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from cola_megatron.config import RunConfig
+from cola_megatron.costs.traffic import Traffic
+
+FLOAT32 = 4
+
+
+def compute_bytes(config: RunConfig) -> int:
+    """Bytes of a number of the compute type."""
+    return 2 if config.training.precision == "bf16" else FLOAT32
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one part for one micro-batch on one rank."""
+
+    kept: float = 0.0
+    """From its forward to its backward pass, without recomputation."""
+    output: float = 0.0
+    """Of `kept`, what remains when the part is recomputed: what the next part reads."""
+    temporary: float = 0.0
+    """On top of `kept` at the worst moment of its own forward or backward pass."""
+    recomputable: bool = False
+    """Whether `training.activation_checkpointing` applies to the part."""
+    elementwise: float | None = None
+    """What its elementwise work is a multiple of; None: what it keeps."""
+
+
+@dataclass(frozen=True)
+class RingUnits:
+    """Bytes of whole tensors that a part gathers or scatters over tensor-parallel ranks, an all-reduce counted twice.
+
+    Of one micro-batch; with n ranks each sends (n - 1) / n of them.
+    """
+
+    forward: Traffic = field(default_factory=Traffic)
+    backward: Traffic = field(default_factory=Traffic)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One step that holds parameters, in the order in which training runs them.
+
+    Parameters and multiply-adds are of the whole model and depend on no layout; bytes are of one rank under the
+    config's layout.
+    """
+
+    label: str
+    """Part of the model, as in `dit.block`; repeated blocks share it. It is the label of the model's own step."""
+    parameters: int
+    """Of the whole model."""
+    uncut: int
+    """Those of them that tensor parallelism leaves whole on every rank."""
+    matrix_macs: float
+    """Multiply-adds of the matrix products in one forward pass of one sample, all its views."""
+    attention_macs: float = 0.0
+    """Multiply-adds of the attention pairs that the mask keeps, likewise."""
+    feed_forward_macs: float = 0.0
+    """Those of `matrix_macs` that a block spends in its feed-forward."""
+    modulation_macs: float = 0.0
+    """Those of `matrix_macs` that a block spends in AdaLN."""
+    forward: bool = True
+    """False: the part does not run in this kind of step."""
+    backward: bool = True
+    """False: forward only, without gradients."""
+    computed_pairs: float = 1.0
+    """Attention pairs that the kernel computes over those that the mask keeps: with a mask tensor it skips none."""
+    largest_matrix: float = 0.0
+    """Elements of its largest matrix on one rank."""
+    gathered_input: float = 0.0
+    """Bytes of the largest input that a linear layer gathers under sequence parallelism."""
+    activations: Activations = field(default_factory=Activations)
+    ring_units: RingUnits = field(default_factory=RingUnits)
+
+    @property
+    def network(self) -> str:
+        """The network that it belongs to, whose optimiser groups are its own: the first word of its label."""
+        return self.label.split(".")[0]
+
+    @property
+    def is_block(self) -> bool:
+        """Whether it is one of the layers that are recomputed and compiled."""
+        return self.label.endswith("block")
+
+    def parameters_on_rank(self, tensor_parallel_size: int) -> float:
+        """Parameters of this part on one tensor-parallel rank (padding of the vocabulary left out)."""
+        return self.uncut + (self.parameters - self.uncut) / tensor_parallel_size
+
+    @property
+    def macs(self) -> float:
+        """Multiply-adds of one forward pass of one sample."""
+        return (self.matrix_macs + self.attention_macs) if self.forward else 0.0
+
+    @property
+    def flops(self) -> float:
+        """Training FLOPs of one sample: two per multiply-add, backward twice the forward."""
+        return 2.0 * self.macs * (3.0 if self.backward else 1.0)
+
+
+def causal_pairs(length: int, block_size: int) -> float:
+    """Pairs (query, key) that block-causal attention keeps; a block of the whole length: all of them."""
+    blocks = length / block_size
+    return block_size * block_size * blocks * (blocks + 1) / 2
+
+
+def two_copy_pairs(length: int, block_size: int) -> float:
+    """Pairs kept over `[clean copy | noisy copy]`: clean to clean, noisy to earlier clean, noisy to its own block."""
+    blocks = length // block_size
+    noisy_blocks = blocks * (blocks - 1) / 2 + blocks
+    return causal_pairs(length - block_size, block_size) + block_size * block_size * noisy_blocks
+
+
+def largest_gathered_input(parts: Iterable[Part]) -> float:
+    """Bytes of megatron-core's one buffer into which a linear layer gathers its input under sequence parallelism."""
+    return max((part.gathered_input for part in parts), default=0.0)

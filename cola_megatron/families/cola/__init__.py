@@ -1,0 +1,1 @@
+"""Cola DLM: a Text VAE, and over its latents a block-causal diffusion prior."""
