@@ -164,6 +164,12 @@ def _require_integer(name: str, value: object) -> None:
         raise ValueError(f"{name}={value} must be an integer")
 
 
+def require_count(name: str, value: int) -> None:
+    """Refuses what is no whole number above 0; raises ValueError."""
+    _require_integer(name, value)
+    _require_at_least(name, value, 1)
+
+
 def _require_finite(name: str, value: object) -> None:
     if not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f"{name}={value} must be finite")

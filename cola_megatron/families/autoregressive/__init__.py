@@ -1,0 +1,1 @@
+"""Autoregressive language model: the LLaMA-shaped baseline, one token after another."""

@@ -1,0 +1,83 @@
+"""The held-out measurement: the likelihood of the next token, which for this family is exact.
+
+Shapes: B batch, L tokens, S of them on this rank, H hidden, V vocabulary, K moments.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from cola_megatron.families.family import Measurement
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from cola_megatron.families.autoregressive.chain import Autoregressive
+from cola_megatron.models.steps import Step
+from cola_megatron.models.transformer_steps import whole_logits
+
+
+class NextTokenMeasurement(Measurement):
+    """-log p(x_(l+1) | x_1 .. x_l) and whether the most likely token is the right one, at every counted position."""
+
+    @property
+    def batch_names(self) -> Collection[str]:
+        """Nothing is drawn."""
+        return ()
+
+    def fixed_draws(self, samples: Sequence[int]) -> dict[str, NDArray[Any]]:
+        """Nothing is drawn."""
+        return {}
+
+    def steps(self, model: Autoregressive) -> list[Step]:
+        """The chain of training up to the head, which here counts instead."""
+
+        def count(
+            hidden_SBH: torch.Tensor, targets_LB: torch.Tensor, counted_LB: torch.Tensor, weight_B: torch.Tensor
+        ) -> torch.Tensor:
+            logits_LBV = whole_logits(model.transformer, hidden_SBH)
+            nll_LB = F.cross_entropy(logits_LBV.flatten(0, 1).float(), targets_LB.flatten(), reduction="none")
+            nll_B = (nll_LB.view_as(targets_LB).double() * counted_LB).sum(0)
+            correct_B = ((logits_LBV.argmax(-1) == targets_LB) & counted_LB).double().sum(0)
+            tokens_B = counted_LB.double().sum(0)
+            moments_KB = torch.stack((torch.ones_like(tokens_B), tokens_B, nll_B, correct_B))
+            return (moments_KB * weight_B) @ moments_KB.t()
+
+        return list(model.network_steps(Step("hidden, targets, targets_counted, weight -> sum_moments", count)))
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Sums of products of any two of 1, tokens, nats and right predictions of a sample."""
+        return {"sum_moments": (4, 4)}
+
+    def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """`nats_per_token`, `next_token_accuracy`, `perplexity`, over all tokens alike.
+
+        And the `_standard_error` over samples of the first two, as of a ratio of two means: samples are drawn, not
+        their tokens.
+        """
+        moments_KK = sums["sum_moments"]
+        samples, tokens = moments_KK[0, :2].tolist()
+        if not tokens:
+            return {}
+        metrics = {}
+        for row, name in ((2, "nats_per_token"), (3, "next_token_accuracy")):
+            ratio = metrics[name] = moments_KK[0, row].item() / tokens
+            if samples >= 2:
+                of_ratio = torch.zeros_like(moments_KK[0])
+                of_ratio[row], of_ratio[1] = (
+                    1.0,
+                    -ratio,
+                )  # of each sample: its nats, less what its tokens lead to expect
+                squares = max(0.0, (of_ratio @ moments_KK @ of_ratio).item())
+                metrics[f"{name}_standard_error"] = math.sqrt(squares * samples / (samples - 1)) / tokens
+        metrics["perplexity"] = perplexity(metrics["nats_per_token"])
+        return metrics
+
+
+def perplexity(nats_per_token: float) -> float:
+    """exp of it; infinite where that is no number any more."""
+    try:
+        return math.exp(nats_per_token)
+    except OverflowError:
+        return math.inf
