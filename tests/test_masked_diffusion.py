@@ -226,7 +226,12 @@ def test_times_are_uniform_above_the_floor_and_the_share_of_masked_tokens_follow
 
 def test_draws_depend_on_the_seed_the_sample_and_the_step_alone():
     config = config_of({"block_size": 8})
-    draws = [sample_draws(config, 5, 2), sample_draws(config, 5, 2), sample_draws(config, 6, 2), sample_draws(config, 5, 3)]
+    draws = [
+        sample_draws(config, 5, 2),
+        sample_draws(config, 5, 2),
+        sample_draws(config, 6, 2),
+        sample_draws(config, 5, 3),
+    ]
     assert draws[0]["time"].shape == (4,) and draws[0]["mask_uniform"].shape == (LENGTH,)
     for name in ("time", "mask_uniform"):
         assert (draws[0][name] == draws[1][name]).all()

@@ -23,10 +23,14 @@ VOCABULARY = 40
 PROMPTS = [[3, 5, 8, 1, 30, 22, 9], [7], [12, 4, 4, 39, 2, 15, 6, 11, 25], [], [3, 5, 8, 1, 30, 22, 9]]
 # Without a prompt all positions see the same and are equally sure: their order is then one of rounding errors.
 WITH_TOKENS = [prompt for prompt in PROMPTS if prompt]
-NETWORK = TransformerConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_key_value_heads=2)
+NETWORK = TransformerConfig(
+    num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_key_value_heads=2
+)
 
 
-def network(block_size: int | None = None, mask_token_id: int | None = None) -> tuple[Transformer, MaskedDiffusionModelConfig]:
+def network(
+    block_size: int | None = None, mask_token_id: int | None = None
+) -> tuple[Transformer, MaskedDiffusionModelConfig]:
     config = MaskedDiffusionModelConfig(
         vocab_size=VOCABULARY, transformer=NETWORK, block_size=block_size, mask_token_id=mask_token_id
     )
@@ -72,7 +76,11 @@ def plain_loop(
     for number, start in enumerate(range(first, length, size)):
         stop = min(start + size, length)
         masked = int((tokens_L[start:stop] == mask_id).sum())
-        steps = masked if settings.steps is None else min(masked, math.ceil(settings.steps * masked / (length - len(prompt))))
+        steps = (
+            masked
+            if settings.steps is None
+            else min(masked, math.ceil(settings.steps * masked / (length - len(prompt))))
+        )
         draws = generator_of(settings.noise_seed, sample_id, number, TOKEN_DRAWS, "hashed")
         choice = generator_of(settings.noise_seed, sample_id, number, REPAINT_DRAWS, "hashed")
         for step in range(steps):
@@ -102,7 +110,9 @@ def plain_loop(
             open_T = tokens_L[start:stop] == mask_id
             n = masked // steps + (step < masked % steps)
             for _ in range(n):
-                best = max((place for place in range(stop - start) if open_T[place]), key=lambda place: confidence_T[place])
+                best = max(
+                    (place for place in range(stop - start) if open_T[place]), key=lambda place: confidence_T[place]
+                )
                 tokens_L[start + best], open_T[best] = ids_T[best], False
     return tokens_L[len(prompt) : end].tolist()
 
@@ -141,7 +151,9 @@ def test_a_mask_of_the_vocabulary_is_never_written():
 
 
 @pytest.mark.parametrize("block_size", [None, 4])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "remasking": "random", "guidance_scale": 0.7, "steps": 5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.8, "remasking": "random", "guidance_scale": 0.7, "steps": 5}]
+)
 def test_a_sample_does_not_depend_on_its_neighbours(block_size, options):
     model, lengths = network(block_size), [12, 3, 7, 9, 5]
     together = generated(model, PROMPTS, lengths=lengths, **options)

@@ -11,7 +11,7 @@ sequence, H hidden.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from cola_megatron.config.masked_diffusion import MaskedDiffusionConfig
+from cola_megatron.families.family import Measurement
 from cola_megatron.families.masked_diffusion.chain import MaskedDiffusion
 from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.models.steps import Step
@@ -33,17 +34,14 @@ FIXED_SEED = 0
 """Of levels and masks: not the run's, so that runs compare."""
 
 
-class MaskedDiffusionMeasurement:
+class MaskedDiffusionMeasurement(Measurement):
     """The chain over the network of training, and the figures that follow from its sums."""
+
+    batch_names = ("mask_level", "mask_order")
 
     def __init__(self, config: MaskedDiffusionConfig):
         self.config = config
         self.blocks = config.data.sequence_length // config.block_size
-
-    @property
-    def batch_names(self) -> Collection[str]:
-        """Names of the micro-batch beside tokens, counted, documents and weight."""
-        return {"mask_level", "mask_order"}
 
     def fixed_draws(self, samples: Sequence[int]) -> dict[str, NDArray[Any]]:
         """Draws for these held-out samples, by their number in the split.

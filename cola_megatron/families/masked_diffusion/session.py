@@ -208,7 +208,9 @@ class MaskedDiffusionSession:
             generator_of(seed, sample.sample_id, sample.blocks, kind, formula="hashed")
             for kind in (TOKEN_DRAWS, REPAINT_DRAWS)
         )
-        return _Block(sample, place, self._schedule(masked, len(sample.tokens_L) - sample.prompt), masked, draws, choice)
+        return _Block(
+            sample, place, self._schedule(masked, len(sample.tokens_L) - sample.prompt), masked, draws, choice
+        )
 
     def _schedule(self, masked: int, new: int) -> list[int]:
         """How many predictions each step of a block keeps; `new`: tokens of all blocks together."""
@@ -292,7 +294,9 @@ class MaskedDiffusionSession:
         for block, _ in group:
             own_TV, first = logits_NV[first : first + len(block.tokens_T)], first + len(block.tokens_T)
             assert block.sample.seen_V is not None, "there is one where repetition is penalised"
-            penalized.append(penalize_repetition(own_TV[None], block.sample.seen_V[None], settings.repetition_penalty)[0])
+            penalized.append(
+                penalize_repetition(own_TV[None], block.sample.seen_V[None], settings.repetition_penalty)[0]
+            )
         return torch.cat(penalized)
 
     def _drawn(self, block: _Block, logits_TV: torch.Tensor) -> torch.Tensor:
