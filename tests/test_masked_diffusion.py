@@ -226,12 +226,7 @@ def test_times_are_uniform_above_the_floor_and_the_share_of_masked_tokens_follow
 
 def test_draws_depend_on_the_seed_the_sample_and_the_step_alone():
     config = config_of({"block_size": 8})
-    draws = [
-        sample_draws(config, 5, 2),
-        sample_draws(config, 5, 2),
-        sample_draws(config, 6, 2),
-        sample_draws(config, 5, 3),
-    ]
+    draws = [sample_draws(config, sample, step) for sample, step in ((5, 2), (5, 2), (6, 2), (5, 3))]
     assert draws[0]["time"].shape == (4,) and draws[0]["mask_uniform"].shape == (LENGTH,)
     for name in ("time", "mask_uniform"):
         assert (draws[0][name] == draws[1][name]).all()
@@ -291,7 +286,7 @@ def test_every_number_of_masked_tokens_is_as_likely(tokens):
 
 
 def test_a_block_that_does_not_divide_the_sequence_is_refused():
-    with pytest.raises(ValueError, match="model.block_size=7 must divide data.sequence_length=32"):
+    with pytest.raises(ValueError, match=r"model\.block_size=7 must divide data\.sequence_length=32"):
         config_of({"block_size": 7})
 
 

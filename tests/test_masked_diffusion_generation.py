@@ -26,11 +26,10 @@ WITH_TOKENS = [prompt for prompt in PROMPTS if prompt]
 NETWORK = TransformerConfig(
     num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_key_value_heads=2
 )
+Model = tuple[Transformer, MaskedDiffusionModelConfig]
 
 
-def network(
-    block_size: int | None = None, mask_token_id: int | None = None
-) -> tuple[Transformer, MaskedDiffusionModelConfig]:
+def network(block_size: int | None = None, mask_token_id: int | None = None) -> Model:
     config = MaskedDiffusionModelConfig(
         vocab_size=VOCABULARY, transformer=NETWORK, block_size=block_size, mask_token_id=mask_token_id
     )
@@ -41,7 +40,7 @@ def network(
 
 
 def generated(
-    model: tuple[Transformer, MaskedDiffusionModelConfig],
+    model: Model,
     prompts: list[list[int]],
     ids: list[int] | None = None,
     lengths: list[int] | None = None,
@@ -62,9 +61,7 @@ def generated(
     return found
 
 
-def plain_loop(
-    model: tuple[Transformer, MaskedDiffusionModelConfig], prompt: list[int], sample_id: int, new: int = 12, **options
-) -> list[int]:
+def plain_loop(model: Model, prompt: list[int], sample_id: int, new: int = 12, **options) -> list[int]:
     """One text, no cache: the whole of it is computed again in every step, as the papers write it."""
     transformer, config = model
     settings, mask_id = MaskedDiffusionSettings(**options), config.mask_id
@@ -110,9 +107,7 @@ def plain_loop(
             open_T = tokens_L[start:stop] == mask_id
             n = masked // steps + (step < masked % steps)
             for _ in range(n):
-                best = max(
-                    (place for place in range(stop - start) if open_T[place]), key=lambda place: confidence_T[place]
-                )
+                best = int(confidence_T.masked_fill(~open_T, -1).argmax())
                 tokens_L[start + best], open_T[best] = ids_T[best], False
     return tokens_L[len(prompt) : end].tolist()
 

@@ -52,15 +52,17 @@ def mask_in_order(order_BL: torch.Tensor, candidates_BL: torch.Tensor, number_BN
     """In every block the `number` candidates that come first in order, boolean (B, L)."""
     blocks = number_BN.shape[1]
     last_BL = order_BL.masked_fill(~candidates_BL, torch.inf)
-    rank_BNS = last_BL.unflatten(1, (blocks, -1)).argsort(stable=True, dim=-1).argsort(dim=-1)
-    return (rank_BNS < number_BN[..., None]).flatten(1) & candidates_BL
+    rank_BNS: torch.Tensor = last_BL.unflatten(1, (blocks, -1)).argsort(stable=True, dim=-1).argsort(dim=-1)
+    first_BL: torch.Tensor = (rank_BNS < number_BN[..., None]).flatten(1)
+    return first_BL & candidates_BL
 
 
 def subset_weights(masked_BL: torch.Tensor, candidates_BL: torch.Tensor, blocks: int) -> torch.Tensor:
     """n/l of each block at its masked positions and 0 elsewhere, float64, (B, L)."""
     masked_BNS, candidates_BNS = (x_BL.unflatten(1, (blocks, -1)).double() for x_BL in (masked_BL, candidates_BL))
     share_BN1 = candidates_BNS.sum(-1, keepdim=True) / masked_BNS.sum(-1, keepdim=True).clamp(min=1)
-    return (masked_BNS * share_BN1).flatten(1)
+    weight_BL: torch.Tensor = (masked_BNS * share_BN1).flatten(1)
+    return weight_BL
 
 
 def _of_positions(values_BN: torch.Tensor, length: int) -> torch.Tensor:

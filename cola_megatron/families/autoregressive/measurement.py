@@ -8,11 +8,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from cola_megatron.families.family import Measurement
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from cola_megatron.families.autoregressive.chain import Autoregressive
+from cola_megatron.families.family import Measurement
 from cola_megatron.models.steps import Step
 from cola_megatron.models.transformer_steps import whole_logits
 

@@ -30,6 +30,8 @@ class MaskedDiffusion(PipelinedModel):
         split: for each stage of the pipeline the number of its steps with parameters; None: all of them are here.
     """
 
+    config: MaskedDiffusionConfig
+
     def __init__(self, config: MaskedDiffusionConfig, groups: ProcessGroups, split: Sequence[int] | None = None):
         super().__init__(groups, split)
         self.config, model = config, config.model
@@ -109,7 +111,7 @@ class MaskedDiffusion(PipelinedModel):
             yield Step("documents -> token_documents", lambda documents_BL: documents_BL)
 
     def _loss(self) -> Iterator[Step]:
-        """The network, and the loss of its logits; with `loss_chunk_tokens` in one step that never holds all of them."""
+        """The network, and the loss of its logits; with `loss_chunk_tokens` one step that never holds all of them."""
         transformer, chunk = self.transformer, self.config.training.loss_chunk_tokens
 
         def weights_of_bound(masked_BL: torch.Tensor, time_BN: torch.Tensor, counted_BL: torch.Tensor) -> torch.Tensor:

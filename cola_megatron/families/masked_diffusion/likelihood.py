@@ -1,6 +1,6 @@
 """log p(text | context) of a masked-diffusion model, estimated from below.
 
-    log p >= sum over blocks of  E_l E_M  n/l sum_{i in M} log p(x_i | x without M, blocks before),   l uniform on 1 .. n
+    log p >= sum over blocks of  E_l E_M  n/l sum_{i in M} log p(x_i | x without M, blocks before),   l ~ U{1 .. n}
 
 n counts the text's own tokens of a block: the context is never masked. l is spread evenly over the draws of a text,
 from one uniform start. Where each block has one token at most (blocks of one, or one token in all) there is nothing to

@@ -116,7 +116,7 @@ class MaskedDiffusionMeasurement(Measurement):
             return bound_B @ weight_B, tokens_B @ weight_B, spread
 
         def by_time(nll_WL: torch.Tensor, mask_weight_WL: torch.Tensor, weight_B: torch.Tensor) -> torch.Tensor:
-            """Cross-entropy of masked tokens and their number, (2, bins), by the share that is masked in their block."""
+            """Cross-entropy of masked tokens and their number, (2, bins), by the masked share of their block."""
             masked_WL = mask_weight_WL > 0
             share_WL = torch.where(masked_WL, 1 / mask_weight_WL.clamp(min=1), 1.0)
             bin_WL = (share_WL * TIME_BINS - 1e-9).ceil().long().clamp(min=1) - 1  # 3 of 10 are in the third

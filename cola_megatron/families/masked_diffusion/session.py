@@ -8,11 +8,11 @@ Shapes: T tokens of a block, N of the blocks of several samples laid end to end,
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from cola_megatron.config.masked_diffusion import MaskedDiffusionModelConfig
+from cola_megatron.families.masked_diffusion.blocks import Block, Sample, schedule
 from cola_megatron.families.masked_diffusion.passes import CachedBlocks, Passes, WholeSequences
 from cola_megatron.families.masked_diffusion.settings import MaskedDiffusionSettings
 from cola_megatron.inference.fast_forward import prepare
@@ -49,58 +49,6 @@ class MaskedDiffusionGenerator:
             ValueError: a prompt holds [MASK], or `block_length` is not the block size of a model that has one.
         """
         return MaskedDiffusionSession(self.transformer, self.config, requests, settings)
-
-
-@dataclass
-class _Sample:
-    """One running sample."""
-
-    index: int
-    """Of its request."""
-    sample_id: int
-    tokens_L: torch.Tensor
-    """Prompt and new tokens, [MASK] where they are not settled; by blocks, up to the end of the last block."""
-    prompt: int
-    """Tokens of the prompt."""
-    end: int
-    """Of the last new token."""
-    start: int
-    """Of the block that is next."""
-    blocks: int = 0
-    """How many are settled."""
-    seen_V: torch.Tensor | None = None
-    """Which ids it has generated, where repetition is penalised."""
-
-
-@dataclass
-class _Block:
-    """The block of one sample that is being unmasked."""
-
-    sample: _Sample
-    place: slice
-    kept: list[int]
-    """How many predictions each step keeps."""
-    masked: int
-    """Tokens that are still masked."""
-    draws: torch.Generator
-    """Of its tokens."""
-    choice: torch.Generator
-    """Of what is kept, where that is random."""
-
-    @property
-    def tokens_T(self) -> torch.Tensor:
-        """A view of the sample's own."""
-        return self.sample.tokens_L[self.place]
-
-    @property
-    def repeated(self) -> int:
-        """Tokens of the block that belong to the prompt."""
-        return max(0, self.sample.prompt - self.place.start)
-
-    @property
-    def stop(self) -> int:
-        """Where its last token that was asked for ends, counted in the sample."""
-        return min(self.place.stop, self.sample.end)
 
 
 class MaskedDiffusionSession:
@@ -183,7 +131,7 @@ class MaskedDiffusionSession:
         """Rows of each sample."""
         return 2 if self.settings.guidance_scale else 1
 
-    def _sample(self, index: int, request: Request) -> _Sample:
+    def _sample(self, index: int, request: Request) -> Sample:
         mask_id, size = self.config.mask_id, self.config.block_size
         if mask_id in request.token_ids:
             raise ValueError(f"prompts[{index}] holds token id {mask_id}, which is [MASK] to this model")
@@ -197,9 +145,9 @@ class MaskedDiffusionSession:
         seen_V = None
         if self.settings.repetition_penalty != 1.0:
             seen_V = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self.device)
-        return _Sample(index, request.sample_id, tokens_L, prompt, end, start, seen_V=seen_V)
+        return Sample(index, request.sample_id, tokens_L, prompt, end, start, seen_V=seen_V)
 
-    def _block(self, sample: _Sample) -> _Block:
+    def _block(self, sample: Sample) -> Block:
         size = self.config.block_size or self.settings.block_length or sample.end - sample.prompt
         place = slice(sample.start, min(sample.start + size, len(sample.tokens_L)))
         masked = place.stop - max(place.start, sample.prompt)
@@ -208,17 +156,10 @@ class MaskedDiffusionSession:
             generator_of(seed, sample.sample_id, sample.blocks, kind, formula="hashed")
             for kind in (TOKEN_DRAWS, REPAINT_DRAWS)
         )
-        return _Block(
-            sample, place, self._schedule(masked, len(sample.tokens_L) - sample.prompt), masked, draws, choice
-        )
+        kept = schedule(masked, len(sample.tokens_L) - sample.prompt, self.settings.steps)
+        return Block(sample, place, kept, masked, draws, choice)
 
-    def _schedule(self, masked: int, new: int) -> list[int]:
-        """How many predictions each step of a block keeps; `new`: tokens of all blocks together."""
-        steps = masked if self.settings.steps is None else min(masked, -(-self.settings.steps * masked // new))
-        each, more = divmod(masked, steps)
-        return [each + 1] * more + [each] * (steps - more)
-
-    def _rows(self, samples: Sequence[_Sample]) -> list[torch.Tensor]:
+    def _rows(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
         """The samples' tokens; with guidance each is followed by a copy without its prompt."""
         rows = []
         for sample in samples:
@@ -229,14 +170,14 @@ class MaskedDiffusionSession:
                 rows.append(without_L)
         return rows
 
-    def _unmask(self, active: list[_Block], all_blocks: list[_Block], step: int) -> None:
+    def _unmask(self, active: list[Block], all_blocks: list[Block], step: int) -> None:
         """One step of the blocks that have one."""
         # A cache holds all rows: those without a step go along.
         passed = all_blocks if self.by_blocks else active
         rows = self._rows([block.sample for block in passed])
         hidden = self.passes.hidden(rows, [block.place for block in passed for _ in range(self._copies)])
         copies = [hidden[first : first + self._copies] for first in range(0, len(hidden), self._copies)]
-        group: list[tuple[_Block, list[torch.Tensor]]] = []
+        group: list[tuple[Block, list[torch.Tensor]]] = []
         for block, of_block in zip(passed, copies, strict=True):
             if step >= len(block.kept):
                 continue
@@ -247,7 +188,7 @@ class MaskedDiffusionSession:
             group.append((block, of_block))
         self._keep_most_confident(group, step)
 
-    def _keep_most_confident(self, group: list[tuple[_Block, list[torch.Tensor]]], step: int) -> None:
+    def _keep_most_confident(self, group: list[tuple[Block, list[torch.Tensor]]], step: int) -> None:
         logits_NV = self._logits(group)
         lengths = [len(block.tokens_T) for block, _ in group]
         if self.settings.temperature == 0.0:
@@ -275,7 +216,7 @@ class MaskedDiffusionSession:
             if block.sample.seen_V is not None:
                 block.sample.seen_V[ids_T[chosen]] = True
 
-    def _logits(self, group: list[tuple[_Block, list[torch.Tensor]]]) -> torch.Tensor:
+    def _logits(self, group: list[tuple[Block, list[torch.Tensor]]]) -> torch.Tensor:
         """Guided and penalised logits of all positions of the blocks, (N, V), float32; [MASK] is never predicted."""
         transformer, settings = self.transformer, self.settings
         hidden_NH = torch.cat([of_block[copy] for copy in range(self._copies) for _, of_block in group])
@@ -294,16 +235,15 @@ class MaskedDiffusionSession:
         for block, _ in group:
             own_TV, first = logits_NV[first : first + len(block.tokens_T)], first + len(block.tokens_T)
             assert block.sample.seen_V is not None, "there is one where repetition is penalised"
-            penalized.append(
-                penalize_repetition(own_TV[None], block.sample.seen_V[None], settings.repetition_penalty)[0]
-            )
+            seen_1V = block.sample.seen_V[None]
+            penalized.append(penalize_repetition(own_TV[None], seen_1V, settings.repetition_penalty)[0])
         return torch.cat(penalized)
 
-    def _drawn(self, block: _Block, logits_TV: torch.Tensor) -> torch.Tensor:
+    def _drawn(self, block: Block, logits_TV: torch.Tensor) -> torch.Tensor:
         settings = self.settings
         return choose_tokens(logits_TV[None], settings.temperature, [block.draws], settings.top_k, settings.top_p)[0]
 
-    def _preview(self, block: _Block, step: int) -> TokenPreview:
+    def _preview(self, block: Block, step: int) -> TokenPreview:
         sample = block.sample
         ids = sample.tokens_L[block.place.start : block.stop].tolist()
         return TokenPreview(
