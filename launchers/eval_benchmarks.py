@@ -1,7 +1,7 @@
 """The benchmark commands of `cola eval`: score, run, table, lm-eval."""
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,14 @@ from launchers.generation_options import (
     NOISE_SEED,
     PRECISION,
     REPETITION_PENALTY,
+    SETTINGS,
     SOLVER,
     STEPS,
+    family_at,
     open_model,
-    require_guidance,
+    read_given,
     require_precision,
+    settings_of,
 )
 from launchers.output import print_json
 
@@ -71,6 +74,7 @@ def run(
     repetition_penalty: float = REPETITION_PENALTY,
     noise_seed: int = NOISE_SEED,
     noise: str = NOISE,
+    settings: list[str] = SETTINGS,
     precision: str = PRECISION,
     as_json: bool = typer.Option(False, "--json", help="The table as JSON."),
 ) -> None:
@@ -88,25 +92,23 @@ def run(
     from cola_megatron.evaluation.tasks import tasks_named
     from cola_megatron.parallel import initialize_parallel
 
-    require_guidance(guidance_scale, guidance_interval)
     wanted = {}
     for task in tasks_named(tasks):
         decoding = replace(task.decoding, temperature=temperature)
         if max_new_tokens is not None:
             decoding = replace(decoding, max_new_tokens=max_new_tokens)
         wanted[task.name] = (replace(task, decoding=decoding), read_items(data, task, limit))
-    evaluated = open_for_evaluation(
-        model,
-        precision,
-        steps=steps,
-        solver=solver,
-        guidance_scale=guidance_scale,
-        guidance_interval=guidance_interval,
-        first_block=first_block,
-        repetition_penalty=repetition_penalty,
-        noise_seed=noise_seed,
-        noise=noise,
-    )
+    named = {
+        "steps": steps,
+        "solver": solver,
+        "guidance_scale": guidance_scale,
+        "guidance_interval": guidance_interval or None,
+        "first_block": first_block,
+        "repetition_penalty": repetition_penalty,
+        "noise_seed": noise_seed,
+        "noise": noise,
+    }
+    evaluated = open_for_evaluation(model, precision, **read_given(named, settings))
     groups = initialize_parallel()
     results = {}
     for name, (task, items) in wanted.items():
@@ -142,8 +144,11 @@ def lm_eval(
     steps: int = STEPS,
     guidance_scale: float = GUIDANCE_SCALE,
     repetition_penalty: float = REPETITION_PENALTY,
-    likelihood_samples: int = typer.Option(4, help="Likelihoods: latents drawn from the posterior of each text."),
-    likelihood_steps: int = typer.Option(32, help="Likelihoods: steps of the solver."),
+    likelihood_samples: int = typer.Option(
+        None, help="Likelihoods: draws for each text. Cola DLM: 4 of its latents; autoregressive models need none."
+    ),
+    likelihood_steps: int = typer.Option(None, help="Likelihoods of Cola DLM: steps of the solver, 32."),
+    settings: list[str] = SETTINGS,
     noise_seed: int = NOISE_SEED,
     noise: str = NOISE,
     as_json: bool = typer.Option(False, "--json", help="JSON instead of a table."),
@@ -158,16 +163,16 @@ def lm_eval(
     from cola_megatron.evaluation.lm_eval_adapter import evaluate_catalogue
     from cola_megatron.parallel import initialize_parallel
 
-    evaluated = open_for_evaluation(
-        model,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        repetition_penalty=repetition_penalty,
-        noise_seed=noise_seed,
-        noise=noise,
-        likelihood_samples=likelihood_samples,
-        likelihood_steps=likelihood_steps,
-    )
+    named = {
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "repetition_penalty": repetition_penalty,
+        "noise_seed": noise_seed,
+        "noise": noise,
+        "likelihood_samples": likelihood_samples,
+        "likelihood_steps": likelihood_steps,
+    }
+    evaluated = open_for_evaluation(model, **read_given(named, settings))
     groups = initialize_parallel()
     results = evaluate_catalogue(evaluated, tasks.split(","), groups, batch_size, include_path, shots, limit)
     if results is None:
@@ -185,29 +190,29 @@ def open_for_evaluation(source: Path, precision: str = "fp32", **settings: Any) 
 
     Args:
         precision: of weights and activations, fp32 or bf16.
-        settings: fields of `FlowSettings`, and of `LikelihoodSettings` with `likelihood_` before their names. The seed
-            is one for both.
+        settings: of generation by its family, and of its likelihood with `likelihood_` before their names. The seed is
+            one for both.
 
     Raises:
-        ConfigError: a setting out of range. UserError: a model without a prior.
+        ConfigError: a setting out of range, or none of the family. UserError: a model that cannot generate.
     """
     from cola_megatron.config import ConfigError
-    from cola_megatron.errors import UserError
     from cola_megatron.evaluation.model import GeneratorModel
-    from cola_megatron.inference.settings import FlowSettings, LikelihoodSettings
+    from cola_megatron.inference.requests import read_settings
 
     require_precision(precision)
-    prefix = "likelihood_"
+    family, prefix = family_at(source), "likelihood_"
     own = {name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)}
+    chosen = settings_of(family, {name: value for name, value in settings.items() if not name.startswith(prefix)})
+    if any(field.name == "noise_seed" for field in fields(family.likelihood_settings)):
+        own = {"noise_seed": chosen.noise_seed, **own}
     try:
-        flow = FlowSettings(**{name: value for name, value in settings.items() if not name.startswith(prefix)})
-        likelihood = LikelihoodSettings(**{"noise_seed": flow.noise_seed, **own})
-    except (TypeError, ValueError) as error:
+        likelihood = read_settings(family.likelihood_settings, own, f"a likelihood by {family.title}")
+    except ValueError as error:
         raise ConfigError(str(error)) from None
     model = open_model(source, precision)
-    if model.dit is None:
-        raise UserError(f"{source}: no prior, so it writes no text: it is of a stage-1 run; train stage 2 first")
-    return GeneratorModel(model, str(source), flow, asdict(likelihood))
+    model.require_generation()
+    return GeneratorModel(model, str(source), chosen, asdict(likelihood))
 
 
 def _print_results(columns: "dict[str, dict[str, TaskResult]]", as_json: bool) -> None:

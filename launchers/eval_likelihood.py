@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from launchers.generation_options import SETTINGS
 from launchers.output import print_json
 
 if TYPE_CHECKING:
@@ -31,18 +32,23 @@ def likelihood(
     file: Path = FILE,
     field: str = FIELD,
     context_field: str = typer.Option(None, help="--file: the field with what goes before the text."),
-    samples: int = typer.Option(4, help="Latents drawn from the posterior of each text."),
-    steps: int = typer.Option(32, help="Steps of the solver."),
-    solver: str = typer.Option("adams_bashforth", help="euler, heun (two evaluations per step) or adams_bashforth."),
-    divergence: str = typer.Option("hutchinson", help="Or exact: block_size * d passes backwards in place of one."),
-    noise_seed: int = NOISE_SEED,
+    samples: int = typer.Option(None, help="Draws for each text; of Cola DLM 4 latents from its posterior."),
+    steps: int = typer.Option(None, help="Cola DLM: steps of the solver, 32."),
+    solver: str = typer.Option(
+        None, help="Cola DLM: adams_bashforth (default), euler or heun (two evaluations per step)."
+    ),
+    divergence: str = typer.Option(
+        None, help="Cola DLM: hutchinson (default), or exact: block_size * d passes backwards in place of one."
+    ),
+    noise_seed: int = typer.Option(None, help="Seed of all draws: 66."),
+    settings: list[str] = SETTINGS,
     limit: int = LIMIT,
     batch_size: int = BATCH_SIZE,
     tensor_parallel_size: int = TENSOR_PARALLEL_SIZE,
     output: Path = typer.Option(None, help="JSON file to write, with the terms of every text."),
     as_json: bool = AS_JSON,
 ) -> None:
-    """ELBO and IWAE of log p(text), their terms, perplexity and bits per byte, of held-out sequences or of a file.
+    """log p(text), or its bound with the terms of it, perplexity and bits per byte, of held-out sequences or of a file.
 
     Under torchrun the texts are shared out over the processes.
 
@@ -52,12 +58,14 @@ def likelihood(
     """
     from cola_megatron.evaluation.likelihood import from_all_replicas, own_part, progress_bar, summarize
     from cola_megatron.evaluation.results import format_table
-    from cola_megatron.inference.settings import LikelihoodSettings
+    from cola_megatron.inference.requests import read_settings
     from cola_megatron.records.json_files import write_json
-    from launchers.generation_options import open_model
+    from launchers.generation_options import family_at, open_model, read_given
 
+    named = {"samples": samples, "steps": steps, "solver": solver, "divergence": divergence, "noise_seed": noise_seed}
+    given, family = read_given(named, settings), family_at(model)
     with _wrong_use():
-        settings = asdict(LikelihoodSettings(samples, steps, solver, divergence, noise_seed=noise_seed))
+        chosen = asdict(read_settings(family.likelihood_settings, given, f"a likelihood by {family.title}"))
     asked = _texts(model, data, file, field, context_field, limit)
     opened = open_model(model, tensor_parallel_size=tensor_parallel_size)
     groups = opened.groups
@@ -65,13 +73,13 @@ def likelihood(
     ids = own_part(range(len(asked.texts)), groups)
     with progress_bar("likelihood", groups.is_main) as progress, _wrong_use():
         own = opened.log_likelihood(
-            own_part(asked.texts, groups), contexts, ids, batch_size=batch_size, progress=progress, **settings
+            own_part(asked.texts, groups), contexts, ids, batch_size=batch_size, progress=progress, **chosen
         )
-    found = from_all_replicas(own, groups)
+    found = from_all_replicas(list(own), groups)
     if not groups.is_main:
         return
     summary = summarize(found)
-    document = {"model": str(model), "settings": settings, **summary.as_json()}
+    document = {"model": str(model), "settings": chosen, **summary.as_json()}
     if output is not None:
         write_json(output, {**document, "items": [result.as_json() for result in found]})
     if as_json:
@@ -98,14 +106,18 @@ def robustness(
 
     Example: `cola eval robustness runs/quickstart/stage2 --times 0,0.25,0.5`
     """
+    from cola_megatron import ColaDLM
+    from cola_megatron.config import ConfigError
     from cola_megatron.evaluation.likelihood import curve_rows, from_all_replicas, joined, own_part, progress_bar
     from cola_megatron.evaluation.results import format_table
-    from launchers.generation_options import open_model
+    from launchers.generation_options import family_at, open_model
 
     with _wrong_use():
         grid = [float(time) for time in times.split(",")]
     asked = _texts(model, data, file, field, None, limit)
     opened = open_model(model, tensor_parallel_size=tensor_parallel_size)
+    if not isinstance(opened, ColaDLM):
+        raise ConfigError(f"robustness is of latents, and {model} has none: its family is {family_at(model).title}")
     groups = opened.groups
     ids = own_part(range(len(asked.texts)), groups)
     with progress_bar("robustness", groups.is_main) as progress, _wrong_use():

@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING, Any, TextIO
 from launchers.generate_prompts import as_line
 
 if TYPE_CHECKING:
-    from cola_megatron import ColaDLM
     from cola_megatron.inference.protocol import Piece, Preview
+    from cola_megatron.inference.text_model import TextModel
 
 DIM, PLAIN, CLEAR_LINE, UP = "\033[2m", "\033[0m", "\033[K", "\033[A"
 
 
-def converse(model: "ColaDLM", options: dict[str, Any], preview_steps: list[int], as_json: bool = False) -> None:
+def converse(model: "TextModel", options: dict[str, Any], preview_steps: list[int], as_json: bool = False) -> None:
     """Continues one line of standard input after the other until there are no more.
 
     In a terminal, settled text grows behind the prompt and the block under way is shown dim below it. Elsewhere each
     settled block is a line of its own: its text, or with `as_json` an object.
     """
+    from cola_megatron.inference.protocol import Piece
+
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
     for number, prompt in enumerate(_prompts(in_terminal)):
         # Each prompt has noise of its own, and the same one when the same lines are entered again.
@@ -30,6 +32,7 @@ def converse(model: "ColaDLM", options: dict[str, Any], preview_steps: list[int]
             show(prompt, pieces, sys.stdout, shutil.get_terminal_size().columns)
             continue
         for piece in pieces:
+            assert isinstance(piece, Piece), "previews were not asked for"
             record = {"prompt": number, "text": piece.text, "finish_reason": piece.finish_reason}
             print(as_line(record) if as_json else piece.text, flush=True)
 

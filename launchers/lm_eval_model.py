@@ -22,7 +22,7 @@ class ColaLM(EvaluationLM):
         path: published folder, run folder or checkpoint folder.
         batch_size: prompts that are continued at once; "auto": 20.
         max_batch_size: lm-eval gives it to every model; not used.
-        settings: fields of `FlowSettings`, such as `guidance_scale`, and of `LikelihoodSettings`, such as
+        settings: of generation by its family, such as `guidance_scale`, and of its likelihood, such as
             `likelihood_samples`.
     """
 

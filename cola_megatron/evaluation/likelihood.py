@@ -1,9 +1,9 @@
 """Likelihoods and reconstruction curves of many texts: whose texts, over all processes, and the figures over them."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -21,8 +21,7 @@ from cola_megatron.data import TokenShards, held_out_samples, require_same_token
 from cola_megatron.evaluation.errors import EvaluationError
 from cola_megatron.evaluation.files import read_rows
 from cola_megatron.evaluation.statistics import Interval, ratio_interval
-from cola_megatron.inference.likelihood import Progress
-from cola_megatron.inference.likelihood_terms import Likelihood
+from cola_megatron.inference.likelihood_terms import Progress, TextLikelihood
 from cola_megatron.inference.robustness import RobustnessCurve
 from cola_megatron.parallel import ProcessGroups
 
@@ -121,15 +120,10 @@ class LikelihoodSummary:
 
     texts: int
     tokens: int
-    elbo: Interval
-    """Nats per token; so are the next four."""
-    iwae: Interval
-    reconstruction: Interval
-    """log p(x|z)."""
-    prior: Interval
-    """log p_psi(z)."""
-    posterior: Interval
-    """log q(z|x)."""
+    figures: dict[str, Interval]
+    """Nats per token: `elbo`, and what else the family knows."""
+    words: Mapping[str, str]
+    """What each of them is."""
     perplexity: Interval
     """exp(-ELBO) per token."""
     bits_per_byte: Interval | None
@@ -137,45 +131,42 @@ class LikelihoodSummary:
 
     def as_json(self) -> dict[str, Any]:
         """Every figure; limits that are not known, and figures too large, are null."""
-        found: dict[str, Any] = {}
-        for name in (field.name for field in fields(self)):
-            value = getattr(self, name)
-            if isinstance(value, Interval):
-                limits = {end: getattr(value, end) for end in ("value", "low", "high")}
-                value = {end: limit if math.isfinite(limit) else None for end, limit in limits.items()}
-            found[name] = value
+        found: dict[str, Any] = {"texts": self.texts, "tokens": self.tokens}
+        for name, figure in {
+            **self.figures,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+        }.items():
+            if figure is not None:
+                limits = {end: getattr(figure, end) for end in ("value", "low", "high")}
+                found[name] = {end: limit if math.isfinite(limit) else None for end, limit in limits.items()}
+            else:
+                found[name] = None
         return found
 
     def rows(self) -> list[list[str]]:
         """A table, headings first."""
-        named = [
-            ("log p(x|z), reconstruction", self.reconstruction),
-            ("log p(z), prior", self.prior),
-            ("log q(z|x), posterior", self.posterior),
-            ("ELBO", self.elbo),
-            ("IWAE", self.iwae),
+        rows = [
+            ["nats per token", "", "95% interval"],
+            *([words, *_cells(self.figures[name])] for name, words in self.words.items()),
+            ["perplexity per token", *_cells(self.perplexity, ".4g")],
         ]
-        rows = [["nats per token", "", "95% interval"], *([name, *_cells(figure)] for name, figure in named)]
-        rows.append(["perplexity per token", *_cells(self.perplexity, ".4g")])
         if self.bits_per_byte is not None:
             rows.append(["bits per byte", *_cells(self.bits_per_byte)])
         return rows
 
 
-def summarize(results: Sequence[Likelihood]) -> LikelihoodSummary:
+def summarize(results: Sequence[TextLikelihood]) -> LikelihoodSummary:
     """Figures over texts, each counting by its tokens (by its bytes for bits per byte)."""
-    tokens = [result.tokens for result in results]
-    figures = {
-        name: ratio_interval([getattr(result, name) for result in results], tokens)
-        for name in ("elbo", "iwae", "reconstruction", "prior", "posterior")
-    }
+    tokens, words = [result.tokens for result in results], results[0].figures
+    figures = {name: ratio_interval([getattr(result, name) for result in results], tokens) for name in words}
     elbo, bits_per_byte = figures["elbo"], None
     text_bytes = [result.text_bytes for result in results if result.text_bytes]
     if len(text_bytes) == len(results):
         bits = [-result.elbo / math.log(2) for result in results]
         bits_per_byte = ratio_interval(bits, text_bytes)
     perplexity = Interval(*(_exponential(-nats) for nats in (elbo.value, elbo.high, elbo.low)))
-    return LikelihoodSummary(len(results), sum(tokens), **figures, perplexity=perplexity, bits_per_byte=bits_per_byte)
+    return LikelihoodSummary(len(results), sum(tokens), figures, words, perplexity, bits_per_byte)
 
 
 def curve_rows(curve: RobustnessCurve) -> list[list[str]]:

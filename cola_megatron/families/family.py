@@ -15,6 +15,8 @@ from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.costs.part import Part
 from cola_megatron.data import SampleSequence
 from cola_megatron.families.texts import HeldOutText
+from cola_megatron.inference.settings import CommonSettings
+from cola_megatron.inference.text_model import TextModel
 from cola_megatron.interop.differences import Unequal, unequal
 from cola_megatron.interop.weight_source import ModelSource, WeightFormat
 from cola_megatron.models.pipelined import PipelinedModel
@@ -66,6 +68,10 @@ class Family(ABC, Generic[Config]):
     """`model.family`."""
     title: ClassVar[str]
     """In words, for people."""
+    settings: ClassVar[type[CommonSettings]]
+    """How its models generate."""
+    likelihood_settings: ClassVar[type[Any]]
+    """How they estimate a likelihood; a dataclass."""
     vectors_first: ClassVar[frozenset[str]] = frozenset()
     """Networks whose first parameter is a vector: their gradients stand in that order."""
 
@@ -164,7 +170,7 @@ class Family(ABC, Generic[Config]):
     # ---- inference and weights ----
 
     @abstractmethod
-    def load(self, source: ModelSource, **options: Any) -> Any:
+    def load(self, source: ModelSource, **options: Any) -> TextModel:
         """A model in memory that generates (`inference.protocol.Generator`), from weights of any form.
 
         Args:

@@ -23,16 +23,13 @@ import torch
 from cola_megatron.errors import UserError
 from cola_megatron.inference.block_flow import BlockFlow
 from cola_megatron.inference.flow_density import flow_log_density, standard_normal_log_density
-from cola_megatron.inference.likelihood_terms import Likelihood, Terms
+from cola_megatron.inference.likelihood_terms import Likelihood, Progress, Terms
 from cola_megatron.inference.scored_texts import ScoredText, Text, TextBatch, batches, rows_of_logits, token_nll
 from cola_megatron.inference.settings import LikelihoodSettings
 from cola_megatron.models.dit import DiT
 from cola_megatron.models.text_vae import TextVAE
 from cola_megatron.objectives.randomness import generator
 from cola_megatron.objectives.vae import Posterior, sample_posterior
-
-Progress = Callable[[int, int], None]
-"""(how many passes are done, how many there are)."""
 
 
 def estimate(

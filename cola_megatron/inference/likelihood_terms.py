@@ -7,10 +7,14 @@ Shapes: K samples of the posterior, N blocks.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
+
+Progress = Callable[[int, int], None]
+"""(how many texts are done, how many there are)."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,32 @@ class Terms:
         return float(self.log_weights_K.logsumexp(0)) - math.log(len(self.log_weights_K))
 
 
+class TextLikelihood(Protocol):
+    """What is known of log p(text), or of log p(text | context), by a model of any family."""
+
+    figures: ClassVar[Mapping[str, str]]
+    """Its figures in nats by name, `elbo` among them, and each in words; for tables."""
+
+    @property
+    def tokens(self) -> int:
+        """Of the text without its context; so are the next two."""
+
+    @property
+    def text_bytes(self) -> int | None:
+        """UTF-8; None: token ids without a tokenizer."""
+
+    @property
+    def text_words(self) -> int | None:
+        """Parted by white space."""
+
+    @property
+    def elbo(self) -> float:
+        """log p, a bound of it or an estimate, whatever the family has."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything that is known."""
+
+
 @dataclass(frozen=True)
 class Likelihood:
     """An estimate of log p(text), or of log p(text | context) = log p(context, text) - log p(context).
@@ -45,6 +75,13 @@ class Likelihood:
     what they have in common cancels.
     """
 
+    figures: ClassVar[Mapping[str, str]] = {
+        "reconstruction": "log p(x|z), reconstruction",
+        "prior": "log p(z), prior",
+        "posterior": "log q(z|x), posterior",
+        "elbo": "ELBO",
+        "iwae": "IWAE",
+    }
     joint: Terms
     """Of context and text together."""
     context: Terms | None

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cola_megatron.inference.likelihood import Progress, stream
+from cola_megatron.inference.likelihood import stream
+from cola_megatron.inference.likelihood_terms import Progress
 from cola_megatron.inference.scored_texts import Text, batches, rows_of_logits, token_nll
 from cola_megatron.models.text_vae import TextVAE
 

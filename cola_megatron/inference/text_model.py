@@ -9,6 +9,7 @@ import torch
 from cola_megatron.config import ModelConfig
 from cola_megatron.data import read_tokenizer
 from cola_megatron.inference import text_generation
+from cola_megatron.inference.likelihood_terms import Progress, TextLikelihood
 from cola_megatron.inference.protocol import Generation, Piece, Preview, Request, Session
 from cola_megatron.inference.requests import read_requests, read_settings
 from cola_megatron.inference.scored_texts import ScoredText, read_texts
@@ -32,8 +33,6 @@ class TextModel:
 
     settings_class: ClassVar[type[CommonSettings]]
     """How to generate."""
-    likelihood_class: ClassVar[type | None] = None
-    """How to estimate a likelihood."""
     groups: ProcessGroups
     device: torch.device
 
@@ -128,6 +127,32 @@ class TextModel:
             batch_size,
             preview_steps,
         )
+
+    def log_likelihood(
+        self,
+        texts: Sequence[str | Sequence[int]],
+        contexts: Sequence[str | Sequence[int]] | None = None,
+        ids: Sequence[int] | None = None,
+        *,
+        padding_id: int | None = None,
+        batch_size: int = 16,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Sequence[TextLikelihood]:
+        """log p(text), or log p(text | context), of each text, or what the family knows of it, in nats.
+
+        Args:
+            texts: texts, or token ids where they are known.
+            contexts: what goes before each text; None or an empty one: nothing.
+            ids: one integer per text; a text's draws depend on (noise_seed, id, draw) alone. Default 0, 1, ...
+            batch_size: texts that are computed at once. No result depends on it.
+            progress: told (texts done, texts in all).
+            options: any fields of the family's settings of a likelihood.
+
+        Raises:
+            ValueError: a text without tokens; settings, ids or token ids out of range; numbers that do not match.
+        """
+        raise NotImplementedError
 
     def fixed_outputs(self) -> dict[str, torch.Tensor]:
         """What the model computes from inputs that its config alone decides: two that are the same agree in it."""

@@ -14,7 +14,7 @@ from cola_megatron.inference import likelihood, robustness
 from cola_megatron.inference.fast_forward import prepare
 from cola_megatron.inference.generate import FlowGenerator, FlowSession
 from cola_megatron.inference.graphs import record_on_cuda
-from cola_megatron.inference.likelihood_terms import Likelihood
+from cola_megatron.inference.likelihood_terms import Likelihood, Progress
 from cola_megatron.inference.protocol import Request
 from cola_megatron.inference.requests import integers, read_settings
 from cola_megatron.inference.scored_texts import Text
@@ -47,7 +47,6 @@ class ColaDLM(TextModel):
     """
 
     settings_class = FlowSettings
-    likelihood_class = LikelihoodSettings
 
     def __init__(
         self,
@@ -242,7 +241,7 @@ class ColaDLM(TextModel):
         *,
         padding_id: int | None = None,
         batch_size: int = 16,
-        progress: likelihood.Progress | None = None,
+        progress: Progress | None = None,
         **options: Any,
     ) -> list[Likelihood]:
         """Estimates log p(text), or log p(text | context), of each text: ELBO, IWAE and their terms, in nats.
@@ -278,7 +277,7 @@ class ColaDLM(TextModel):
         padding_id: int | None = None,
         batch_size: int = 16,
         noise_seed: int = LikelihoodSettings.noise_seed,
-        progress: likelihood.Progress | None = None,
+        progress: Progress | None = None,
     ) -> robustness.RobustnessCurve:
         """Accuracy and cross entropy of decoding z_t = (1 - t) z0 + t z1, z0 the posterior means of the texts.
 

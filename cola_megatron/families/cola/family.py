@@ -19,6 +19,7 @@ from cola_megatron.families.cola.published import PublishedFormat
 from cola_megatron.families.cola.texts import write_texts
 from cola_megatron.families.family import Family, Kind, Mode
 from cola_megatron.families.texts import HeldOutText
+from cola_megatron.inference.settings import FlowSettings, LikelihoodSettings
 from cola_megatron.inference.text_model import TextModel
 from cola_megatron.interop.differences import Unequal
 from cola_megatron.interop.weight_source import ModelSource
@@ -32,6 +33,8 @@ class ColaFamily(Family[ColaConfig]):
 
     name = "cola"
     title = "Cola DLM"
+    settings = FlowSettings
+    likelihood_settings = LikelihoodSettings
     vectors_first = frozenset({"vae"})
     extras = ("shuffled_context", "posterior_statistics")
     formats = (PublishedFormat(),)
