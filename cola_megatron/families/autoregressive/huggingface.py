@@ -149,9 +149,9 @@ class HuggingFaceLlama:
 
 
 def is_huggingface_llama(folder: Path) -> bool:
-    """Whether a folder means to be one: a config.json that names a model type, as the published networks' do not."""
+    """Whether a folder means to be one."""
     path = folder / CONFIG
-    return path.is_file() and "model_type" in _read_config(path)
+    return path.is_file() and _read_config(path).get("model_type") == "llama"
 
 
 def write_huggingface_llama(
@@ -162,6 +162,7 @@ def write_huggingface_llama(
     tokenizer: Path | None,
     dtype: torch.dtype = torch.float32,
     max_positions: int = 2048,
+    end_of_text_id: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = False,
 ) -> None:
@@ -171,6 +172,7 @@ def write_huggingface_llama(
         shapes: of every tensor, by our names.
         read: one tensor by our name, float32 on the CPU.
         max_positions: the length that the model was trained for; other programs may refuse more.
+        end_of_text_id: where other programs end a text.
 
     Raises:
         PublishedError: the tensors are not exactly those of `config`, or one is not finite. Nothing was written, or
@@ -194,7 +196,7 @@ def write_huggingface_llama(
     planned = [PlannedTensor(name, dtype, shape) for rule in rules.values() for name, shape in rule.published.items()]
     with tqdm(total=len(planned), disable=not progress, unit="tensor", desc="write") as bar:
         write_weights(folder, planned, published, max_shard_bytes)
-    _write_json(folder / CONFIG, model_config_to_llama(config, dtype, max_positions))
+    _write_json(folder / CONFIG, model_config_to_llama(config, dtype, max_positions, end_of_text_id))
     if tokenizer is not None:
         if tokenizer.resolve() != (folder / TOKENIZER).resolve():
             shutil.copyfile(tokenizer, folder / TOKENIZER)

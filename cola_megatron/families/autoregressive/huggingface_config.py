@@ -49,14 +49,19 @@ def model_config_from_llama(written: Mapping[str, Any]) -> AutoregressiveModelCo
     return config
 
 
-def model_config_to_llama(config: AutoregressiveModelConfig, dtype: torch.dtype, max_positions: int) -> dict[str, Any]:
+def model_config_to_llama(
+    config: AutoregressiveModelConfig, dtype: torch.dtype, max_positions: int, end_of_text_id: int | None = None
+) -> dict[str, Any]:
     """Our sections as config.json."""
     transformer, dtype_name = config.transformer, str(dtype).removeprefix("torch.")
     return {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
         "attention_dropout": 0.0,
+        "bos_token_id": None,
         "dtype": dtype_name,
+        # Left out, these would be 1 and 2, ordinary tokens here.
+        "eos_token_id": end_of_text_id,
         "head_dim": transformer.head_dim,
         "hidden_act": "silu",
         "hidden_size": transformer.hidden_size,
