@@ -10,23 +10,21 @@ Shapes: K draws, R rows of a pass, L tokens, N blocks.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 
 from cola_megatron.families.masked_diffusion.copies import Copies
+from cola_megatron.inference.likelihood_terms import Progress
 from cola_megatron.inference.scored_texts import ScoredText
 from cola_megatron.inference.settings import MAX_NOISE_SEED
 from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.models.transformer import Transformer
 from cola_megatron.objectives.masked_diffusion import mask_in_order, number_to_mask, subset_weights
 from cola_megatron.objectives.randomness import generator
-
-Progress = Callable[[int, int], None]
-"""(how many texts are done, how many there are)."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,9 @@ class BoundSettings:
 
 @dataclass(frozen=True)
 class BoundedLikelihood:
-    """A lower bound of log p(text | context), in nats."""
+    """A lower bound of log p(text | context), in nats. It is an `inference.likelihood_terms.TextLikelihood`."""
 
+    figures: ClassVar[Mapping[str, str]] = {"elbo": "bound of log p"}
     bound_K: torch.Tensor
     """Each draw's estimate, float64; one where there is nothing to draw."""
     tokens: int
