@@ -1,5 +1,6 @@
 """The one config tree: typed, validated before anything starts, stored with every run."""
 
+from cola_megatron.config.autoregressive import AutoregressiveConfig, AutoregressiveModelConfig
 from cola_megatron.config.base import Section
 from cola_megatron.config.cola import ColaConfig, ColaTrainingConfig, VAEUpdateConfig
 from cola_megatron.config.cola_model import ColaModelConfig, DiTConfig, VAEConfig
@@ -19,8 +20,11 @@ from cola_megatron.config.training import (
     ScheduleConfig,
     TrainingConfig,
 )
+from cola_megatron.config.transformer import TransformerConfig
 
 __all__ = [
+    "AutoregressiveConfig",
+    "AutoregressiveModelConfig",
     "CheckpointConfig",
     "ColaConfig",
     "ColaModelConfig",
@@ -40,6 +44,7 @@ __all__ = [
     "Section",
     "TimeConfig",
     "TrainingConfig",
+    "TransformerConfig",
     "VAEConfig",
     "VAEObjectiveConfig",
     "VAEUpdateConfig",

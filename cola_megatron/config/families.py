@@ -6,12 +6,13 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+from cola_megatron.config.autoregressive import AutoregressiveConfig
 from cola_megatron.config.cola import ColaConfig
 from cola_megatron.config.errors import ConfigError
 from cola_megatron.config.model import ModelConfig
 from cola_megatron.config.run import RunConfig
 
-CONFIGS: Mapping[str, type[RunConfig]] = {"cola": ColaConfig}
+CONFIGS: Mapping[str, type[RunConfig]] = {"cola": ColaConfig, "autoregressive": AutoregressiveConfig}
 DEFAULT: str = ModelConfig.model_fields["family"].default
 """Of a config that names none."""
 

@@ -1,10 +1,11 @@
 """The families of models. Everything above asks the family of a config and knows none by name."""
 
 from cola_megatron.config import RunConfig
+from cola_megatron.families.autoregressive.family import AutoregressiveFamily
 from cola_megatron.families.cola.family import ColaFamily
 from cola_megatron.families.family import Family, Kind, Measurement, Mode
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (ColaFamily(),)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (ColaFamily(), AutoregressiveFamily())}
 """By `model.family`."""
 
 __all__ = ["FAMILIES", "Family", "Kind", "Measurement", "Mode", "family_of"]

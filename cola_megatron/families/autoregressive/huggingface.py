@@ -21,12 +21,19 @@ from tqdm import tqdm
 from cola_megatron.checkpoint.tensor_files import PlannedTensor
 from cola_megatron.config.autoregressive import AutoregressiveModelConfig
 from cola_megatron.config.transformer import TransformerConfig
+from cola_megatron.data import read_tokenizer
 from cola_megatron.families.autoregressive.huggingface_config import model_config_from_llama, model_config_to_llama
+from cola_megatron.inference.text_model import END_OF_TEXT_TOKENS
 from cola_megatron.interop.errors import PublishedError
+from cola_megatron.interop.stored_model import CheckpointModel
 from cola_megatron.interop.weight_files import MAX_SHARD_BYTES, WeightFiles, write_weights
+from cola_megatron.interop.weight_source import ModelSource, WeightFormat
 from cola_megatron.layers.mlp import swiglu_groups
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+DEFAULT_POSITIONS = 2048
+"""Longest text of a model whose training is not known."""
 Shape = tuple[int, ...]
 
 
@@ -51,9 +58,9 @@ def llama_rules(vocab_size: int, config: TransformerConfig) -> dict[str, Rule]:
     hidden, inner, channels = config.hidden_size, config.ffn_hidden_size, config.head_dim
     width, shared_width = config.num_attention_heads * channels, config.key_value_heads * channels
     rules = {
-        "embedding.weight": Rule({"model.embed_tokens.weight": (vocab_size, hidden)}),
+        "embedding.weight": Rule({EMBEDDING: (vocab_size, hidden)}),
         "norm.weight": Rule({"model.norm.weight": (hidden,)}),
-        "head.linear.weight": Rule({"lm_head.weight": (vocab_size, hidden)}),
+        "head.linear.weight": Rule({HEAD: (vocab_size, hidden)}),
     }
     for layer in range(config.num_layers):
         ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
@@ -96,7 +103,7 @@ def _interleaved(
 
 
 class HuggingFaceLlama:
-    """Such a folder, opened: all but the values is checked.
+    """Such a folder, opened: all but the values is checked. It is a `ModelSource`.
 
     Raises:
         PublishedError: a missing or broken file; unknown, missing or misshapen tensors; an architecture we do not have.
@@ -104,10 +111,10 @@ class HuggingFaceLlama:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        written = _read_config(folder / CONFIG)
-        self.tied = bool(written.get("tie_word_embeddings", False))
+        self._written = _read_config(folder / CONFIG)
+        self.tied = bool(self._written.get("tie_word_embeddings", False))
         try:
-            self.config = model_config_from_llama(written)
+            self.config = model_config_from_llama(self._written)
         except PublishedError as error:
             raise PublishedError(f"{folder / CONFIG}: {error}") from None
         except ValueError as error:
@@ -123,9 +130,10 @@ class HuggingFaceLlama:
         return {name: rule.shape for name, rule in self._rules.items()}
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The type that its matrices are stored in: written in it, the weights are what was read."""
-        return self._files.tensors["model.embed_tokens.weight"].dtype
+    def imported(self) -> dict[str, Any]:
+        """config.json and the type of every tensor, so that a checkpoint that was imported is written as it was."""
+        dtypes = {name: str(stored.dtype).removeprefix("torch.") for name, stored in self._files.tensors.items()}
+        return {"config": self._written, "dtypes": dtypes}
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor by our name, in our layout: float32, which holds every published type exactly."""
@@ -133,74 +141,117 @@ class HuggingFaceLlama:
         return rule.to_ours(*(self._stored(each).float() for each in rule.published)).contiguous()
 
     def _stored(self, name: str) -> torch.Tensor:
-        return self._files.read("model.embed_tokens.weight" if self.tied and name == "lm_head.weight" else name)
+        return self._files.read(EMBEDDING if self.tied and name == HEAD else name)
 
     def _check_tensors(self) -> None:
         wanted = {name: shape for rule in self._rules.values() for name, shape in rule.published.items()}
         if self.tied:
-            del wanted["lm_head.weight"]
+            del wanted[HEAD]
         # Old folders hold the rotary frequencies, which follow from config.json; tied ones may hold the head twice.
         found = {
             name: stored.shape
             for name, stored in self._files.tensors.items()
-            if not name.endswith(".rotary_emb.inv_freq") and not (self.tied and name == "lm_head.weight")
+            if not name.endswith(".rotary_emb.inv_freq") and not (self.tied and name == HEAD)
         }
         _refuse_differences(str(self._files.source), wanted, found)
 
 
-def is_huggingface_llama(folder: Path) -> bool:
-    """Whether a folder means to be one."""
-    path = folder / CONFIG
-    return path.is_file() and _read_config(path).get("model_type") == "llama"
+class HuggingFaceLlamaFormat(WeightFormat):
+    """The folder as a format of the family."""
+
+    name = "the Hugging Face layout of LLaMA"
+
+    def matches(self, folder: Path) -> bool:
+        """Whether its config.json says so."""
+        path = folder / CONFIG
+        return path.is_file() and _read_config(path).get("model_type") == "llama"
+
+    def open(self, folder: Path) -> HuggingFaceLlama:
+        """See `HuggingFaceLlama`."""
+        return HuggingFaceLlama(folder)
+
+    def write(
+        self,
+        folder: Path,
+        source: ModelSource,
+        dtype: torch.dtype | None = None,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        progress: bool = False,
+    ) -> None:
+        """Writes the folder with one tensor of ours in memory at a time.
+
+        What was imported is written as it was read, type by type and key by key of config.json, unless a type is given;
+        of tied embeddings both matrices. The longest text that config.json admits is that of training.
+
+        Raises:
+            PublishedError: the tensors are not exactly those of the model, or one is not finite. Weights that were in
+                the folder stay.
+        """
+        assert isinstance(source.config, AutoregressiveModelConfig)
+        rules = llama_rules(source.config.vocab_size, source.config.transformer)
+        _refuse_differences(
+            "the model to be written", {name: rule.shape for name, rule in rules.items()}, source.shapes
+        )
+        imported: Mapping[str, Any] = source.imported or {"config": None, "dtypes": {}}
+        shapes = {name: shape for rule in rules.values() for name, shape in rule.published.items()}
+
+        def type_of(name: str) -> torch.dtype:
+            stored = imported["dtypes"].get(name, imported["dtypes"].get(EMBEDDING, "float32"))
+            return dtype or getattr(torch, stored)
+
+        planned = [PlannedTensor(name, type_of(name), shape) for name, shape in shapes.items()]
+        config = imported["config"] or model_config_to_llama(
+            source.config, dtype or torch.float32, _trained_length(source), _end_of_text_id(source.tokenizer)
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        with tqdm(total=len(planned), disable=not progress, unit="tensor", desc="write") as bar:
+            write_weights(folder, planned, _reader(source, rules, type_of, bar), max_shard_bytes)
+        _write_json(folder / CONFIG, _as_written(config, dtype))
+        if source.tokenizer is not None:
+            if source.tokenizer.resolve() != (folder / TOKENIZER).resolve():
+                shutil.copyfile(source.tokenizer, folder / TOKENIZER)
+            _write_json(folder / TOKENIZER_CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def write_huggingface_llama(
-    folder: Path,
-    config: AutoregressiveModelConfig,
-    shapes: Mapping[str, Shape],
-    read: Callable[[str], torch.Tensor],
-    tokenizer: Path | None,
-    dtype: torch.dtype = torch.float32,
-    max_positions: int = 2048,
-    end_of_text_id: int | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: bool = False,
-) -> None:
-    """Writes the folder with one tensor of ours in memory at a time.
-
-    Args:
-        shapes: of every tensor, by our names.
-        read: one tensor by our name, float32 on the CPU.
-        max_positions: the length that the model was trained for; other programs may refuse more.
-        end_of_text_id: where other programs end a text.
-
-    Raises:
-        PublishedError: the tensors are not exactly those of `config`, or one is not finite. Nothing was written, or
-            weights that were there stay.
-    """
-    rules = llama_rules(config.vocab_size, config.transformer)
-    _refuse_differences("the model to be written", {name: rule.shape for name, rule in rules.items()}, shapes)
+def _reader(
+    source: ModelSource, rules: Mapping[str, Rule], type_of: Callable[[str], torch.dtype], bar: "tqdm[Any]"
+) -> Callable[[str], torch.Tensor]:
+    """Published tensors by name; one of ours is read once for all that are made of it."""
     ours = {each: name for name, rule in rules.items() for each in rule.published}
-    pieces: dict[str, torch.Tensor] = {}  # that are read and not yet written
+    pieces: dict[str, torch.Tensor] = {}  # that were read and are not yet written
 
     def published(name: str) -> torch.Tensor:
         if name not in pieces:
-            rule, tensor = rules[ours[name]], read(ours[name])
+            rule, tensor = rules[ours[name]], source.read(ours[name])
             if not tensor.isfinite().all():
                 raise PublishedError(f"{ours[name]} is not finite: the model has diverged; export one before that")
             pieces.update(zip(rule.published, rule.to_published(tensor), strict=True))
         bar.update()
-        return pieces.pop(name).to(dtype)
+        return pieces.pop(name).to(type_of(name))
 
-    folder.mkdir(parents=True, exist_ok=True)
-    planned = [PlannedTensor(name, dtype, shape) for rule in rules.values() for name, shape in rule.published.items()]
-    with tqdm(total=len(planned), disable=not progress, unit="tensor", desc="write") as bar:
-        write_weights(folder, planned, published, max_shard_bytes)
-    _write_json(folder / CONFIG, model_config_to_llama(config, dtype, max_positions, end_of_text_id))
-    if tokenizer is not None:
-        if tokenizer.resolve() != (folder / TOKENIZER).resolve():
-            shutil.copyfile(tokenizer, folder / TOKENIZER)
-        _write_json(folder / TOKENIZER_CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast"})
+    return published
+
+
+def _as_written(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """config.json with what is now so: two matrices of the vocabulary, and the type where one was asked for."""
+    changed: dict[str, Any] = {"tie_word_embeddings": False} if config.get("tie_word_embeddings") else {}
+    if dtype is not None:
+        keys = {"dtype", "torch_dtype"} & config.keys() or {"dtype"}
+        changed |= dict.fromkeys(sorted(keys), str(dtype).removeprefix("torch."))
+    return {**config, **changed}
+
+
+def _trained_length(source: ModelSource) -> int:
+    return source.run.data.sequence_length if isinstance(source, CheckpointModel) else DEFAULT_POSITIONS
+
+
+def _end_of_text_id(tokenizer: Path | None) -> int | None:
+    """Of the tokens that end a text in the tokenizers that we know, the first that this one has."""
+    if tokenizer is None:
+        return None
+    vocabulary = read_tokenizer(tokenizer)
+    found = (vocabulary.token_to_id(token) for token in END_OF_TEXT_TOKENS)
+    return next((token for token in found if token is not None), None)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

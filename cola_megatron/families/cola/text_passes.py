@@ -12,17 +12,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from cola_megatron.families.chain_pass import ChainPass
 from cola_megatron.families.cola.chain import Cola
 from cola_megatron.families.cola.measured_steps import whole_logits
 from cola_megatron.inference.settings import FlowSettings
 from cola_megatron.inference.solvers import RULES, Evaluation, integrate, uniform_grid
 from cola_megatron.layers.masks import AttentionMask, block_causal_visibility
 from cola_megatron.layers.time_embedding import TimeRows
-from cola_megatron.models.compiled_blocks import uncompiled
-from cola_megatron.models.steps import Step, run_steps
-from cola_megatron.parallel.pipeline import Neighbours, Tensors, forward_only
+from cola_megatron.models.steps import Step
 
 
 class TextPasses:
@@ -40,7 +38,7 @@ class TextPasses:
         vae = self.model.vae
         texts, latents = len(tokens_KL), tokens_KL.shape[1] // vae.config.patch_size
         context = vae.encoder.context(latents, tokens_KL.device, documents_KN)
-        run = _Pass(self.model, "encoder", ("mean", "logvar"), {"tokens", "encoder_context"})
+        run = _pass(self.model, "encoder", ("mean", "logvar"), {"tokens", "encoder_context"})
         like = torch.zeros(latents, texts, vae.config.latent_dim, device=tokens_KL.device)
         return vae.to_prior(self._answer(run, like, tokens=tokens_KL, encoder_context=context))
 
@@ -48,7 +46,7 @@ class TextPasses:
         """The most likely tokens, (K, L)."""
         vae = self.model.vae
         context = vae.decoder.context(len(z_NKC), z_NKC.device, documents_KN)
-        run = _Pass(self.model, "decoder", ("chosen",), {"latents", "decoder_context"})
+        run = _pass(self.model, "decoder", ("chosen",), {"latents", "decoder_context"})
         tokens = len(z_NKC) * vae.config.patch_size
         like = torch.zeros(tokens, z_NKC.shape[1], dtype=torch.long, device=z_NKC.device)
         return self._answer(run, like, latents=z_NKC, decoder_context=context).t()
@@ -66,7 +64,7 @@ class TextPasses:
             "flow_context": dit.context_at(positions, AttentionMask(visible[:, None])),
             "time_index": dit.local_index(TimeRows(index_SR)),
         }
-        run = _Pass(self.model, "flow", ("velocity",), {"two_copies", "distinct_times", *batch})
+        run = _pass(self.model, "flow", ("velocity",), {"two_copies", "distinct_times", *batch})
         like = torch.zeros(len(positions), 2 * texts, z_NKC.shape[2], device=device)
 
         def velocity(z_SKC: torch.Tensor, step: int) -> torch.Tensor:
@@ -79,36 +77,15 @@ class TextPasses:
         end = yield from integrate(RULES[settings.solver], velocity, noise_SKC, times_T.tolist())
         yield Evaluation(settings.steps, 0.0, end, torch.zeros_like(end))
 
-    def _answer(self, run: "_Pass", like: torch.Tensor, **batch: Any) -> torch.Tensor:
+    def _answer(self, run: ChainPass, like: torch.Tensor, **batch: Any) -> torch.Tensor:
         answer = run(batch, like)
         self.on_pass()
         return answer
 
 
-class _Pass:
-    """One network at work, the others idle; its first result goes to every stage of the pipeline."""
-
-    def __init__(self, model: Cola, network: str, results: tuple[str, ...], batch: set[str]):
-        self.groups, self.result = model.groups, results[0]
-        self.stage = model.own_stage_of(_chain(model, network), batch, results)
-        self.neighbours = Neighbours(model.groups, self.stage.takes, self.stage.hands_on)
-
-    @torch.no_grad()
-    def __call__(self, batch: Tensors, like: torch.Tensor) -> torch.Tensor:
-        """The result, which has shape and type of `like`."""
-        found = torch.zeros_like(like)
-
-        def forward(taken: Tensors) -> Tensors:
-            nonlocal found
-            state = run_steps(self.stage.steps, {**batch, **taken}, keep=self.stage.hands_on)
-            found = state.get(self.result, found)
-            return {name: state[name] for name in self.stage.hands_on}
-
-        with uncompiled():
-            forward_only(self.neighbours, 1, forward)
-        if self.groups.pipeline_parallel_size > 1:
-            dist.all_reduce(found, group=self.groups.pipeline_group)  # it is made in one stage
-        return found
+def _pass(model: Cola, network: str, results: tuple[str, ...], batch: set[str]) -> ChainPass:
+    """One network at work, the others idle."""
+    return ChainPass(model, _chain(model, network), results, batch)
 
 
 def _chain(model: Cola, network: str) -> list[Step]:

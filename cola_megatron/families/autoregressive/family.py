@@ -1,0 +1,71 @@
+"""The autoregressive language model as one object."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cola_megatron.config.autoregressive import AutoregressiveConfig
+from cola_megatron.costs.part import Part, causal_pairs
+from cola_megatron.data import SampleSequence
+from cola_megatron.families.autoregressive.chain import Autoregressive
+from cola_megatron.families.autoregressive.huggingface import HuggingFaceLlamaFormat
+from cola_megatron.families.autoregressive.measurement import NextTokenMeasurement
+from cola_megatron.families.autoregressive.texts import write_texts
+from cola_megatron.families.family import Family, Mode
+from cola_megatron.families.texts import HeldOutText
+from cola_megatron.families.transformer_costs import TransformerCosts
+from cola_megatron.inference.text_model import TextModel
+from cola_megatron.interop.weight_source import ModelSource
+from cola_megatron.parallel import ProcessGroups
+
+
+class AutoregressiveFamily(Family[AutoregressiveConfig]):
+    """A LLaMA-shaped transformer that predicts the next token."""
+
+    name = "autoregressive"
+    title = "Autoregressive transformer"
+    formats = (HuggingFaceLlamaFormat(),)
+
+    def sample_draws(self, config: AutoregressiveConfig, sample_index: int, step: int) -> dict[str, NDArray[Any]]:
+        """Nothing is random."""
+        return {}
+
+    def build(
+        self, config: AutoregressiveConfig, groups: ProcessGroups, split: Sequence[int] | None = None
+    ) -> Autoregressive:
+        """See `chain.Autoregressive`."""
+        return Autoregressive(config, groups, split)
+
+    def loss_weights(self, config: AutoregressiveConfig) -> dict[str, float]:
+        """There is one term."""
+        return {"next_token": 1.0}
+
+    def parts(self, config: AutoregressiveConfig, mode: Mode | None = None) -> tuple[Part, ...]:
+        """See `families/transformer_costs.py`."""
+        length = config.data.sequence_length
+        masks = config.training.micro_batch_size if config.data.document_attention else 0
+        transformer = config.model.transformer
+        return TransformerCosts(config, transformer, length, causal_pairs(length, 1), masks=masks).parts()
+
+    def measurement(self, config: AutoregressiveConfig, extras: Collection[str] = ()) -> NextTokenMeasurement:
+        """See `measurement.NextTokenMeasurement`."""
+        return NextTokenMeasurement()
+
+    def write_texts(
+        self,
+        model: Autoregressive,
+        config: AutoregressiveConfig,
+        texts_KL: np.ndarray,
+        held_out: SampleSequence,
+        on_pass: Callable[[], None],
+    ) -> Sequence[HeldOutText]:
+        """See `texts.write_texts`."""
+        return write_texts(model, texts_KL, on_pass)
+
+    def load(self, source: ModelSource, **options: Any) -> TextModel:
+        """An `AutoregressiveLM`."""
+        from cola_megatron.families.autoregressive.language_model import AutoregressiveLM
+
+        return AutoregressiveLM.from_source(source, **options)
