@@ -62,9 +62,7 @@ class MaskedDiffusionFamily(Family[MaskedDiffusionConfig]):
             masks=config.training.micro_batch_size if per_sample else int(by_blocks),
         ).parts()
 
-    def measurement(
-        self, config: MaskedDiffusionConfig, extras: Collection[str] = ()
-    ) -> MaskedDiffusionMeasurement:
+    def measurement(self, config: MaskedDiffusionConfig, extras: Collection[str] = ()) -> MaskedDiffusionMeasurement:
         """See `measurement.MaskedDiffusionMeasurement`."""
         return MaskedDiffusionMeasurement(config)
 

@@ -57,9 +57,7 @@ class MaskedDiffusionLM(TextModel):
     ):
         super().__init__(config, tokenizer, device, tensor_parallel_size)
         self.config = config
-        self.transformer = Transformer(
-            config.vocab_size, config.transformer, self.groups, extra_rows=config.extra_rows
-        )
+        self.transformer = Transformer(config.vocab_size, config.transformer, self.groups, extra_rows=config.extra_rows)
         own = {name.removeprefix(NETWORK): tensor for name, tensor in weights.items()}
         load_full_state_dict(self.transformer, own, self.groups)
         self.transformer.to(self.device, dtype).eval().requires_grad_(False)

@@ -66,9 +66,7 @@ def write_texts(model: MaskedDiffusion, texts_KL: np.ndarray, on_pass: Callable[
     return [Continuation(*each) for each in zip(whole_KL[:, :given].tolist(), found, truth, strips, strict=True)]
 
 
-def _predictions(
-    model: MaskedDiffusion, end: int
-) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+def _predictions(model: MaskedDiffusion, end: int) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """(K, end) tokens -> the most likely token of each position, and the logarithm of its odds."""
     groups, transformer, config = model.groups, model.transformer, model.config.model
     # Positions behind the text are seen by none of it; sequence parallelism cuts what its ranks divide.
