@@ -2,13 +2,13 @@
 
 __version__ = "0.1.0"
 
-__all__ = ["ColaDLM"]
+__all__ = ["ColaDLM", "load_model"]
 
 
 def __getattr__(name: str):
-    """`ColaDLM` is imported on first use: the command line must not wait for torch to answer --help."""
-    if name == "ColaDLM":
-        from cola_megatron.interface import ColaDLM
+    """They are imported on first use: the command line must not wait for torch to answer --help."""
+    if name in __all__:
+        from cola_megatron import interface
 
-        return ColaDLM
+        return getattr(interface, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,7 +31,7 @@ RECIPE = (
 """What makes a prior that reads its context out of minutes on two cores (docs/quickstart.md): blocks of one latent,
 which leave most to be said by the text before them; times near 1, where little else says anything, without giving up
 those near 0; and many small steps instead of few large ones."""
-SAMPLING = Sampling(samples=4, prompt_tokens=48, new_tokens=48, guidance_scale=4.0)
+SAMPLING = Sampling(samples=4, prompt_tokens=48, new_tokens=48, options={"guidance_scale": 4.0})
 SUMMARISED = (
     "reconstruction_accuracy",
     "flow_matching_loss",
@@ -111,7 +111,7 @@ def run_quickstart(runs_folder: str | Path) -> dict[str, float]:
         ("samples", str(layout.samples)),
         ("summary", str(layout.summary)),
     ]
-    observed = Observed(second.step, measured, samples, sampling=SAMPLING.rows())
+    observed = Observed(second.step, measured, samples, sampling=SAMPLING.rows(stage_config(layout, 2)))
     report = report_of_run(read_run(layout.stage_two), observed, title="cola_megatron quickstart", files=files)
     page = write_report(layout.folder, report)
     layout.summary.write_text(json.dumps(summary, indent=1) + "\n")
@@ -180,7 +180,7 @@ def _export(layout: Layout) -> "ColaDLM":
 
 
 def _generate(model: "ColaDLM", layout: Layout) -> list[Sample]:
-    found = continue_held_out(model, layout.data, layout.samples, SAMPLING)
+    found = continue_held_out(model, stage_config(layout, 2), layout.data, layout.samples, SAMPLING)
     for item in found:
         print(f"  ...{item.prompt[-60:]!r} -> {item.continuation[:80]!r}")
     return found

@@ -35,7 +35,7 @@ def report(
     samples: int = typer.Option(4, min=1, help="Held-out texts that are continued."),
     prompt_tokens: int = typer.Option(48, min=1, help="Tokens of each that are given, at most half of a sequence."),
     new_tokens: int = typer.Option(48, min=1, help="Tokens that are generated."),
-    guidance_scale: float = typer.Option(3.0, help="1 is no guidance."),
+    guidance_scale: float = typer.Option(None, help="Cola DLM: 3, and 1 is no guidance. Others: their own default."),
 ) -> None:
     """Write report.html about a run: curves, cost, config, held-out measurements and continuations of held-out texts.
 
@@ -51,7 +51,8 @@ def report(
     from cola_megatron.reporting.run_page import report_of_run
     from cola_megatron.reporting.run_records import read_run
 
-    folder, sampling = output or run, Sampling(samples, prompt_tokens, new_tokens, guidance_scale)
+    options = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    folder, sampling = output or run, Sampling(samples, prompt_tokens, new_tokens, options)
     accuracies = None if evaluation is None else _accuracies(evaluation)
     observed_at: Path | None = None
     observed = Observed(samples_absent="--curves-only", notes=["no model was loaded (--curves-only)"])

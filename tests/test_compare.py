@@ -175,7 +175,7 @@ def test_the_page_needs_nothing_else(make_run, tmp_path, coarse_pictures):
     assert ids == [f"compare_{key}" for key in drawn]
     assert {file.stem for file in (tmp_path / "out" / "figures").iterdir()} == set(ids)
     assert "Not in the records of stage1." in page
-    assert "Training loss (the losses of stage 1 and stage 2 are sums of different terms)" in page
+    assert "Training loss (losses of different stages or families are sums of different terms)" in page
     # Another comparison leaves no picture of this one.
     cola("compare", OLD / "stage1", OLD / "stage2", "--output", tmp_path / "out")
     assert f"compare_{HEADLINE}" not in {file.stem for file in (tmp_path / "out" / "figures").iterdir()}

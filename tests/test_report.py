@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from cola_megatron.families.cola.page import PAGE
 from cola_megatron.reporting.page import write_report
 from cola_megatron.reporting.report import Report, Row, Sample, Stage, Table
 
@@ -124,6 +125,7 @@ def report_of(
         "status": "Stage 2, finished at step 100 of 100.",
         "notes": ["nothing is missing"],
         "tables": [Table("Model", [Row("Parameters", "1.9 M & more", "counted <from> the config")])],
+        "page": PAGE,
         "stage_one": Stage(records_of(1) if one is None else one, weights),
         "stage_two": Stage(records_of(2) if two is None else two, weights | {"flow_matching": 1.0, "reference": 0.01}),
         "measured": POSTERIOR,
@@ -339,14 +341,14 @@ def test_figures_show_what_was_measured(tmp_path: Path):
     axes = prior_figures.flow_matching_by_time(two).axes[0]
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([1.0 + index / BINS for index in range(BINS)])
     assert axes.lines[0].get_ydata() == pytest.approx([2.0, 2.0])
-    panels = figures.reconstruction_accuracy(one, two).axes
+    panels = figures.reconstruction_accuracy(PAGE.stages, one, two).axes
     assert [[line.get_ydata()[-1] for line in axes.lines] for axes in panels] == [[0.99, 0.9, 0.5]] * 2
     faster = [{**record, "tokens_per_second": 50_000.0} for record in two if record["kind"] == "train"]
-    assert figures.speed_and_learning_rate(one, faster).axes[0].get_ylim()[1] > 50_000
+    assert figures.speed_and_learning_rate(PAGE.stages, one, faster).axes[0].get_ylim()[1] > 50_000
     losses = prior_figures.prior_over_steps(two).axes[0]
     assert [line.get_ydata()[-1] for line in losses.lines] == [1.4, 1.5, 1.6, 2.0]
     weights = {"posterior": 0.001, "reconstruction": 2.0}
-    terms = {line.get_label(): line for line in figures.weighted_terms(one, [], weights, {}).axes[0].lines}
+    terms = {line.get_label(): line for line in figures.weighted_terms(PAGE.stages, one, [], weights, {}).axes[0].lines}
     assert terms["2 x reconstruction"].get_ydata()[0] == pytest.approx(14.0)
     assert "0.001 x posterior" in terms
     spectrum = latent_figures.posterior_dimensions(POSTERIOR).axes[2]

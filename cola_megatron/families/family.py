@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.costs.part import Part
 from cola_megatron.data import SampleSequence
+from cola_megatron.families.page import Page
 from cola_megatron.families.texts import HeldOutText
 from cola_megatron.inference.settings import CommonSettings
 from cola_megatron.inference.text_model import TextModel
@@ -72,6 +73,8 @@ class Family(ABC, Generic[Config]):
     """How its models generate."""
     likelihood_settings: ClassVar[type[Any]]
     """How they estimate a likelihood; a dataclass."""
+    page: ClassVar[Page]
+    """What the page about a run shows."""
     vectors_first: ClassVar[frozenset[str]] = frozenset()
     """Networks whose first parameter is a vector: their gradients stand in that order."""
 

@@ -1,10 +1,39 @@
 """The only place that imports megatron-core: what the project uses of it, after the CPU backend is in place."""
 
+import contextlib
+import sys
 import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
 
 from cola_megatron.parallel.cpu_backend import use_cpu_where_there_is_no_cuda
 
-with warnings.catch_warnings():
+
+@contextlib.contextmanager
+def _without_what_nothing_here_uses() -> Iterator[None]:
+    """While it is imported megatron-core hands fused functions to torch.compile, which imports the whole compiler, and
+    looks for wandb. None of these functions is called here, and both are 2.5 of the 6 seconds in which a process
+    starts, of each rank of a job and of each command.
+    """
+
+    def as_it_is(function: Any = None, **options: Any) -> Callable[..., Any]:
+        return function if callable(function) else lambda decorated: decorated
+
+    compiler, knows_wandb = torch.compile, "wandb" in sys.modules
+    setattr(torch, "compile", as_it_is)  # noqa: B010 - types do not let a function be assigned
+    if not knows_wandb:
+        sys.modules["wandb"] = None  # an import of it fails, as where it is not installed
+    try:
+        yield
+    finally:
+        setattr(torch, "compile", compiler)  # noqa: B010
+        if not knows_wandb:
+            del sys.modules["wandb"]
+
+
+with warnings.catch_warnings(), _without_what_nothing_here_uses():
     # megatron-core remarks on every optional accelerator that is absent; none of them is needed here.
     warnings.simplefilter("ignore")
     use_cpu_where_there_is_no_cuda()

@@ -102,7 +102,7 @@ def overlaid(runs: Sequence[ComparedRun], curve: Curve, against: Against) -> Fig
             each.
     """
     if curve.key == "loss" and len({family_of(run.config).describe(run.config) for run in runs}) > 1:
-        raise NothingToPlot("the losses of another stage or family are sums of different terms")
+        raise NothingToPlot("losses of different stages or families are sums of different terms")
     having = [(number, run) for number, run in enumerate(runs) if series(run.records, curve.kind, curve.key)[0].size]
     if not having:
         raise NothingToPlot("no run has it")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from cola_megatron.config import RunConfig
+from cola_megatron.families import family_of
+from cola_megatron.inference.requests import read_settings
+from cola_megatron.inference.settings import CommonSettings
+from cola_megatron.inference.text_model import TextModel
 from cola_megatron.reporting.report import Row, Sample
 
-if TYPE_CHECKING:
-    from cola_megatron import ColaDLM
+COMMON = {entry.name for entry in fields(CommonSettings)}
 
 
 @dataclass(frozen=True)
@@ -20,9 +25,8 @@ class Sampling:
     samples: int = 4
     prompt_tokens: int = 48
     new_tokens: int = 48
-    guidance_scale: float = 3.0
-    steps: int = 16
-    repetition_penalty: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of generation that are not the page's own, such as a `guidance_scale`."""
 
     def fitting(self, length: int, block: int) -> Sampling:
         """The same for sequences of `length` tokens, in whole blocks, so that there is a truth to compare with."""
@@ -31,21 +35,28 @@ class Sampling:
         values = {**self.__dict__, "prompt_tokens": prompt, "new_tokens": min(self.new_tokens, max(1, length - prompt))}
         return Sampling(**values)
 
-    def rows(self) -> list[Row]:
+    def settings(self, config: RunConfig) -> CommonSettings:
+        """How a model of this family generates for the page; raises ValueError for an option that it does not have."""
+        family = family_of(config)
+        return read_settings(family.settings, {**family.page.sampling, **self.options})
+
+    def rows(self, config: RunConfig) -> list[Row]:
         """For a page."""
+        settings = self.settings(config)
+        own = [entry.name for entry in fields(settings) if entry.name not in COMMON]
         return [
             Row("prompt", f"{self.prompt_tokens} tokens", "the beginning of a held-out sequence"),
-            Row("generated", f"{self.new_tokens} tokens", "in whole blocks, each given those before it"),
-            Row("solver", f"Euler, {self.steps} steps for each block", "on a uniform grid from noise to data"),
-            Row("guidance", f"{self.guidance_scale:g}", "s in v_uncond + s (v_cond - v_uncond); 1 is none"),
+            Row("generated", f"{self.new_tokens} tokens", "in whole blocks where the model writes blocks"),
             Row("tokens", "greedy", "the most likely one at every position"),
-            Row("repetition penalty", f"{self.repetition_penalty:g}", "1 is none"),
-            Row("noise", "seed 66; of (seed, sample, block)", "no sample depends on the others"),
+            *(Row(name.replace("_", " "), str(getattr(settings, name)), "setting of the family") for name in own),
+            Row("repetition penalty", f"{settings.repetition_penalty:g}", "1 is none"),
+            Row("draws", f"seed {settings.noise_seed}", "of each sample alone: none depends on the others"),
         ]
 
 
 def continue_held_out(
-    model: ColaDLM,
+    model: TextModel,
+    config: RunConfig,
     data: str | Path,
     samples_file: Path,
     sampling: Sampling,
@@ -61,21 +72,20 @@ def continue_held_out(
     from cola_megatron.errors import UserError
     from cola_megatron.inference.text_stream import following
 
-    if model.tokenizer is None:
+    tokenizer = model.tokenizer
+    if tokenizer is None:
         raise UserError("there is no tokenizer beside the model: texts cannot be shown")
     require_same_tokenizer(model.tokenizer_path, data)
     shards, prompt, count = TokenShards(data, "held_out", verify="size"), sampling.prompt_tokens, sampling.samples
     picked = [shards[index].tolist() for index in range(0, len(shards), max(1, len(shards) // count))][:count]
     outputs = model.generate(
         [tokens[:prompt] for tokens in picked],
-        guidance_scale=sampling.guidance_scale,
         max_new_tokens=sampling.new_tokens,
-        repetition_penalty=sampling.repetition_penalty,
-        steps=sampling.steps,
+        **{**family_of(config).page.sampling, **sampling.options},
     )
 
     def decode(tokens: list[int]) -> str:
-        return model.tokenizer.decode(tokens, skip_special_tokens=False)
+        return tokenizer.decode(tokens, skip_special_tokens=False)
 
     found = [
         Sample(

@@ -26,7 +26,6 @@ RECONSTRUCTION, MASK, KL, FLOW_MATCHING, REFERENCE, OTHER = (
     "#B8860B",
     "#444444",
 )
-STAGES = ("Stage 1: Text VAE", "Stage 2: VAE and prior")
 MEDIAN_OVER = 25
 """At most this many records go into one point of a running median."""
 WIDE = 30
@@ -51,21 +50,23 @@ def panels_of(records: Records, stage: str, count: int) -> tuple[Figure, Sequenc
 
 
 def stage_panels(
-    stage_one: Records, stage_two: Records, kind: str, *keys: str, shared: bool = True
+    titles: Sequence[str], stage_one: Records, stage_two: Records, kind: str, *keys: str, shared: bool = True
 ) -> tuple[Figure, list[tuple[Records, list[Axes]]]]:
     """A column for each stage that has `keys[0]`, a row for each key: [(records, [axes of key 0, ...]), ...].
 
     Args:
+        titles: of the stages; a family with one stage has its records in the place of the second.
         shared: the axes of a row have one scale.
     """
     stages = [
         (title, records)
-        for title, records in zip(STAGES, (stage_one, stage_two), strict=True)
+        for title, records in zip(titles, (stage_one, stage_two)[-len(titles) :], strict=True)
         if series(records, kind, keys[0])[0].size
     ]
     if not stages:
         what = "training" if kind == "train" else "evaluation"
-        raise NothingToPlot(f"neither stage has {what} records with {' or '.join(keys)}")
+        who = "neither stage has" if len(titles) > 1 else "the run has no"
+        raise NothingToPlot(f"{who} {what} records with {' or '.join(keys)}")
     figure = Figure(figsize=(WIDTH_INCHES, (3.1 if shared else 4.7) if len(keys) == 1 else 4.4))
     grid = figure.subplots(len(keys), len(stages), sharex="col", sharey="row" if shared else "none", squeeze=False)
     for (title, _), column in zip(stages, grid.T, strict=True):

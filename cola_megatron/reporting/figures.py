@@ -102,13 +102,27 @@ def stage_two_losses(records: Records) -> Figure:
 
 
 @styled
-def reconstruction_accuracy(stage_one: Records, stage_two: Records) -> Figure:
+def token_losses(records: Records) -> Figure:
+    """The training loss of a family of tokens, and what it gives held-out text, both in nats per token.
+
+    Raises:
+        NothingToPlot: no training records.
+    """
+    figure, (axes,) = panels_of(records, "the run", 1)
+    training(axes, records, "loss", "training", RECONSTRUCTION, "-")
+    held_out(axes, records, "nats_per_token", "held-out", RECONSTRUCTION)
+    finish_loss_panel(axes, "Nats per token")
+    return figure
+
+
+@styled
+def reconstruction_accuracy(titles: Sequence[str], stage_one: Records, stage_two: Records) -> Figure:
     """Held-out share of tokens that the decoder gets right, from clean latents and from noisy ones.
 
     Raises:
         NothingToPlot: neither stage has measured it.
     """
-    figure, panels = stage_panels(stage_one, stage_two, "evaluation", "reconstruction_accuracy")
+    figure, panels = stage_panels(titles, stage_one, stage_two, "evaluation", "reconstruction_accuracy")
     for records, (axes,) in panels:
         for key, label, colour, line_style, marker in ACCURACY_AT:
             steps, values = series(records, "evaluation", key)
@@ -140,13 +154,13 @@ def robustness_curve(times: Sequence[float], accuracy: Sequence[float], cross_en
 
 
 @styled
-def vae_logsnr(stage_one: Records, stage_two: Records) -> Figure:
+def vae_logsnr(titles: Sequence[str], stage_one: Records, stage_two: Records) -> Figure:
     """How far the posterior means stand above the posterior's own noise, on held-out text.
 
     Raises:
         NothingToPlot: neither stage has measured it (a deterministic encoder has no noise).
     """
-    figure, panels = stage_panels(stage_one, stage_two, "evaluation", "vae_logsnr")
+    figure, panels = stage_panels(titles, stage_one, stage_two, "evaluation", "vae_logsnr")
     for records, (axes,) in panels:
         axes.plot(*series(records, "evaluation", "vae_logsnr"), color=KL, marker="o")
     panels[0][1][0].set_ylabel("VAE logSNR [nats]")
@@ -154,13 +168,13 @@ def vae_logsnr(stage_one: Records, stage_two: Records) -> Figure:
 
 
 @styled
-def speed_and_learning_rate(stage_one: Records, stage_two: Records) -> Figure:
+def speed_and_learning_rate(titles: Sequence[str], stage_one: Records, stage_two: Records) -> Figure:
     """Tokens per second and the learning rate of both stages.
 
     Raises:
         NothingToPlot: neither stage has training records.
     """
-    figure, panels = stage_panels(stage_one, stage_two, "train", "tokens_per_second", "learning_rate")
+    figure, panels = stage_panels(titles, stage_one, stage_two, "train", "tokens_per_second", "learning_rate")
     for records, (speed_axes, rate_axes) in panels:
         training(speed_axes, records, "tokens_per_second", "tokens per second", OTHER, "-")
         speed_axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -175,13 +189,13 @@ def speed_and_learning_rate(stage_one: Records, stage_two: Records) -> Figure:
 
 
 @styled
-def gradient_norm(stage_one: Records, stage_two: Records) -> Figure:
+def gradient_norm(titles: Sequence[str], stage_one: Records, stage_two: Records) -> Figure:
     """The norm of the gradient before clipping, on a logarithmic axis: the whole, and the part of each network.
 
     Raises:
         NothingToPlot: neither stage has training records with it.
     """
-    figure, panels = stage_panels(stage_one, stage_two, "train", "gradient_norm")
+    figure, panels = stage_panels(titles, stage_one, stage_two, "train", "gradient_norm")
     for records, (axes,) in panels:
         training(axes, records, "gradient_norm", "all", OTHER, "-")
         parts = [part for part in GRADIENT_OF if series(records, "train", part[0])[0].size]
@@ -198,18 +212,22 @@ def gradient_norm(stage_one: Records, stage_two: Records) -> Figure:
 
 @styled
 def weighted_terms(
-    stage_one: Records, stage_two: Records, weights_one: Mapping[str, float], weights_two: Mapping[str, float]
+    titles: Sequence[str],
+    stage_one: Records,
+    stage_two: Records,
+    weights_one: Mapping[str, float],
+    weights_two: Mapping[str, float],
 ) -> Figure:
     """What each term adds to the loss: its weight times its value, in training; black: the loss.
 
     Raises:
         NothingToPlot: neither stage has training records with a loss.
     """
-    figure, columns = stage_panels(stage_one, stage_two, "train", "loss", shared=False)
+    figure, columns = stage_panels(titles, stage_one, stage_two, "train", "loss", shared=False)
     for records, (axes,) in columns:
         training(axes, records, "loss", "loss", "black", "-")
         for name, weight in (weights_one if records is stage_one else weights_two).items():
-            label, colour, style = TERMS[name]
+            label, colour, style = TERMS.get(name, (name.replace("_", " "), OTHER, "--"))
             weighted = [
                 {**record, name: weight * record[name]}
                 for record in records

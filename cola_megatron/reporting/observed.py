@@ -72,7 +72,7 @@ def observe(
         return {} if checkpoint is None else measure_checkpoint(checkpoint, folder, held_out_samples)
 
     def generate() -> list[Sample]:
-        return continue_held_out(_model(checkpoint, export), folder, samples_file, fitting)
+        return continue_held_out(_model(checkpoint, export), run.config, folder, samples_file, fitting)
 
     def reconstruct() -> list[ReconstructedText]:
         from cola_megatron.held_out.measure_checkpoint import reconstruct_with_checkpoint
@@ -90,7 +90,7 @@ def observe(
         return Observed(step, measured, samples_absent=why, reconstructed=reconstructed, notes=notes)
     samples = _tried("generation", generate, notes, insist=data is not None or export is not None)
     why = "" if samples is not None else notes[-1]
-    return Observed(step, measured, samples or [], why, fitting.rows() if samples else [], notes)
+    return Observed(step, measured, samples or [], why, fitting.rows(run.config) if samples else [], notes)
 
 
 def _block(run: Run) -> int:

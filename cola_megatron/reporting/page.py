@@ -32,7 +32,9 @@ def write_report(folder: Path, report: Report) -> Path:
     Raises:
         UserError: matplotlib is not installed.
     """
-    *pictures, latents = drawn = draw(report)
+    drawn = draw(report)
+    pictures = [each for each in drawn if each.name != "generated_latents"]
+    latents = next((each for each in drawn if each.name == "generated_latents"), None)
     figures_folder = folder / FIGURES
     figures_folder.mkdir(parents=True, exist_ok=True)
     for picture in drawn:

@@ -50,19 +50,27 @@ def draw(report: Report) -> list[Picture]:
             raise
         raise UserError("the report needs matplotlib: make setup EXTRAS=report") from error
 
-    first, second = report.stage_one, report.stage_two
+    first, second, titles = report.stage_one, report.stage_two, report.page.stages
     one, two = first.records, second.records
+    latents = [sample.latents for sample in report.samples if sample.latents is not None]
     last = [{"kind": "evaluation", "step": report.measured_at, **report.measured}] if report.measured else []
 
     def picture(name: str, title: str, caption: str, make: Callable[[], Figure], absent: str = "") -> Picture:
-        if absent:
+        if absent or name not in report.page.pictures:
             return Picture(name, title, caption, None, absent)
         try:
             return Picture(name, title, caption, _png(make(), DOTS_PER_INCH))
         except NothingToPlot as missing:
             return Picture(name, title, caption, None, str(missing))
 
-    return [
+    drawn = [
+        picture(
+            "token_losses",
+            "Loss",
+            "Held-out circles should fall with the training line; where they turn up, the model learns its corpus by "
+            "heart.",
+            partial(figures.token_losses, two),
+        ),
         picture(
             "stage_one_losses",
             "Stage 1 losses",
@@ -100,7 +108,7 @@ def draw(report: Report) -> list[Picture]:
             "What the loss is made of",
             "Each term of the training loss times its weight; they add up to the black line. A term that is far below "
             "the others hardly steers what is learned.",
-            partial(figures.weighted_terms, one, two, first.weights, second.weights),
+            partial(figures.weighted_terms, titles, one, two, first.weights, second.weights),
         ),
         picture(
             "gradient_norm",
@@ -108,21 +116,21 @@ def draw(report: Report) -> list[Picture]:
             "Before clipping, of all parameters and of each network: it should settle. The network with the larger "
             "part decides how much both are scaled down; spikes that the loss shares are bad batches or too high a "
             "learning rate.",
-            partial(figures.gradient_norm, one, two),
+            partial(figures.gradient_norm, titles, one, two),
         ),
         picture(
             "reconstruction_accuracy",
             "Held-out reconstruction",
             "Clean latents (t = 0) should give back nearly every token, and the closer the noisy ones come to that, "
             "the more of the prior's error the decoder forgives.",
-            partial(figures.reconstruction_accuracy, one, two),
+            partial(figures.reconstruction_accuracy, titles, one, two),
         ),
         picture(
             "vae_logsnr",
             "Signal in the latents",
             "The logSNR, log of mean \u00b5\u00b2 over mean \u03c3\u00b2 of the posterior, should stay well above 0, "
             "where noise would be as strong as signal.",
-            partial(figures.vae_logsnr, one, two),
+            partial(figures.vae_logsnr, titles, one, two),
         ),
         picture(
             "posterior_dimensions",
@@ -136,17 +144,21 @@ def draw(report: Report) -> list[Picture]:
             "Speed and learning rate",
             "Tokens per second should be flat, for dips are other work on the machine, and the learning rate should "
             "warm up and decay as configured.",
-            partial(figures.speed_and_learning_rate, one, two),
+            partial(figures.speed_and_learning_rate, titles, one, two),
         ),
         picture(
             "generated_latents",
             "Generated latents",
             f"The latents of the first {latent_figures.LATENT_SAMPLES} samples should differ from position to position "
             "and from sample to sample; equal columns or blocks would mean that the prior has collapsed.",
-            partial(latent_figures.generated_latents, [sample.latents for sample in report.samples]),
+            partial(
+                latent_figures.generated_latents,
+                latents,
+            ),
             "" if report.samples else report.samples_absent,
         ),
     ]
+    return [each for each in drawn if each.name in report.page.pictures]
 
 
 def _png(figure: Figure, dots_per_inch: int) -> bytes:

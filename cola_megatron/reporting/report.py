@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from cola_megatron.families.page import Page
+
 if TYPE_CHECKING:
     import torch
 
@@ -36,8 +38,8 @@ class Sample:
     continuation: str
     truth: str
     """How the text really went on."""
-    latents: torch.Tensor
-    """(blocks, block_size, d)."""
+    latents: torch.Tensor | None
+    """(blocks, block_size, d); None for a family without."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,10 @@ class Report:
     notes: list[str]
     """What is missing here, and why."""
     tables: list[Table]
+    page: Page
+    """What its family shows."""
     stage_one: Stage
+    """Of a family with two; otherwise it is absent."""
     stage_two: Stage
     measured: Mapping[str, float]
     """Held-out measurement of the checkpoint; empty: none."""

@@ -66,6 +66,7 @@ def report_of_run(
         status=status_of(run),
         notes=[*no_stage_one, *(f"{note[0].upper()}{note[1:]}." for note in notes)],
         tables=tables,
+        page=family_of(run.config).page,
         stage_one=stages[0],
         stage_two=stages[1],
         measured=observed.measured,
@@ -109,7 +110,7 @@ def _held_out_tables(run: Run, observed: Observed) -> list[Table]:
             return [Table("Held-out", [Row("held-out measurements", "none yet", "the run has recorded none so far")])]
         metrics, step, by = own[-1], own[-1]["step"], "by the run"
     numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
-    tables = [Table(f"Held-out, measured at step {step:,} {by}", held_out_rows(numbers))]
+    tables = [Table(f"Held-out, measured at step {step:,} {by}", held_out_rows(numbers, run.config))]
     if rows := prior_rows(numbers):
         tables.append(Table(f"The prior, at step {step:,}", rows))
     return tables

@@ -10,11 +10,6 @@ from cola_megatron.families import family_of
 from cola_megatron.reporting.report import Row, Table
 from cola_megatron.reporting.run_records import Cost, Run
 
-NETWORKS = (
-    ("vae.encoder", "text encoder", "q(z0 given x): from tokens to the posterior of the latents"),
-    ("dit", "diffusion prior (DiT)", "p(z0): predicts the velocity of each block from those before it"),
-    ("vae.decoder", "text decoder", "p(x given z0): from latents to logits"),
-)
 AGAINST = (
     # name of the metric, what, meaning
     (
@@ -47,17 +42,9 @@ AGAINST = (
 )
 
 
-def held_out_rows(metrics: Mapping[str, float]) -> list[Row]:
-    """What a held-out measurement found; a stage 1 has no prior to speak of."""
-    accuracy = "share of held-out tokens that the decoder gives back from"
-    named = (
-        ("reconstruction_accuracy", "held-out reconstruction accuracy", f"{accuracy} the posterior mean"),
-        ("reconstruction_accuracy_t250", "  from latents at t = 0.25", f"{accuracy} latents that are a quarter noise"),
-        ("reconstruction_accuracy_t500", "  from latents at t = 0.5", f"{accuracy} latents that are half noise"),
-        ("reconstruction_nll", "held-out reconstruction loss", "nats per token, from the posterior mean"),
-        ("vae_logsnr", "VAE logSNR", "log of mean \u00b5\u00b2 over mean \u03c3\u00b2, in nats: signal above noise"),
-    )
-    rows = [_row(metrics, *each) for each in named if each[0] in metrics]
+def held_out_rows(metrics: Mapping[str, float], config: RunConfig) -> list[Row]:
+    """What a held-out measurement found; the prior of Cola DLM has rows of its own."""
+    rows = [_row(metrics, *each) for each in family_of(config).page.figures if each.name in metrics]
     dead = metrics.get("posterior_dead_directions")
     if dead is not None:
         rows.append(Row("dead directions of the latent", f"{dead:.0f}{_eigenvalues(metrics)}", _DEAD))
@@ -137,7 +124,7 @@ def model_rows(config: RunConfig) -> list[Row]:
     parts = family_of(config).parts(config)
     counts = [
         (what, sum(part.parameters for part in parts if part.label.startswith(f"{name}.")), meaning)
-        for name, what, meaning in NETWORKS
+        for name, what, meaning in family_of(config).page.networks
     ]
     rows = [Row(f"  {what}", f"{count:,}", meaning) for what, count, meaning in counts if count]
     whole = Row("parameters", f"{sum(count for _, count, _ in counts):,}", "counted from the config")

@@ -72,6 +72,10 @@ class AutoregressiveLM(TextModel):
         """Reads the prompts into the cache."""
         return self._generator.start(requests, settings, padding_id)
 
+    def _padding_id(self) -> int:
+        """What a text begins from: the token that ends documents, for after `<|pad|>` nothing was ever predicted."""
+        return self.end_of_text_ids[0] if self.end_of_text_ids else super()._padding_id()
+
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Of the token behind each of these: ids (L,) -> (L, V), float32.
@@ -102,7 +106,7 @@ class AutoregressiveLM(TextModel):
             texts: texts, or token ids where they are known.
             contexts: what goes before each text; None or an empty one: nothing.
             ids: one integer per text; nothing is drawn, so nothing depends on them.
-            padding_id: stands before a text without a context; by default as for `generate`.
+            padding_id: stands before a text without a context; by default the token that ends documents.
             batch_size: texts that are computed at once. No result depends on it.
             progress: told (texts done, texts in all).
 

@@ -14,6 +14,7 @@ from cola_megatron.families.cola.chain import Cola
 from cola_megatron.families.cola.comparison import compare_sources
 from cola_megatron.families.cola.loss import loss_weights
 from cola_megatron.families.cola.measurement import ColaMeasurement
+from cola_megatron.families.cola.page import PAGE
 from cola_megatron.families.cola.parts import chain_parts
 from cola_megatron.families.cola.published import PublishedFormat
 from cola_megatron.families.cola.texts import write_texts
@@ -35,6 +36,7 @@ class ColaFamily(Family[ColaConfig]):
     title = "Cola DLM"
     settings = FlowSettings
     likelihood_settings = LikelihoodSettings
+    page = PAGE
     vectors_first = frozenset({"vae"})
     extras = ("shuffled_context", "posterior_statistics")
     formats = (PublishedFormat(),)
