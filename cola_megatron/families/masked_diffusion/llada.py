@@ -57,9 +57,7 @@ def llada_rules(config: MaskedDiffusionModelConfig) -> dict[str, Rule]:
     """Every parameter of our network, by our name."""
     rows = config.vocab_size + config.extra_rows
     rules = {
-        ours: Rule(
-            {_llada_name(name): shape for name, shape in rule.published.items()}, rule.to_ours, rule.to_published
-        )
+        ours: replace(rule, published={_llada_name(name): shape for name, shape in rule.published.items()})
         for ours, rule in llama_rules(rows, config.transformer).items()
     }
     if config.extra_rows:
