@@ -28,12 +28,12 @@ class ChainPass:
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any], like: torch.Tensor) -> torch.Tensor:
         """The answer, which has shape and type of `like`."""
-        found = torch.zeros_like(like)
+        found = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
 
         def forward(taken: Tensors) -> Tensors:
             nonlocal found
             state = run_steps(self.stage.steps, {**batch, **taken}, keep=self.stage.hands_on)
-            found = state.get(self.result, found)
+            found = state.get(self.result, found).contiguous()  # a sum over stages adds up memory as it lies
             return {name: state[name] for name in self.stage.hands_on}
 
         with uncompiled():
