@@ -15,6 +15,7 @@ from cola_megatron.families.masked_diffusion.chain import MaskedDiffusion
 from cola_megatron.families.masked_diffusion.likelihood import BoundSettings
 from cola_megatron.families.masked_diffusion.llada import LLaDAFormat
 from cola_megatron.families.masked_diffusion.measurement import MaskedDiffusionMeasurement
+from cola_megatron.families.masked_diffusion.page import PAGE
 from cola_megatron.families.masked_diffusion.settings import MaskedDiffusionSettings
 from cola_megatron.families.masked_diffusion.texts import write_texts
 from cola_megatron.families.texts import HeldOutText
@@ -31,6 +32,7 @@ class MaskedDiffusionFamily(Family[MaskedDiffusionConfig]):
     title = "Masked diffusion"
     settings = MaskedDiffusionSettings
     likelihood_settings = BoundSettings
+    page = PAGE
     formats = (LLaDAFormat(),)
 
     def sample_draws(self, config: MaskedDiffusionConfig, sample_index: int, step: int) -> dict[str, NDArray[Any]]:
@@ -84,8 +86,8 @@ class MaskedDiffusionFamily(Family[MaskedDiffusionConfig]):
         return MaskedDiffusionLM.from_source(source, **options)
 
     def block_tokens(self, config: MaskedDiffusionConfig) -> int:
-        """Of one block, or of a whole sequence."""
-        return config.block_size
+        """Of one block of a model that has them; otherwise a continuation has any length."""
+        return config.model.block_size or 1
 
     def input_sizes(self, config: MaskedDiffusionModelConfig) -> tuple[int, ...]:
         """Vocabulary, blocks, and which id is [MASK]."""
