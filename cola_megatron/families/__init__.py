@@ -4,8 +4,11 @@ from cola_megatron.config import RunConfig
 from cola_megatron.families.autoregressive.family import AutoregressiveFamily
 from cola_megatron.families.cola.family import ColaFamily
 from cola_megatron.families.family import Family, Kind, Measurement, Mode
+from cola_megatron.families.masked_diffusion.family import MaskedDiffusionFamily
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (ColaFamily(), AutoregressiveFamily())}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (ColaFamily(), AutoregressiveFamily(), MaskedDiffusionFamily())
+}
 """By `model.family`."""
 
 __all__ = ["FAMILIES", "Family", "Kind", "Measurement", "Mode", "family_of"]
