@@ -67,6 +67,8 @@ class Part:
     """False: the part does not run in this kind of step."""
     backward: bool = True
     """False: forward only, without gradients."""
+    extra_forwards: float = 0.0
+    """Forward passes without gradients beside that one, for the average sample."""
     computed_pairs: float = 1.0
     """Attention pairs that the kernel computes over those that the mask keeps: with a mask tensor it skips none."""
     largest_matrix: float = 0.0
@@ -98,7 +100,7 @@ class Part:
     @property
     def flops(self) -> float:
         """Training FLOPs of one sample: two per multiply-add, backward twice the forward."""
-        return 2.0 * self.macs * (3.0 if self.backward else 1.0)
+        return 2.0 * self.macs * ((3.0 if self.backward else 1.0) + self.extra_forwards)
 
 
 def causal_pairs(length: int, block_size: int) -> float:

@@ -49,7 +49,7 @@ class CommonSettings:
         for name in ("max_new_tokens", "top_k"):
             _require_integer(name, getattr(self, name))
         for name in ("temperature", "top_p", "repetition_penalty"):
-            _require_finite(name, getattr(self, name))
+            require_finite(name, getattr(self, name))
         for name, least in (("max_new_tokens", 1), ("temperature", 0.0), ("top_k", 0)):
             _require_at_least(name, getattr(self, name), least)
         if not 0 < self.top_p <= 1:
@@ -61,7 +61,7 @@ class CommonSettings:
         for token in self.end_of_text:
             _require_integer("end_of_text", token)
             _require_at_least("end_of_text", token, 0)
-        _require_seed(self.noise_seed)
+        require_seed(self.noise_seed)
         if self.temperature < GREEDY_BELOW:
             object.__setattr__(self, "temperature", 0.0)
 
@@ -100,7 +100,7 @@ class FlowSettings(CommonSettings):
             _require_integer(name, getattr(self, name))
             _require_at_least(name, getattr(self, name), 1)
         for name in ("guidance_scale", "repaint_until"):
-            _require_finite(name, getattr(self, name))
+            require_finite(name, getattr(self, name))
         interval = _pair("guidance_interval", self.guidance_interval)
         object.__setattr__(self, "guidance_interval", interval)
         if not 0 <= interval[0] <= interval[1] <= 1:
@@ -152,7 +152,7 @@ class LikelihoodSettings:
             _require_one_of(name, getattr(self, name), known)
         if self.divergence == "exact" and self.probe != LikelihoodSettings.probe:
             raise ValueError(f"probe={self.probe} needs divergence=hutchinson, not exact")
-        _require_seed(self.noise_seed)
+        require_seed(self.noise_seed)
 
 
 def _is_integer(value: object) -> bool:
@@ -170,7 +170,8 @@ def require_count(name: str, value: int) -> None:
     _require_at_least(name, value, 1)
 
 
-def _require_finite(name: str, value: object) -> None:
+def require_finite(name: str, value: object) -> None:
+    """Refuses what is no finite number; raises ValueError."""
     if not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f"{name}={value} must be finite")
 
@@ -185,7 +186,8 @@ def _require_one_of(name: str, value: object, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value} must be one of {', '.join(known)}")
 
 
-def _require_seed(noise_seed: int) -> None:
+def require_seed(noise_seed: int) -> None:
+    """Refuses a seed that a torch.Generator does not take; raises ValueError."""
     _require_integer("noise_seed", noise_seed)
     if abs(noise_seed) > MAX_NOISE_SEED:
         raise ValueError(f"noise_seed={noise_seed} must lie in -{MAX_NOISE_SEED} .. {MAX_NOISE_SEED}")

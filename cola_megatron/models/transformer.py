@@ -64,13 +64,24 @@ class Transformer(nn.Module):
 
     Args:
         extra_rows: rows of the embedding beyond the vocabulary, such as one for [MASK]; the head has none for them.
+        has_embedding: False: its input is made elsewhere, and there is no `embed`.
     """
 
-    def __init__(self, vocab_size: int, config: TransformerConfig, groups: ProcessGroups, *, extra_rows: int = 0):
+    def __init__(
+        self,
+        vocab_size: int,
+        config: TransformerConfig,
+        groups: ProcessGroups,
+        *,
+        extra_rows: int = 0,
+        has_embedding: bool = True,
+    ):
         super().__init__()
         self.vocab_size, self.config, self.groups = vocab_size, config, groups
         start = truncated_normal(config.init_std, config.init_cutoff_factor)
-        self.embedding = TokenEmbedding(vocab_size + extra_rows, config.hidden_size, groups=groups, initializer=start)
+        if has_embedding:
+            rows = vocab_size + extra_rows
+            self.embedding = TokenEmbedding(rows, config.hidden_size, groups=groups, initializer=start)
         self.blocks = nn.ModuleList(TransformerBlock(config, groups) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, groups=groups)
         self.head = VocabularyHead(config.hidden_size, vocab_size, groups=groups, bias=False, initializer=start)

@@ -9,8 +9,13 @@ def mean_over_counted(values_SB: torch.Tensor, counted_SB: torch.Tensor) -> torc
     Averaged per sample first, so that the mean over a batch is the mean over its micro-batches, however many positions
     each of them counts. A sample that counts none gives 0.
     """
+    return sample_means(values_SB, counted_SB).mean()
+
+
+def sample_means(values_SB: torch.Tensor, counted_SB: torch.Tensor) -> torch.Tensor:
+    """Of each sample the mean over its counted positions, (B,); 0 where it counts none."""
     weight_SB = counted_SB.to(values_SB.dtype)
-    return ((values_SB * weight_SB).sum(0) / weight_SB.sum(0).clamp(min=1)).mean()
+    return (values_SB * weight_SB).sum(0) / weight_SB.sum(0).clamp(min=1)
 
 
 def weights_of_mean(counted_SB: torch.Tensor) -> torch.Tensor:

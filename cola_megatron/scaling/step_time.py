@@ -120,7 +120,8 @@ def computation_seconds(config: RunConfig, part: Part, gpu: GPU, efficiency: Eff
     samples, ranks = config.training.micro_batch_size, config.parallel.tensor_parallel_size
 
     def passes(forward_and_backward: float) -> float:
-        return (forward_and_backward if part.backward else 1.0) + (1.0 if recomputes and part.backward else 0.0)
+        recomputed = 1.0 if recomputes and part.backward else 0.0
+        return (forward_and_backward if part.backward else 1.0) + recomputed + part.extra_forwards
 
     if efficiency.mfu is not None:
         return 2 * samples / ranks * part.macs * passes(MATRIX_PASSES) / (peak * efficiency.mfu)
