@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cola_megatron.objectives.flow_matching import times_of_positions
+
 _GOLDEN_RATIO = 0x9E3779B97F4A7C15  # its fractional part, in units of 2^-64
 
 
@@ -34,12 +36,12 @@ def masking_times(levels: NDArray[np.float64], min_time: float) -> NDArray[np.fl
 
 def masked_positions(uniform_BL: torch.Tensor, time_BN: torch.Tensor, counted_BL: torch.Tensor) -> torch.Tensor:
     """Which tokens become [MASK]: those whose uniform draw lies below the time of their block, but for padding."""
-    return (uniform_BL < _of_positions(time_BN, uniform_BL.shape[1])) & counted_BL
+    return (uniform_BL < times_of_positions(time_BN, uniform_BL.shape[1]).t()) & counted_BL
 
 
 def inverse_time_weights(masked_BL: torch.Tensor, time_BN: torch.Tensor) -> torch.Tensor:
     """1/t at masked positions and 0 elsewhere, float32, (B, L)."""
-    return masked_BL / _of_positions(time_BN, masked_BL.shape[1])
+    return masked_BL / times_of_positions(time_BN, masked_BL.shape[1]).t()
 
 
 def number_to_mask(level_BN: torch.Tensor, candidates_BN: torch.Tensor) -> torch.Tensor:
@@ -63,8 +65,3 @@ def subset_weights(masked_BL: torch.Tensor, candidates_BL: torch.Tensor, blocks:
     share_BN1 = candidates_BNS.sum(-1, keepdim=True) / masked_BNS.sum(-1, keepdim=True).clamp(min=1)
     weight_BL: torch.Tensor = (masked_BNS * share_BN1).flatten(1)
     return weight_BL
-
-
-def _of_positions(values_BN: torch.Tensor, length: int) -> torch.Tensor:
-    """That of each token's block, (B, L)."""
-    return values_BN.repeat_interleave(length // values_BN.shape[1], dim=1)

@@ -83,7 +83,7 @@ class MaskedDiffusionSession:
         else:
             starts = [sample.start for sample in self._samples for _ in range(self._copies)]
             self.passes = CachedBlocks(transformer, config.block_size, self._rows(self._samples), starts)
-        self._unsettled: list[slice] | None = None
+        self._unsettled: list[slice] = []
 
     @property
     def running(self) -> list[int]:
@@ -96,10 +96,10 @@ class MaskedDiffusionSession:
 
         A preview leaves out what is still masked; its time is the share of the block that is.
         """
-        if self._unsettled is not None:
+        if self._unsettled:
             places = [place for place in self._unsettled for _ in range(self._copies)]
             self.passes.settle(self._rows(self._samples), places)
-            self._unsettled = None
+            self._unsettled = []
         blocks = [self._block(sample) for sample in self._samples]
         for step in range(max((len(block.kept) for block in blocks), default=0)):
             self._unmask([block for block in blocks if step < len(block.kept)], blocks, step)
@@ -123,7 +123,7 @@ class MaskedDiffusionSession:
             return
         self._samples = [self._samples[place] for place in kept]
         self.passes.keep([place * self._copies + copy for place in kept for copy in range(self._copies)])
-        if self._unsettled is not None:
+        if self._unsettled:
             self._unsettled = [self._unsettled[place] for place in kept]
 
     @property
