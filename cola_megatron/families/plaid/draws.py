@@ -1,9 +1,9 @@
 """Random draws of Plaid's training, each a function of (seed, sample index, step) alone.
 
-The times of a global batch are spread evenly (low discrepancy): of its N samples the first R in a fixed scattered order
-are at t = 0 and estimate the reconstruction, and the k-th of the others is at t = (k + u) / (N - R), with one u in
-(0, 1] for the step. As published, but for the scattered order, by which every micro-batch has times from the whole
-interval, and for R, which is fixed.
+The times of a global batch are spread evenly (low discrepancy): of its N samples the first R in a scattered order are
+at t = 0 and estimate the reconstruction, and the k-th of the others is at t = (k + u) / (N - R), with one u in (0, 1]
+for the step. As published, but for the order, by which every micro-batch has times from the whole interval and which
+begins at another sample in each step, and for R, which is fixed.
 """
 
 import math
@@ -36,13 +36,13 @@ def plaid_draws(
     """
     of_sample, place = (sample_index, step), sample_index % global_batch_size
     of_step = generator(seed, "plaid step", 0, step)
-    shift, offset = of_step.random(), of_step.random()
+    shift, offset, begin = of_step.random(), of_step.random(), int(of_step.integers(global_batch_size))
     cut = generator(seed, "plaid cut", *of_sample)
     is_cut, position = cut.random() < objective.cut_share, cut.integers(1, max(2, length))
     warmup = objective.output_prior_warmup_steps
     return {
         "noise": generator(seed, "plaid noise", *of_sample).standard_normal((length, channels), np.float32),
-        "time": np.float64(spread_time(objective.reconstruction_share, global_batch_size, place, shift)),
+        "time": np.float64(spread_time(objective.reconstruction_share, global_batch_size, place + begin, shift)),
         "self_conditioned": np.bool_(every(objective.self_conditioning, place, offset)),
         "cut": np.int64(position if is_cut and length > 1 else 0),
         "output_prior": np.float32(min(1.0, (step + 1) / warmup) if warmup else 1.0),
@@ -53,7 +53,7 @@ def spread_time(reconstruction_share: float, global_batch_size: int, place: int,
     """The time of one sample of a global batch.
 
     Args:
-        place: of the sample in its global batch.
+        place: of the sample in its global batch, counted from where the step begins.
         shift: in [0, 1), the same for the whole batch.
     """
     rank = place * _stride(global_batch_size) % global_batch_size

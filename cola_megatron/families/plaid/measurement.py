@@ -84,7 +84,8 @@ class PlaidMeasurement(Measurement):
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """`nats_per_token` (an upper bound), its `perplexity`, and its terms: `reconstruction_nats_per_token`, ...
 
-        And the `_standard_error` over samples of each but the perplexity, as of a ratio of two means.
+        And the `_standard_error` over samples of the bound, the reconstruction and the diffusion term, as of a ratio of
+        two means. The prior's term is the same for every token, since all embeddings have one length.
         """
         moments_KK = sums["sum_moments"]
         samples, tokens = moments_KK[0, :2].tolist()
@@ -95,7 +96,7 @@ class PlaidMeasurement(Measurement):
             nats_K = torch.zeros_like(moments_KK[0])
             nats_K[[2 + TERMS.index(term) for term in rows]] = 1.0
             ratio = metrics[f"{prefix}nats_per_token"] = (moments_KK[0] @ nats_K).item() / tokens
-            if samples >= 2:
+            if samples >= 2 and rows != ("prior",):
                 nats_K[1] = -ratio  # of each sample: its nats, less what its tokens lead to expect
                 squares = max(0.0, (nats_K @ moments_KK @ nats_K).item())
                 error = math.sqrt(squares * samples / (samples - 1)) / tokens

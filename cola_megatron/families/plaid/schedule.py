@@ -7,9 +7,12 @@ As published: g is monotone, the end points gamma_0 and gamma_1 minimise the bou
 variance over t of its estimate. The bound itself does not depend on the shape, so that minimising E[L^2] is minimising
 the variance: the gradient of each sample's term L towards the shape is multiplied by 2 L.
 
-How the factor comes here is ours: the loss is computed elsewhere, under a pipeline in another process. With the levels
-goes a third output, `report`, of value 0, whose "gradient" is L (`report_loss`); one backward pass of
-`_ShapeGradient` gets all three.
+The factor is 0.02 L here: AdamW divides a constant out again, but the norm by which all gradients are clipped together
+does not, and unscaled the shape's would be most of it. (The published code clips at a quantile of the norms so far.)
+
+How L comes here is ours as well: the loss is computed elsewhere, under a pipeline in another process. With the levels
+goes a third output, `report`, of value 0, whose "gradient" is L (`report_loss`); one backward pass of `_ShapeGradient`
+gets all three.
 
 Shapes: B batch, K hidden units. Everything is computed in float64, whatever type the parameters have.
 """
@@ -23,6 +26,10 @@ from torch.nn import functional as F
 
 from cola_megatron.layers.initializers import normal
 from cola_megatron.parallel import mark_parameter
+
+
+SHAPE_GRADIENT = 0.01
+"""Of the gradient of E[L^2] towards the shape."""
 
 
 class NoiseLevels(NamedTuple):
@@ -106,7 +113,7 @@ def _with_shape_gradient(shape_B: torch.Tensor, slope_B: torch.Tensor) -> tuple[
 
 
 class _ShapeGradient(torch.autograd.Function):
-    """(s, s') -> (s, s', report); backward: the gradients of s and s' times 2 L, where L arrives at `report`."""
+    """(s, s') -> (s, s', report); backward: gradients of s and s' times 2 L `SHAPE_GRADIENT`, L from `report`."""
 
     @staticmethod
     def forward(ctx: Any, shape_B: torch.Tensor, slope_B: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -115,7 +122,8 @@ class _ShapeGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         shape_B, slope_B, loss_B = gradients
-        return shape_B * 2 * loss_B, slope_B * 2 * loss_B
+        factor_B = 2 * SHAPE_GRADIENT * loss_B
+        return shape_B * factor_B, slope_B * factor_B
 
 
 class _Report(torch.autograd.Function):
