@@ -5,12 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 from cola_megatron.config.autoregressive import AutoregressiveConfig
 from cola_megatron.families.autoregressive.chain import Autoregressive
 from cola_megatron.families.autoregressive.loss import autoregressive_loss, next_tokens
 from cola_megatron.families.autoregressive.measurement import NextTokenMeasurement
 from cola_megatron.layers.masks import AttentionMask
+from cola_megatron.models.compiled_blocks import compile_blocks
 from cola_megatron.models.steps import cut_chain, run_steps
 from cola_megatron.parallel import gather_state_dict, initialize_parallel, initialize_parameters, sum_partial_gradients
 from tests.ranks import run_ranks
@@ -176,3 +179,19 @@ def test_one_sample_has_no_error_and_none_no_figures():
     weights = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
     assert "nats_per_token_standard_error" not in measured([{**batch, "weight": weights}], model)
     assert measured([{**batch, "weight": 0 * weights}], model) == {}
+
+
+@pytest.mark.parametrize("document_attention", [False, True])
+def test_compiled_blocks_are_one_graph_that_computes_the_same(document_attention):
+    counters.clear()
+    torch._dynamo.reset()
+    plain, compiled = (perturbed(model_of(config_of(document_attention))) for _ in range(2))
+    graphs = CompileCounterWithBackend("aot_eager")
+    assert compile_blocks(compiled, graphs) == len(plain.transformer.blocks)
+    for _ in range(2):
+        expected, found = plain(batch_of())["loss"], compiled(batch_of())["loss"]
+        assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+        of_graphs = gradients(compiled, found)
+        for name, gradient in gradients(plain, expected).items():
+            assert (of_graphs[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    assert graphs.frame_count == 1 and not counters["graph_break"]

@@ -190,6 +190,8 @@ def test_a_run_is_loaded_and_exported_for_other_programs(small, tmp_path):
     ids = model.tokenizer.encode("the prior writes latent blocks").ids
     both, first, last = model.log_likelihood([ids[1:], ids[1:3], ids[3:]], [ids[:1], ids[:1], ids[:3]])
     assert both.log_likelihood == pytest.approx(first.log_likelihood + last.log_likelihood, rel=1e-5)
+    with pytest.raises(ValueError, match="steps is no setting of a likelihood that is exact; there are none"):
+        model.log_likelihood([ids], steps=4)
     export_checkpoint(config.run_folder, tmp_path / "exported", progress=False)
     again = load_model(tmp_path / "exported", device="cpu")
     assert torch.equal(again.logits(PROMPT), model.logits(PROMPT))

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from cola_megatron.config.autoregressive import AutoregressiveConfig
 from cola_megatron.config.cola import ColaConfig
 from cola_megatron.config.errors import ConfigError
+from cola_megatron.config.masked_diffusion import MaskedDiffusionConfig
 from cola_megatron.config.model import ModelConfig
 from cola_megatron.config.plaid import PlaidConfig
 from cola_megatron.config.run import RunConfig
@@ -16,6 +17,7 @@ from cola_megatron.config.run import RunConfig
 CONFIGS: Mapping[str, type[RunConfig]] = {
     "cola": ColaConfig,
     "autoregressive": AutoregressiveConfig,
+    "masked_diffusion": MaskedDiffusionConfig,
     "plaid": PlaidConfig,
 }
 DEFAULT: str = ModelConfig.model_fields["family"].default

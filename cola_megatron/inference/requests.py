@@ -19,7 +19,7 @@ def read_settings(family: type[Settings], options: dict[str, Any], purpose: str 
     known = [field.name for field in fields(family)]
     for name in options:
         if name not in known:
-            raise ValueError(f"{name} is no setting of {purpose}; there are {', '.join(known)}")
+            raise ValueError(f"{name} is no setting of {purpose}; there are {', '.join(known) or 'none'}")
     return family(**options)
 
 

@@ -11,7 +11,10 @@ from cola_megatron.costs.part import Part, causal_pairs
 from cola_megatron.data import SampleSequence
 from cola_megatron.families.autoregressive.chain import Autoregressive
 from cola_megatron.families.autoregressive.huggingface import HuggingFaceLlamaFormat
+from cola_megatron.families.autoregressive.likelihood import ExactLikelihoodSettings
 from cola_megatron.families.autoregressive.measurement import NextTokenMeasurement
+from cola_megatron.families.autoregressive.page import PAGE
+from cola_megatron.families.autoregressive.session import AutoregressiveSettings
 from cola_megatron.families.autoregressive.texts import write_texts
 from cola_megatron.families.family import Family, Mode
 from cola_megatron.families.texts import HeldOutText
@@ -26,6 +29,9 @@ class AutoregressiveFamily(Family[AutoregressiveConfig]):
 
     name = "autoregressive"
     title = "Autoregressive transformer"
+    settings = AutoregressiveSettings
+    likelihood_settings = ExactLikelihoodSettings
+    page = PAGE
     formats = (HuggingFaceLlamaFormat(),)
 
     def sample_draws(self, config: AutoregressiveConfig, sample_index: int, step: int) -> dict[str, NDArray[Any]]:

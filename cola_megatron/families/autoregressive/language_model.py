@@ -10,14 +10,19 @@ from typing import Any
 import torch
 
 from cola_megatron.config.autoregressive import AutoregressiveModelConfig
-from cola_megatron.families.autoregressive.likelihood import Progress, TextLikelihood, exact_likelihoods
+from cola_megatron.families.autoregressive.likelihood import (
+    ExactLikelihood,
+    ExactLikelihoodSettings,
+    exact_likelihoods,
+)
 from cola_megatron.families.autoregressive.session import (
     AutoregressiveGenerator,
     AutoregressiveSession,
     AutoregressiveSettings,
 )
+from cola_megatron.inference.likelihood_terms import Progress
 from cola_megatron.inference.protocol import Request
-from cola_megatron.inference.requests import read_token_ids
+from cola_megatron.inference.requests import read_settings, read_token_ids
 from cola_megatron.inference.text_model import TextModel
 from cola_megatron.interop.weight_source import ModelSource
 from cola_megatron.layers.masks import AttentionMask
@@ -99,7 +104,8 @@ class AutoregressiveLM(TextModel):
         padding_id: int | None = None,
         batch_size: int = 16,
         progress: Progress | None = None,
-    ) -> list[TextLikelihood]:
+        **options: Any,
+    ) -> list[ExactLikelihood]:
         """log p(text), or log p(text | context), of each text, in nats: exact; see `likelihood.py`.
 
         Args:
@@ -109,11 +115,13 @@ class AutoregressiveLM(TextModel):
             padding_id: stands before a text without a context; by default the token that ends documents.
             batch_size: texts that are computed at once. No result depends on it.
             progress: told (texts done, texts in all).
+            options: there are none.
 
         Raises:
-            ValueError: a text without tokens; ids or token ids out of range; numbers that do not match; texts without a
-                tokenizer; a text without a context, and no padding id.
+            ValueError: an option; a text without tokens; ids or token ids out of range; numbers that do not match;
+                texts without a tokenizer; a text without a context, and no padding id.
         """
+        read_settings(ExactLikelihoodSettings, options, "a likelihood that is exact")
         scored = self._read_texts(texts, contexts, ids, batch_size)
         return exact_likelihoods(self.transformer, scored, self._padding_of_texts(padding_id), batch_size, progress)
 

@@ -7,25 +7,30 @@ Shapes: B texts, L tokens, n of them scored, H hidden, V vocabulary.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional as F
 
+from cola_megatron.inference.likelihood_terms import Progress
 from cola_megatron.inference.scored_texts import ScoredText
 from cola_megatron.layers.masks import AttentionMask
 from cola_megatron.models.transformer import Transformer
 from cola_megatron.models.transformer_steps import whole_logits
 
-Progress = Callable[[int, int], None]
-"""(how many texts are done, how many there are)."""
+
+@dataclass(frozen=True)
+class ExactLikelihoodSettings:
+    """There is nothing to choose: nothing is estimated, and nothing is drawn."""
 
 
 @dataclass(frozen=True)
-class TextLikelihood:
-    """log p(text | context) in nats."""
+class ExactLikelihood:
+    """log p(text | context) in nats (`inference.likelihood_terms.TextLikelihood`)."""
+
+    figures: ClassVar[Mapping[str, str]] = {"elbo": "log p, exact"}
 
     log_likelihood: float
     is_greedy: bool
@@ -65,7 +70,7 @@ def exact_likelihoods(
     padding_id: int | None,
     batch_size: int,
     progress: Progress | None = None,
-) -> list[TextLikelihood]:
+) -> list[ExactLikelihood]:
     """One likelihood per text, in their order.
 
     Args:
@@ -75,7 +80,7 @@ def exact_likelihoods(
     Raises:
         ValueError: a text without a context, and no `padding_id`.
     """
-    found: dict[int, TextLikelihood] = {}
+    found: dict[int, ExactLikelihood] = {}
     for members in _of_one_length(texts, padding_id, batch_size):
         whole = [_context(texts[index], padding_id) + texts[index].token_ids for index in members]
         tokens_BL = torch.tensor(whole, device=next(transformer.parameters()).device)
@@ -88,7 +93,7 @@ def exact_likelihoods(
             logits_nV = whole_logits(transformer, hidden_LBH[-scored:, row : row + 1])[:, 0].float()
             nll = F.cross_entropy(logits_nV, targets_n, reduction="none").double().sum().item()
             greedy = bool((logits_nV.argmax(-1) == targets_n).all())
-            found[index] = TextLikelihood(-nll, greedy, scored, text.text_bytes, text.text_words)
+            found[index] = ExactLikelihood(-nll, greedy, scored, text.text_bytes, text.text_words)
         if progress is not None:
             progress(len(found), len(texts))
     return [found[index] for index in range(len(texts))]

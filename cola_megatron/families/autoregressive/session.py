@@ -104,16 +104,15 @@ class AutoregressiveSession:
 
     @torch.no_grad()
     def advance(self, preview_steps: Sequence[int] = ()) -> Iterator[TokenBlock]:
-        """The next `tokens_at_once` tokens of every running sample, or as many as it still wants."""
+        """The next `tokens_at_once` tokens of every running sample, or as many as are left until one has its length."""
         if not self._samples:
             return
-        wanted = [min(sample.left, self.settings.tokens_at_once) for sample in self._samples]
-        steps = [self._next_tokens() for _ in range(max(wanted))]
-        ids_BT = torch.cat(steps, dim=1).tolist()
+        count = min(self.settings.tokens_at_once, *(sample.left for sample in self._samples))
+        ids_BT = torch.cat([self._next_tokens() for _ in range(count)], dim=1).tolist()
         blocks = []
-        for sample, ids, count in zip(self._samples, ids_BT, wanted, strict=True):
+        for sample, ids in zip(self._samples, ids_BT, strict=True):
             sample.left -= count
-            blocks.append(TokenBlock(sample.index, ids[:count], repeated=0, last=sample.left == 0))
+            blocks.append(TokenBlock(sample.index, ids, repeated=0, last=sample.left == 0))
         self.drop([block.sample for block in blocks if block.last])
         yield from blocks
 

@@ -1,0 +1,94 @@
+"""Masked diffusion as one object."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cola_megatron.config.masked_diffusion import MaskedDiffusionConfig, MaskedDiffusionModelConfig
+from cola_megatron.costs.part import Part, two_copy_pairs
+from cola_megatron.data import SampleSequence
+from cola_megatron.families.family import Family, Mode
+from cola_megatron.families.masked_diffusion import draws
+from cola_megatron.families.masked_diffusion.chain import MaskedDiffusion
+from cola_megatron.families.masked_diffusion.likelihood import BoundSettings
+from cola_megatron.families.masked_diffusion.llada import LLaDAFormat
+from cola_megatron.families.masked_diffusion.measurement import MaskedDiffusionMeasurement
+from cola_megatron.families.masked_diffusion.page import PAGE
+from cola_megatron.families.masked_diffusion.settings import MaskedDiffusionSettings
+from cola_megatron.families.masked_diffusion.texts import write_texts
+from cola_megatron.families.texts import HeldOutText
+from cola_megatron.families.transformer_costs import TransformerCosts
+from cola_megatron.inference.text_model import TextModel
+from cola_megatron.interop.weight_source import ModelSource
+from cola_megatron.parallel import ProcessGroups
+
+
+class MaskedDiffusionFamily(Family[MaskedDiffusionConfig]):
+    """A transformer that predicts masked tokens: LLaDA, or by blocks BD3-LM."""
+
+    name = "masked_diffusion"
+    title = "Masked diffusion"
+    settings = MaskedDiffusionSettings
+    likelihood_settings = BoundSettings
+    page = PAGE
+    formats = (LLaDAFormat(),)
+
+    def sample_draws(self, config: MaskedDiffusionConfig, sample_index: int, step: int) -> dict[str, NDArray[Any]]:
+        """See `draws.sample_draws`."""
+        return draws.sample_draws(config, sample_index, step)
+
+    def build(
+        self, config: MaskedDiffusionConfig, groups: ProcessGroups, split: Sequence[int] | None = None
+    ) -> MaskedDiffusion:
+        """See `chain.MaskedDiffusion`."""
+        return MaskedDiffusion(config, groups, split)
+
+    def loss_weights(self, config: MaskedDiffusionConfig) -> dict[str, float]:
+        """There is one term."""
+        return {"bound": 1.0}
+
+    def parts(self, config: MaskedDiffusionConfig, mode: Mode | None = None) -> tuple[Part, ...]:
+        """See `families/transformer_costs.py`."""
+        length, block = config.data.sequence_length, config.block_size
+        per_sample = config.data.document_attention or config.objective.random_length_share > 0
+        by_blocks = block < length
+        return TransformerCosts(
+            config,
+            config.model.transformer,
+            config.network_length,
+            two_copy_pairs(length, block) if by_blocks else float(length * length),
+            extra_rows=config.model.extra_rows,
+            head_positions=length,
+            masks=config.training.micro_batch_size if per_sample else int(by_blocks),
+        ).parts()
+
+    def measurement(self, config: MaskedDiffusionConfig, extras: Collection[str] = ()) -> MaskedDiffusionMeasurement:
+        """See `measurement.MaskedDiffusionMeasurement`."""
+        return MaskedDiffusionMeasurement(config)
+
+    def write_texts(
+        self,
+        model: MaskedDiffusion,
+        config: MaskedDiffusionConfig,
+        texts_KL: np.ndarray,
+        held_out: SampleSequence,
+        on_pass: Callable[[], None],
+    ) -> Sequence[HeldOutText]:
+        """See `texts.write_texts`."""
+        return write_texts(model, texts_KL, on_pass)
+
+    def load(self, source: ModelSource, **options: Any) -> TextModel:
+        """A `MaskedDiffusionLM`."""
+        from cola_megatron.families.masked_diffusion.language_model import MaskedDiffusionLM
+
+        return MaskedDiffusionLM.from_source(source, **options)
+
+    def block_tokens(self, config: MaskedDiffusionConfig) -> int:
+        """Of one block of a model that has them; otherwise a continuation has any length."""
+        return config.model.block_size or 1
+
+    def input_sizes(self, config: MaskedDiffusionModelConfig) -> tuple[int, ...]:
+        """Vocabulary, blocks, and which id is [MASK]."""
+        return config.vocab_size, config.block_size or 0, config.mask_id
