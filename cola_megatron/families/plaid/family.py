@@ -13,7 +13,9 @@ from cola_megatron.families.family import Family, Mode
 from cola_megatron.families.plaid.chain import Plaid
 from cola_megatron.families.plaid.draws import plaid_draws
 from cola_megatron.families.plaid.measurement import PlaidMeasurement
+from cola_megatron.families.plaid.page import PAGE
 from cola_megatron.families.plaid.parts import chain_parts
+from cola_megatron.families.plaid.settings import BoundSettings, PlaidSettings
 from cola_megatron.families.plaid.texts import write_texts
 from cola_megatron.families.texts import HeldOutText
 from cola_megatron.inference.text_model import TextModel
@@ -26,6 +28,9 @@ class PlaidFamily(Family[PlaidConfig]):
 
     name = "plaid"
     title = "Plaid"
+    settings = PlaidSettings
+    likelihood_settings = BoundSettings
+    page = PAGE
     formats: Sequence[WeightFormat] = ()
 
     def sample_draws(self, config: PlaidConfig, sample_index: int, step: int) -> dict[str, NDArray[Any]]:

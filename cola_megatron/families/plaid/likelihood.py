@@ -23,12 +23,10 @@ import torch
 from cola_megatron.families.plaid.categorical import embeddings_of
 from cola_megatron.families.plaid.denoiser import Denoiser
 from cola_megatron.families.plaid.settings import BoundSettings
+from cola_megatron.inference.likelihood_terms import Progress
 from cola_megatron.inference.scored_texts import ScoredText, Text, TextBatch, batches
 from cola_megatron.objectives.plaid import diffusion_term, noisy_embeddings, prior_kl, squared_distance
 from cola_megatron.objectives.randomness import generator
-
-Progress = Callable[[int, int], None]
-"""(how many texts are done, how many there are)."""
 
 
 @dataclass(frozen=True)

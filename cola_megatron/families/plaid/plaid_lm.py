@@ -8,11 +8,12 @@ import torch
 
 from cola_megatron.config.plaid import PlaidModelConfig
 from cola_megatron.families.plaid.denoiser import Denoiser
-from cola_megatron.families.plaid.likelihood import PlaidLikelihood, Progress, estimate
+from cola_megatron.families.plaid.likelihood import PlaidLikelihood, estimate
 from cola_megatron.families.plaid.network import PlaidParts
 from cola_megatron.families.plaid.session import PlaidGenerator, PlaidSession
 from cola_megatron.families.plaid.settings import BoundSettings, PlaidSettings
 from cola_megatron.inference.fast_forward import prepare
+from cola_megatron.inference.likelihood_terms import Progress
 from cola_megatron.inference.protocol import Request
 from cola_megatron.inference.requests import read_settings
 from cola_megatron.inference.text_model import TextModel
@@ -35,7 +36,6 @@ class PlaidLM(TextModel):
     """
 
     settings_class = PlaidSettings
-    likelihood_class = BoundSettings
 
     def __init__(
         self,
