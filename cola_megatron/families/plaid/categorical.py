@@ -65,7 +65,7 @@ def predict(
         dist.all_reduce(largest_SB, op=dist.ReduceOp.MAX, group=groups.tensor_group)
     weights_SBV = (logits_SBV - largest_SB[..., None]).exp()
     local_SB, held_SB = _local(tokens_SB, len(embeddings_VC), groups)
-    of_tokens_SB = logits_SBV.gather(-1, local_SB[..., None])[..., 0] * held_SB
+    of_tokens_SB = _at(logits_SBV, local_SB) * held_SB
     parts = (
         _product(weights_SBV, embeddings_VC, trained_B),
         weights_SBV.sum(-1, keepdim=True),
@@ -89,6 +89,26 @@ def _product(x_SBK: torch.Tensor, w_KN: torch.Tensor, trained_B: torch.Tensor) -
     """x W, where W gets its gradient from some of the samples only."""
     apply: Callable[..., torch.Tensor] = _Product.apply
     return apply(x_SBK, w_KN, trained_B)
+
+
+def _at(logits_SBV: torch.Tensor, tokens_SB: torch.Tensor) -> torch.Tensor:
+    """The logits of one token each, (S, B): `gather`, which for its gradient would keep all logits."""
+    apply: Callable[..., torch.Tensor] = _At.apply
+    return apply(logits_SBV, tokens_SB)
+
+
+class _At(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_SBV: torch.Tensor, tokens_SB: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tokens_SB)
+        ctx.vocabulary = logits_SBV.shape[-1]
+        return logits_SBV.gather(-1, tokens_SB[..., None])[..., 0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (tokens_SB,), (gradient_SB,) = ctx.saved_tensors, gradients
+        gradient_SBV = gradient_SB.new_zeros(*gradient_SB.shape, ctx.vocabulary)
+        return gradient_SBV.scatter_(-1, tokens_SB[..., None], gradient_SB[..., None]), None
 
 
 class _Product(torch.autograd.Function):
