@@ -54,7 +54,9 @@ def blocks(model: PlaidLM, requests: list[Request] = REQUESTS, **options: Any) -
     return {requests[block.sample].sample_id: block.token_ids for block in found}
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "options", [{}, {"prompt_guidance": 0.0, "temperature": 1.0}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}]
+)
 @pytest.mark.parametrize("share", [0, 0.25])
 def test_a_sample_does_not_depend_on_its_neighbours(share, options):
     model = language_model(share)
@@ -191,7 +193,7 @@ def test_a_held_word_draws_the_other_after_it(guidance):
 @pytest.mark.parametrize("share", [0, 0.25])
 def test_guidance_by_the_prompt_is_each_samples_own(share):
     model = language_model(share)
-    without, together = blocks(model), blocks(model, prompt_guidance=3.0)
+    without, together = blocks(model, prompt_guidance=0), blocks(model, prompt_guidance=3.0)
     assert without != together and without[3] == together[3]  # sample 3 has no prompt
     for request in REQUESTS:
         found = blocks(model, [request], prompt_guidance=3.0)

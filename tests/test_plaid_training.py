@@ -15,8 +15,10 @@ from cola_megatron.config import ConfigError, RunConfig, load_config
 from cola_megatron.conversion.export_checkpoint import export_checkpoint
 from cola_megatron.errors import UserError
 from cola_megatron.families.plaid.measurement import PlaidMeasurement
+from cola_megatron.families.plaid.plaid_lm import PlaidLM
 from cola_megatron.interface import load_model
 from cola_megatron.models.steps import run_steps
+from cola_megatron.parallel import gather_state_dict
 from cola_megatron.records.metrics import read_metrics
 from cola_megatron.training.loop import train
 from tests.ranks import run_ranks
@@ -204,6 +206,13 @@ def test_it_overfits_one_batch_down_to_its_entropy():
     error, entropy = metrics["nats_per_token_standard_error"], math.log(2) / 16
     assert entropy - 4 * error < metrics["nats_per_token"] < 0.2  # at first it is 5.7
     assert metrics["reconstruction_nats_per_token"] < 0.02
+    for dtype in (torch.float32, torch.bfloat16):
+        written = PlaidLM(config.model, gather_state_dict(model, model.groups), None, dtype=dtype)
+        prompts = [[], [], [], [], [5] * 6, [250] * 6]
+        found = written.generate(prompts, steps=32, max_new_tokens=[16, 16, 16, 16, 10, 10], score_temperature=1.0)
+        whole = [prompt + each.token_ids.tolist() for prompt, each in zip(prompts, found, strict=True)]
+        assert all(text in ([5] * 16, [250] * 16) for text in whole)
+        assert len({text[0] for text in whole[:4]}) == 2  # by chance of four draws, which are fixed
 
 
 def test_a_run_is_loaded_generates_and_is_not_exported(small, tmp_path):

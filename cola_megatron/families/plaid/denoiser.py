@@ -91,15 +91,10 @@ class Denoiser:
     ) -> torch.Tensor:
         """x_hat alone, without gradients."""
         hidden_SBH = self.hidden(z_SBC, gamma_B, estimate_SBC, context)
-        nobody_B, no_tokens_SB = torch.zeros_like(output_prior_B), torch.zeros(z_SBC.shape[:2], dtype=torch.long)
+        nobody_B = torch.zeros_like(output_prior_B)
+        no_tokens_SB = torch.zeros(z_SBC.shape[:2], dtype=torch.long, device=z_SBC.device)
         return self.prediction(
-            hidden_SBH,
-            z_SBC,
-            gamma_B,
-            output_prior_B,
-            embeddings_VC,
-            no_tokens_SB.to(z_SBC.device),
-            nobody_B,
+            hidden_SBH, z_SBC, gamma_B, output_prior_B, embeddings_VC, no_tokens_SB, nobody_B
         ).estimate_SBC
 
     @torch.no_grad()

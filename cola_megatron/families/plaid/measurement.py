@@ -1,10 +1,10 @@
 """Held-out bound of Plaid: its three terms in nats per token, at times and noises of the held-out samples alone.
 
-Every sample is in two rows: at t = 0 for the reconstruction, and at a time for the diffusion term. The times of the
-samples 0, 1, 2, ... are multiples of the golden ratio modulo 1, so that any number of them is spread evenly. As in
-generation, a model with self-conditioning is told its first estimate in every row.
+Every sample is in 1 + T rows: at t = 0 for the reconstruction, and at T times for the diffusion term, one of each T-th
+of [0, 1]. As in generation, a model with self-conditioning is told its first estimate in every row.
 
-Shapes: B samples, W = 2 B rows (all at t = 0 first), L tokens, S the same where they come first, C channels, K moments.
+Shapes: B samples, W = (1 + T) B rows (all at t = 0 first, then all at the earliest times), L tokens, S the same where
+they come first, C channels, K moments.
 """
 
 import math
@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from cola_megatron.config.plaid import PlaidConfig
 from cola_megatron.families.family import Measurement
 from cola_megatron.families.plaid.chain import Plaid
-from cola_megatron.families.plaid.draws import GOLDEN_RATIO
 from cola_megatron.models.steps import Step
 from cola_megatron.objectives.plaid import diffusion_term, prior_kl
 from cola_megatron.objectives.randomness import generator
 
 FIXED_SEED = 0
-"""Of the noise: not the run's, so that runs compare."""
+"""Of times and noise: not the run's, so that runs compare."""
+TIMES = 4
+"""T."""
 TERMS = ("reconstruction", "prior", "diffusion")
 LARGEST_EXPONENT = 700.0
 """exp of more is no float any more."""
@@ -42,30 +43,31 @@ class PlaidMeasurement(Measurement):
         return {"noise", "time"}
 
     def fixed_draws(self, samples: Sequence[int]) -> dict[str, NDArray[Any]]:
-        """noise (B, 2, L, C) and time (B,) of these held-out samples, by their number in the split."""
-        shape = (2, self.config.data.sequence_length, self.config.model.diffusion.embedding_dim)
+        """noise (B, 1 + T, L, C) and time (B, T) of these held-out samples, by their number in the split."""
+        shape = (1 + TIMES, self.config.data.sequence_length, self.config.model.diffusion.embedding_dim)
         noise = [
             generator(FIXED_SEED, "held-out plaid noise", sample, 0).standard_normal(shape, np.float32)
             for sample in samples
         ]
-        return {"noise": np.stack(noise), "time": (np.array(samples, dtype=np.float64) + 0.5) * GOLDEN_RATIO % 1.0}
+        shifts = [generator(FIXED_SEED, "held-out plaid time", sample, 0).random() for sample in samples]
+        return {"noise": np.stack(noise), "time": (np.arange(TIMES) + np.array(shifts)[:, None]) / TIMES}
 
     def steps(self, model: Plaid) -> list[Step]:
         """The networks of training, over rows of its own."""
         told = self.config.objective.self_conditioning > 0
 
         def rows(
-            tokens_BL: torch.Tensor, documents_BL: torch.Tensor, noise_B2LC: torch.Tensor, time_B: torch.Tensor
+            tokens_BL: torch.Tensor, documents_BL: torch.Tensor, noise_BvLC: torch.Tensor, time_BT: torch.Tensor
         ) -> tuple[torch.Tensor, ...]:
-            count = 2 * len(time_B)
+            time_W = torch.cat((torch.zeros_like(time_BT[:, :1]), time_BT), dim=1).t().flatten()
             return (
-                tokens_BL.repeat(2, 1),
-                documents_BL.repeat(2, 1),
-                noise_B2LC.transpose(0, 1).flatten(0, 1),
-                torch.cat((torch.zeros_like(time_B), time_B)),
-                torch.full((count,), told, device=time_B.device),
-                torch.ones(count, device=time_B.device),
-                torch.zeros(count, dtype=torch.long, device=time_B.device),
+                tokens_BL.repeat(1 + TIMES, 1),
+                documents_BL.repeat(1 + TIMES, 1),
+                noise_BvLC.transpose(0, 1).flatten(0, 1),
+                time_W,
+                torch.full_like(time_W, told, dtype=torch.bool),
+                torch.ones_like(time_W, dtype=torch.float32),
+                torch.zeros_like(time_W, dtype=torch.long),
             )
 
         names = ("tokens", "documents", "noise", "time", "self_conditioned", "output_prior", "cut")
@@ -119,7 +121,7 @@ def _moments(
     terms = (
         nll_SW[:, :samples].double(),
         prior_kl(x_SWC[:, :samples], gamma_end_W[:samples]),
-        diffusion_term(distance_SW, gamma_W, slope_W)[:, samples:],
+        diffusion_term(distance_SW, gamma_W, slope_W)[:, samples:].unflatten(1, (TIMES, samples)).mean(1),
     )
     tokens_B = counted_SB.sum(0)
     of_terms = [(term_SB * counted_SB).sum(0) for term_SB in terms]

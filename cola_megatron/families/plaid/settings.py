@@ -21,9 +21,10 @@ class PlaidSettings(CommonSettings):
     """Steps from t = 1 to 0, on a uniform grid; each is one pass over prompt and continuation. Published: 4096."""
     score_temperature: float = 0.9
     """The predicted noise is divided by it: below 1 text is likelier and less varied. Published: 0.9."""
-    prompt_guidance: float = 0.0
-    """Weight of the gradient of log p(prompt | z_t), beside the replacement of the prompt (`sampler.py`). 1 is Bayes'
-    rule; a step then takes a pass backwards as well. Published: 2, without replacement."""
+    prompt_guidance: float = 1.0
+    """Weight of the gradient of log p(prompt | z_t), beside the replacement of the prompt (`sampler.py`): 1 is Bayes'
+    rule, more insists. A step takes a pass backwards for it, which 0 saves; then texts may begin unlike their prompt's
+    end. Published: 2, without replacement."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

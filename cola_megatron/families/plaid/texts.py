@@ -1,7 +1,8 @@
 """Held-out texts as Plaid in training continues them, in any layout, each text for one document.
 
 A pass is a chain over the steps of training, in which every rank takes part and of which all get the answer. Texts,
-prompts and noise are fixed, so that what is written compares over steps and between runs.
+prompts and noise are fixed, so that what is written compares over steps and between runs. Passes have no gradients, so
+prompts are held by replacement alone (`sampler.py`); generation from a checkpoint also guides by them.
 
 Shapes: K texts, S positions, C channels of an embedding, V vocabulary on this rank.
 """
