@@ -118,6 +118,21 @@ def test_a_loss_in_chunks_is_the_same_up_to_the_order_of_its_sums(mode, chunk):
         assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
+def test_attention_over_two_copies_in_chunks_is_the_same():
+    by_blocks = {"model": {"block_size": 4}}
+    whole, chunked = config_of(**by_blocks), config_of(**by_blocks, training={"attention_chunk": 8})
+    losses, found = [], []
+    for config in (whole, chunked):
+        model = model_of(config)
+        losses.append(model(batch_of(config))["loss"])
+        found.append(gradients(model, losses[-1]))
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match="attention_chunk=8 is of attention over a clean and a noisy copy"):
+        config_of(training={"attention_chunk": 8})
+
+
 def test_one_block_of_the_whole_length_is_llada_bit_for_bit():
     whole, block = config_of(), config_of({"block_size": LENGTH})
     model, other = model_of(whole), model_of(block)

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from cola_megatron.config import load_config
-from cola_megatron.families.cola.chain import Cola, attention_chunk
+from cola_megatron.families.cola.chain import Cola
 from cola_megatron.layers.attention import attend
 from cola_megatron.layers.masks import block_causal_mask, two_copies_in_chunks, two_copy_mask
 from cola_megatron.layers.time_embedding import look_up
 from cola_megatron.models import DiT, TextVAE
+from cola_megatron.models.attention_chunks import attention_chunk
 from cola_megatron.models.dit import two_copy_times
 from cola_megatron.models.steps import run_steps, steps_for
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
@@ -159,8 +160,8 @@ def test_chunks_leave_out_pairs_and_come_by_themselves_on_a_cpu_where_they_pay(t
     mask = two_copy_mask(512, 16, 496)
     pairs = sum(chunk.visible.numel() for chunk in two_copies_in_chunks(mask, 512, 496, 16, 256).chunks)
     assert pairs < 0.53 * 1008**2
-    long = tiny(2, "data.sequence_length=512", "training.micro_batch_size=1", "training.global_batch_size=1")
-    assert attention_chunk(long, torch.device("cpu")) == 256
-    assert attention_chunk(long, torch.device("cuda")) == 0
-    assert attention_chunk(tiny(2), torch.device("cpu")) == 0
-    assert attention_chunk(tiny(2, "training.attention_chunk=8"), torch.device("cuda")) == 8
+    training, cpu, gpu = tiny(2).training, torch.device("cpu"), torch.device("cuda")
+    assert attention_chunk(training, 512, cpu) == 256
+    assert attention_chunk(training, 512, gpu) == 0
+    assert attention_chunk(training, 32, cpu) == 0
+    assert attention_chunk(tiny(2, "training.attention_chunk=8").training, 32, gpu) == 8

@@ -65,6 +65,11 @@ class ColaConfig(RunConfig):
         return (self.latent_length, *copies)
 
     @property
+    def has_two_copies(self) -> bool:
+        """Of stage 2; the overrides of both stages are often the same."""
+        return True
+
+    @property
     def shared_widths(self) -> dict[str, int]:
         """Of both networks; the prior's only where it is trained."""
         vae, dit = self.model.vae, self.model.dit

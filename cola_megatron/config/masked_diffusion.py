@@ -84,6 +84,11 @@ class MaskedDiffusionConfig(RunConfig):
         return (self.network_length,)
 
     @property
+    def has_two_copies(self) -> bool:
+        """By blocks."""
+        return self.block_size < self.data.sequence_length
+
+    @property
     def shared_widths(self) -> dict[str, int]:
         """What tensor-parallel ranks share and must divide, by its key."""
         return {f"model.transformer.{key}": size for key, size in self.model.transformer.shared_widths.items()}

@@ -119,12 +119,22 @@ class RunConfig(Section):
         """Positions that sequence parallelism cuts, by words that a refusal begins with: "KEY=... is N, which"."""
         raise NotImplementedError
 
+    @property
+    def has_two_copies(self) -> bool:
+        """Whether training lays a clean copy beside the noisy one."""
+        return False
+
     def check_family(self) -> None:
         """What the keys of one family alone must hold; raises ValueError."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         self.check_family()
+        if self.training.attention_chunk and not self.has_two_copies:
+            raise ValueError(
+                f"training.attention_chunk={self.training.attention_chunk} is of attention over a clean and a noisy copy, "
+                "which this model does not have; leave it out"
+            )
         self._check_layout()
         if self.training.precision == "bf16" and self.parallel.zero_stage == 0:
             raise ValueError(

@@ -128,9 +128,9 @@ class TrainingConfig(Section):
     them. auto: on CUDA, below ZeRO 3. Under tensor parallelism layers that communicate stay as they are. It rounds
     elsewhere than the plain layers do, so a run that is resumed with another value goes on, but not bit for bit."""
     attention_chunk: Annotated[NonNegativeInt | None, OURS, FREE] = None
-    """Queries of one attention product over the prior's two copies, rounded up to whole blocks: smaller products leave
-    out pairs that the mask hides. 0: one product; null: what was found to be the faster, which is 256 on a CPU from 512
-    latents on, and one product on a GPU."""
+    """Queries of one attention product over a clean and a noisy copy (Cola DLM's prior, masked diffusion by blocks),
+    rounded up to whole blocks: smaller products leave out pairs that the mask hides. 0: one product; null: what was
+    found to be the faster, which is 256 on a CPU from 512 positions on, and one product on a GPU."""
     loss_chunk_tokens: Annotated[NonNegativeInt, OURS, FREE] = 0
     """Tokens whose logits exist at once: head and cross-entropy are computed in chunks, their gradients in the forward
     pass. 0: all logits of a micro-batch. Worth it for a large vocabulary."""

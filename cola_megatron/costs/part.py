@@ -116,6 +116,20 @@ def two_copy_pairs(length: int, block_size: int) -> float:
     return causal_pairs(length - block_size, block_size) + block_size * block_size * noisy_blocks
 
 
+def pairs_in_products(length: int, block_size: int, chunk: int) -> float:
+    """Pairs in the products over `[clean copy | noisy copy]`: of all positions, or of `two_copies_in_chunks`."""
+    clean_length = length - block_size
+    if not chunk:
+        return float((clean_length + length) ** 2)
+    size = -(-chunk // block_size) * block_size
+    of_clean = [(min(start + size, clean_length), start) for start in range(0, clean_length, size)]
+    of_noisy = [(min(start + size, length), start) for start in range(0, length, size)]
+    return float(
+        sum((end - start) * end for end, start in of_clean)
+        + sum((end - start) * (min(end, clean_length) + end - start) for end, start in of_noisy)
+    )
+
+
 def largest_gathered_input(parts: Iterable[Part]) -> float:
     """Bytes of megatron-core's one buffer into which a linear layer gathers its input under sequence parallelism."""
     return max((part.gathered_input for part in parts), default=0.0)

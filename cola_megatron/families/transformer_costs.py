@@ -34,6 +34,8 @@ class TransformerCosts:
     """Rows of the embedding beyond the vocabulary."""
     head_positions: int | None = None
     """Of one sample, those whose logits are computed; None: all."""
+    pairs_in_products: float | None = None
+    """Pairs that the kernels compute of one sample; None: all of them where there is a mask tensor, else `pairs`."""
     masks: int = 0
     """Mask tensors of a micro-batch: 1 that all its samples share, or one for each; 0 where attention is plainly causal
     or sees everything."""
@@ -73,7 +75,7 @@ class TransformerCosts:
             self.positions * (matrices + feed_forward),
             2 * attention * self.pairs,
             self.positions * feed_forward,
-            computed_pairs=self.positions**2 / self.pairs if self.masks else 1.0,
+            computed_pairs=self._computed_pairs,
             largest_matrix=2 * width * inner / self._ranks,
             gathered_input=self._hidden if self.config.parallel.sequence_parallel else 0.0,
             activations=self._block_activations(),
@@ -95,6 +97,12 @@ class TransformerCosts:
             # Forward the cross-entropy's three sums, of a number for each token; backward the gradient of its input.
             ring_units=RingUnits(Traffic(sequence * self._hidden, 3 + sequence), Traffic(2 * self._hidden, 1)),
         )
+
+    @property
+    def _computed_pairs(self) -> float:
+        if self.pairs_in_products is not None:
+            return self.pairs_in_products / self.pairs
+        return self.positions**2 / self.pairs if self.masks else 1.0
 
     @property
     def _e(self) -> int:

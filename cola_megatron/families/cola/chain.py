@@ -14,6 +14,7 @@ from cola_megatron.config import ColaConfig
 from cola_megatron.families.cola.loss import loss_weights, stop_gradient
 from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.layers.time_embedding import TimeRows
+from cola_megatron.models.attention_chunks import attention_chunk
 from cola_megatron.models.dit import DiT, two_copy_times
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.models.steps import Step
@@ -22,19 +23,6 @@ from cola_megatron.objectives import flow_matching, masking, samples, vae
 from cola_megatron.objectives.averages import weights_of_mean
 from cola_megatron.objectives.vae import Posterior
 from cola_megatron.parallel import ProcessGroups
-
-# On a CPU chunks of 256 take 25% less time than one product at 512 latents, 45% less at 1,024; below there is little to
-# win (tools/bench_attention.py).
-LATENTS_WORTH_CHUNKS, CHUNK = 512, 256
-
-
-def attention_chunk(config: ColaConfig, device: torch.device) -> int:
-    """Queries of one attention product of the prior's training, 0 for all of them."""
-    chosen = config.training.attention_chunk
-    if chosen is not None:
-        return chosen
-    worth_it = device.type == "cpu" and config.latent_length >= LATENTS_WORTH_CHUNKS
-    return CHUNK if worth_it else 0
 
 
 class Cola(PipelinedModel):
@@ -63,7 +51,7 @@ class Cola(PipelinedModel):
             if config.stage == 2 and config.training.vae_update.mode == "frozen":
                 self.vae.requires_grad_(False)
         if self.dit is not None:
-            self.dit.attention_chunk = attention_chunk(config, groups.device)
+            self.dit.attention_chunk = attention_chunk(config.training, config.latent_length, groups.device)
         self.keep_own_stage()
 
     @property

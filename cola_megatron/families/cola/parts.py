@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cola_megatron.config import ColaConfig, DiTConfig, VAEConfig
-from cola_megatron.costs.part import Part, RingUnits, causal_pairs, two_copy_pairs
+from cola_megatron.costs.part import Part, RingUnits, causal_pairs, pairs_in_products, two_copy_pairs
 from cola_megatron.families.cola.activations import gathered_input, part_activations, reference_work
-from cola_megatron.families.cola.copies import distinct_times, pairs_in_products, two_copy_positions
+from cola_megatron.families.cola.copies import distinct_times, two_copy_positions
 from cola_megatron.families.cola.tensor_traffic import ring_units
 
 
@@ -181,7 +181,8 @@ def _with_bytes(config: ColaConfig, parts: Sequence[Part]) -> tuple[Part, ...]:
 def _computed_pairs(config: ColaConfig, label: str) -> float:
     length = config.latent_length
     if label == "dit.block":
-        return pairs_in_products(config) / two_copy_pairs(length, config.model.dit.block_size)
+        block, chunk = config.model.dit.block_size, config.training.attention_chunk or 0
+        return pairs_in_products(length, block, chunk) / two_copy_pairs(length, block)
     block = config.model.vae.block_size
     return 1.0 if block == 1 else 2 * length / (length + block)
 

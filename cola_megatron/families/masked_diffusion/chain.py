@@ -11,6 +11,7 @@ import torch
 from cola_megatron.config.masked_diffusion import MaskedDiffusionConfig
 from cola_megatron.families.masked_diffusion.copies import Copies, require_no_mask_token, visible_positions
 from cola_megatron.layers.embedding import token_cross_entropy
+from cola_megatron.models.attention_chunks import attention_chunk
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.models.steps import Step
 from cola_megatron.models.transformer import Transformer
@@ -35,7 +36,8 @@ class MaskedDiffusion(PipelinedModel):
     def __init__(self, config: MaskedDiffusionConfig, groups: ProcessGroups, split: Sequence[int] | None = None):
         super().__init__(groups, split)
         self.config, model = config, config.model
-        self.copies = Copies(config.data.sequence_length, config.block_size)
+        length = config.data.sequence_length
+        self.copies = Copies(length, config.block_size, attention_chunk(config.training, length, groups.device))
         with self.under_construction():
             self.transformer = Transformer(model.vocab_size, model.transformer, groups, extra_rows=model.extra_rows)
         self.keep_own_stage()

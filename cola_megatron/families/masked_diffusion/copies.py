@@ -9,7 +9,7 @@ import torch
 
 from cola_megatron.errors import UserError
 from cola_megatron.layers.attention import AttentionContext
-from cola_megatron.layers.masks import AttentionMask, block_causal_mask, two_copy_mask
+from cola_megatron.layers.masks import AttentionMask, block_causal_mask, two_copies_in_chunks, two_copy_mask
 from cola_megatron.models.transformer import Transformer
 
 
@@ -23,6 +23,8 @@ class Copies:
 
     length: int
     block_size: int
+    chunk: int = 0
+    """Queries of one product of attention over both copies; see `layers.masks.two_copies_in_chunks`."""
 
     @property
     def clean_length(self) -> int:
@@ -36,7 +38,10 @@ class Copies:
     def mask(self, device: torch.device, documents_BL: torch.Tensor | None = None) -> AttentionMask:
         """Who sees whom; no position sees those of another document."""
         if self.clean_length:
-            return two_copy_mask(self.length, self.block_size, self.clean_length, None, device, documents_BL)
+            mask = two_copy_mask(self.length, self.block_size, self.clean_length, None, device, documents_BL)
+            if not self.chunk:
+                return mask
+            return two_copies_in_chunks(mask, self.length, self.clean_length, self.block_size, self.chunk)
         return block_causal_mask(self.length, self.length, device, documents_BL)
 
     def context(

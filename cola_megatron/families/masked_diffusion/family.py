@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cola_megatron.config.masked_diffusion import MaskedDiffusionConfig, MaskedDiffusionModelConfig
-from cola_megatron.costs.part import Part, two_copy_pairs
+from cola_megatron.costs.part import Part, pairs_in_products, two_copy_pairs
 from cola_megatron.data import SampleSequence
 from cola_megatron.families.family import Family, Mode
 from cola_megatron.families.masked_diffusion import draws
@@ -61,6 +61,9 @@ class MaskedDiffusionFamily(Family[MaskedDiffusionConfig]):
             two_copy_pairs(length, block) if by_blocks else float(length * length),
             extra_rows=config.model.extra_rows,
             head_positions=length,
+            pairs_in_products=pairs_in_products(length, block, config.training.attention_chunk or 0)
+            if by_blocks
+            else None,
             masks=config.training.micro_batch_size if per_sample else int(by_blocks),
         ).parts()
 
