@@ -129,7 +129,7 @@ def test_attention_over_two_copies_in_chunks_is_the_same():
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-7)
-    with pytest.raises(ValueError, match="attention_chunk=8 is of attention over a clean and a noisy copy"):
+    with pytest.raises(ValueError, match="attention_chunk=8 is of attention over a clean and a noisy"):
         config_of(training={"attention_chunk": 8})
 
 

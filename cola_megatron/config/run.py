@@ -132,8 +132,8 @@ class RunConfig(Section):
         self.check_family()
         if self.training.attention_chunk and not self.has_two_copies:
             raise ValueError(
-                f"training.attention_chunk={self.training.attention_chunk} is of attention over a clean and a noisy copy, "
-                "which this model does not have; leave it out"
+                f"training.attention_chunk={self.training.attention_chunk} is of attention over a clean and a noisy "
+                "copy, which this model does not have; leave it out"
             )
         self._check_layout()
         if self.training.precision == "bf16" and self.parallel.zero_stage == 0:

@@ -53,7 +53,7 @@ class MaskedDiffusionFamily(Family[MaskedDiffusionConfig]):
         """See `families/transformer_costs.py`."""
         length, block = config.data.sequence_length, config.block_size
         per_sample = config.data.document_attention or config.objective.random_length_share > 0
-        by_blocks = block < length
+        by_blocks, chunk = block < length, config.training.attention_chunk or 0
         return TransformerCosts(
             config,
             config.model.transformer,
