@@ -61,9 +61,7 @@ class MaskedDiffusionFamily(Family[MaskedDiffusionConfig]):
             two_copy_pairs(length, block) if by_blocks else float(length * length),
             extra_rows=config.model.extra_rows,
             head_positions=length,
-            pairs_in_products=pairs_in_products(length, block, config.training.attention_chunk or 0)
-            if by_blocks
-            else None,
+            pairs_in_products=pairs_in_products(length, block, chunk) if by_blocks else None,
             masks=config.training.micro_batch_size if per_sample else int(by_blocks),
         ).parts()
 
