@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cola_megatron.checkpoint.compatible import differing_keys
+from cola_megatron.checkpoint.compatible import differing_keys, other_family
 from cola_megatron.checkpoint.find import require_checkpoint
 from cola_megatron.checkpoint.resume import verify_checkpoint
 from cola_megatron.checkpoint.state_file import read_state
@@ -30,6 +30,8 @@ def start_of_fork(config: RunConfig, groups: ProcessGroups) -> tuple[Path, int]:
     given, step = f"training.start_from={config.training.start_from}", state["step"]
     if "imported_from" in state:
         raise ConfigError(f"{given} was imported and has no optimiser: give it as training.stage_one")
+    if family := other_family(upgraded_tree(state["config"], source), config):
+        raise ConfigError(f"{given} is of {family}: give a checkpoint of the same family")
     other = [
         f"{key} ({old!r} there, {new!r} here)"
         for key, old, new in _differences(source, config)
