@@ -10,7 +10,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from cola_megatron.config import RunConfig
 from cola_megatron.data.run_shards import open_shards
-from cola_megatron.held_out.texts import SETTINGS, STRIP_STEPS, Continuation, Reconstruction, held_out_texts, marked
+from cola_megatron.families.cola.texts import SETTINGS, STRIP_STEPS
+from cola_megatron.families.texts import Continuation, Reconstruction, marked
+from cola_megatron.held_out.texts import held_out_texts
 from cola_megatron.inference.guided_sampling import sample_text
 from cola_megatron.models.compiled_blocks import compile_blocks
 from cola_megatron.parallel import initialize_parameters, marks_of
