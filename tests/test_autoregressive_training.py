@@ -15,8 +15,13 @@ from cola_megatron.checkpoint.load import read_weights
 from cola_megatron.config import ConfigError, RunConfig, load_config
 from cola_megatron.conversion.export_checkpoint import export_checkpoint
 from cola_megatron.conversion.import_weights import import_weights
+from cola_megatron.data import training_samples
+from cola_megatron.data.run_shards import open_shards
+from cola_megatron.families.autoregressive.chain import Autoregressive
 from cola_megatron.interface import load_model
+from cola_megatron.parallel import initialize_parallel, load_full_state_dict
 from cola_megatron.records.metrics import read_metrics
+from cola_megatron.training.batches import MicroBatches
 from cola_megatron.training.loop import train
 from tests.llama_folders import CASES, PROMPT, write_folder
 from tests.ranks import run_ranks
@@ -209,3 +214,19 @@ def test_an_import_is_exported_as_it_was(tmp_path):
         assert torch.equal(load_model(tmp_path / name).logits(PROMPT), load_model(tmp_path / "imported").logits(PROMPT))
     with pytest.raises(ConfigError, match=r"model\.family=cola"):
         import_weights(tmp_path / "llama", tmp_path / "other", "tiny", [], progress=False)
+
+
+def test_training_goes_on_from_imported_weights(small, tmp_path):
+    config = small("name=first")
+    run(config)
+    export_checkpoint(config.run_folder, tmp_path / "exported", progress=False)
+    import_weights(tmp_path / "exported", tmp_path / "imported", "tiny-autoregressive", SMALL, progress=False)
+    second = small("name=second", "training.steps=2", f"training.start_from={tmp_path / 'imported'}")
+    run(second)
+    assert json.loads((second.run_folder / "start.json").read_text())["step"] == 0
+    model = Autoregressive(config, initialize_parallel())
+    load_full_state_dict(model, weights(config), model.groups)
+    shards = open_shards(config, config.data.path, ["train"], model.groups)[0]
+    batches = MicroBatches(config, training_samples(shards, config.data.seed), replica=0, replicas=1)
+    losses = [model(batches[index].tensors)["loss"].item() for index in range(batches.per_step)]
+    assert curve(second)[0][0] == pytest.approx(sum(losses) / len(losses), rel=1e-6)

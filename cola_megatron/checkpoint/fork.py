@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cola_megatron.checkpoint.compatible import differing_keys, other_family
 from cola_megatron.checkpoint.find import require_checkpoint
@@ -17,18 +17,28 @@ START = "start.json"
 """In the run folder: from which checkpoint it went on, and what differs."""
 
 
-def start_of_fork(config: RunConfig, groups: ProcessGroups) -> tuple[Path, int]:
-    """The checkpoint that `training.start_from` names, and its step; all ranks call it.
+class Start(NamedTuple):
+    """Where a new run goes on."""
+
+    checkpoint: Path
+    step: int
+    has_optimizer: bool
+    """False: the weights of an import, which are the start of a new run at step 0."""
+
+
+def start_of_fork(config: RunConfig, groups: ProcessGroups) -> Start:
+    """What `training.start_from` names; all ranks call it.
 
     Raises:
-        ConfigError: another model or stage, no step left, or a checkpoint without an optimiser. CheckpointError: there
-            is none, or it is damaged.
+        ConfigError: another model or stage, no step left, or an import where the family has another key for it.
+            CheckpointError: there is none, or it is damaged.
     """
     assert config.training.start_from is not None, "asked for where it is given"
     source = from_main(groups, partial(require_checkpoint, config.training.start_from))
     state = read_state(source)
     given, step = f"training.start_from={config.training.start_from}", state["step"]
-    if "imported_from" in state:
+    imported = "imported_from" in state
+    if imported and "stage_one" in type(config.training).model_fields:
         raise ConfigError(f"{given} was imported and has no optimiser: give it as training.stage_one")
     if family := other_family(upgraded_tree(state["config"], source), config):
         raise ConfigError(f"{given} is of {family}: give a checkpoint of the same family")
@@ -42,7 +52,7 @@ def start_of_fork(config: RunConfig, groups: ProcessGroups) -> tuple[Path, int]:
     if step >= config.training.steps:
         raise ConfigError(f"{given} is at step {step}, and training.steps={config.training.steps}: give more steps")
     together(groups, partial(verify_checkpoint, source, groups.rank, groups.world_size))
-    return source, step
+    return Start(source, step, has_optimizer=not imported)
 
 
 def record_fork(config: RunConfig, source: Path) -> None:

@@ -135,9 +135,10 @@ class TrainingConfig(Section):
     """Tokens whose logits exist at once: head and cross-entropy are computed in chunks, their gradients in the forward
     pass. 0: all logits of a micro-batch. Worth it for a large vocabulary."""
     start_from: Annotated[Path | None, OURS] = None
-    """A new run goes on from this run's newest checkpoint, or this checkpoint, at its step and with its optimiser, in
-    place of `stage_one`: under another learning rate, schedule, batch or other data. start.json in the run folder says
-    what differs. Under another batch, step N still reads the N-th batch of the order of samples."""
+    """A new run goes on from this run's newest checkpoint, or this checkpoint, at its step and with its optimiser: with
+    another learning rate, schedule, batch or other data. start.json in the run folder says what differs. Under another
+    batch, step N still reads the N-th batch of the order of samples. An import (`cola convert import`), which has no
+    optimiser, is where step 0 begins; Cola DLM has `training.stage_one` for that."""
     resume: Annotated[Literal["auto", "never"], OURS, FREE] = "auto"
     """auto: go on from the newest checkpoint of the run folder; never: refuse a folder that has one."""
     loader_workers: Annotated[NonNegativeInt, OURS, FREE] = 1

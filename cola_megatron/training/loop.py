@@ -88,8 +88,9 @@ def _train(
         if finished is not None:
             return finished
         forked = checkpoint is None and config.training.start_from is not None
+        has_optimizer = checkpoint is not None
         if forked:
-            checkpoint, start = start_of_fork(config, groups)
+            checkpoint, start, has_optimizer = start_of_fork(config, groups)
         model = build_model(config, groups)
         if checkpoint is None:
             initialize_parameters(model, config.seed, groups)
@@ -97,7 +98,7 @@ def _train(
         else:
             load_weights(model, checkpoint, groups)
         engine = Engine(model.to(groups.device), config, groups)
-        if checkpoint is not None:
+        if checkpoint is not None and has_optimizer:
             load_optimizer(engine, checkpoint)
         from_main(groups, functools.partial(keep_tokenizer, config, checkpoint, train_shards))
         if forked and checkpoint is not None:

@@ -52,7 +52,7 @@ class Plaid(PipelinedModel):
         model = config.model
         with self.under_construction():
             self.plaid = PlaidParts(
-                model.vocab_size, model.diffusion, model.transformer.hidden_size, self.self_conditioning, groups
+                model.vocab_size, model.diffusion, model.transformer, self.self_conditioning, groups
             )
             self.transformer = Transformer(model.vocab_size, model.transformer, groups, has_embedding=False)
         self.denoiser = Denoiser(self.transformer, self.plaid, config.training.loss_chunk_tokens)

@@ -1,7 +1,8 @@
 """What Plaid has beside the transformer: embeddings, noise schedule, and the way in for noisy embeddings.
 
 As published: rows of length 1 for embeddings; z_t at unit variance, the first estimate and a sinusoid of gamma, each
-through a linear map without bias, the latter two starting at 0. Ours: how the first map starts.
+through a linear map without bias, the latter two starting at 0. Ours: the first map starts so that hidden states begin
+as large as the other families' token embeddings do, beside which the blocks' first outputs are not small.
 
 Shapes: S positions, B batch, C channels of an embedding, H hidden, V vocabulary on this rank.
 """
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from cola_megatron.config.plaid import PlaidDiffusionConfig
+from cola_megatron.config.transformer import TransformerConfig
 from cola_megatron.families.plaid.schedule import NoiseSchedule
 from cola_megatron.layers import initializers
 from cola_megatron.layers.embedding import padded_vocab_size
@@ -64,7 +66,12 @@ class NoisyInput(nn.Module):
     __call__: Callable[..., torch.Tensor]
 
     def __init__(
-        self, config: PlaidDiffusionConfig, hidden_size: int, self_conditioning: bool, *, groups: ProcessGroups
+        self,
+        config: PlaidDiffusionConfig,
+        transformer: TransformerConfig,
+        self_conditioning: bool,
+        *,
+        groups: ProcessGroups,
     ):
         super().__init__()
         self.config, self.groups = config, groups
@@ -72,7 +79,7 @@ class NoisyInput(nn.Module):
         def linear(input_size: int, initializer: Initializer) -> ColumnLinear:
             return ColumnLinear(
                 input_size,
-                hidden_size,
+                transformer.hidden_size,
                 groups=groups,
                 bias=False,
                 initializer=initializer,
@@ -80,7 +87,9 @@ class NoisyInput(nn.Module):
                 replicated_input=True,
             )
 
-        self.state = linear(config.embedding_dim, initializers.normal(config.embedding_dim**-0.5))
+        self.state = linear(
+            config.embedding_dim, initializers.normal(transformer.init_std * config.embedding_dim**-0.5)
+        )
         self.level = linear(config.gamma_features, initializers.zeros)
         self.estimate = linear(config.embedding_dim, initializers.zeros) if self_conditioning else None
 
@@ -117,7 +126,7 @@ class PlaidParts(nn.Module):
         self,
         vocab_size: int,
         config: PlaidDiffusionConfig,
-        hidden_size: int,
+        transformer: TransformerConfig,
         self_conditioning: bool,
         groups: ProcessGroups,
     ):
@@ -125,4 +134,4 @@ class PlaidParts(nn.Module):
         self.config = config
         self.embeddings = UnitEmbeddings(vocab_size, config.embedding_dim, groups=groups)
         self.schedule = NoiseSchedule(config.schedule_hidden_size, config.gamma_start, config.gamma_end)
-        self.input = NoisyInput(config, hidden_size, self_conditioning, groups=groups)
+        self.input = NoisyInput(config, transformer, self_conditioning, groups=groups)

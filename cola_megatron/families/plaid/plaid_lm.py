@@ -51,9 +51,7 @@ class PlaidLM(TextModel):
         # Whether the network is told a first estimate is in its weights.
         self_conditioning = "plaid.input.estimate.weight" in weights
         self.transformer = Transformer(config.vocab_size, config.transformer, groups, has_embedding=False)
-        self.plaid = PlaidParts(
-            config.vocab_size, config.diffusion, config.transformer.hidden_size, self_conditioning, groups
-        )
+        self.plaid = PlaidParts(config.vocab_size, config.diffusion, config.transformer, self_conditioning, groups)
         for name, network in (("transformer", self.transformer), ("plaid", self.plaid)):
             own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
             load_full_state_dict(network, own, groups)
