@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ PRESETS = {"cola": "", "autoregressive": "-autoregressive", "masked_diffusion": 
 ONLY_COLA = {"stage", "training.stage_one", "training.vae_update"}
 TOKENS = [name for name in PRESETS if name != "cola"]
 """The families whose networks read and write tokens, in one stage."""
+ROOT = Path(__file__).parents[1]
+OF_A_FAMILY = re.compile(
+    rf"import .*families\.({'|'.join(PRESETS)})|from cola_megatron\.families\.({'|'.join(PRESETS)})"
+)
 
 
 def small(family: str, corpus: Path, folder: Path, *overrides: str) -> RunConfig:
@@ -58,6 +63,15 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     for name in TOKENS:
         train(small(name, corpus, folder, *sizes), progress=False)
     return {name: folder / name for name in TOKENS}
+
+
+def test_what_stands_above_the_families_imports_none():
+    """`ColaDLM` in the Python interface and the tools about Cola's pipeline are the ones that name one."""
+    for folder in ("checkpoint", "conversion", "evaluation", "held_out", "reporting", "scaling", "training"):
+        for file in (ROOT / "cola_megatron" / folder).glob("*.py"):
+            assert not OF_A_FAMILY.search(file.read_text()), file
+    for file in (ROOT / "launchers").rglob("*.py"):
+        assert not OF_A_FAMILY.search(file.read_text()), file
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -37,11 +37,11 @@ def start_of_fork(config: RunConfig, groups: ProcessGroups) -> Start:
     source = from_main(groups, partial(require_checkpoint, config.training.start_from))
     state = read_state(source)
     given, step = f"training.start_from={config.training.start_from}", state["step"]
+    if family := other_family(upgraded_tree(state["config"], source), config):
+        raise ConfigError(f"{given} is of {family}: give a checkpoint of the same family")
     imported = "imported_from" in state
     if imported and "stage_one" in type(config.training).model_fields:
         raise ConfigError(f"{given} was imported and has no optimiser: give it as training.stage_one")
-    if family := other_family(upgraded_tree(state["config"], source), config):
-        raise ConfigError(f"{given} is of {family}: give a checkpoint of the same family")
     other = [
         f"{key} ({old!r} there, {new!r} here)"
         for key, old, new in _differences(source, config)
