@@ -24,10 +24,13 @@ from cola_megatron.inference.settings import CommonSettings
 from cola_megatron.parallel import initialize_parallel
 from cola_megatron.reporting.compared_runs import read_runs
 from cola_megatron.reporting.comparison import metric_names
+from cola_megatron.reporting.tables import model_rows
 from cola_megatron.training.batches import MicroBatches
+from cola_megatron.training.build_model import initialize_run
 from cola_megatron.training.loop import train
 from tests.support import TINY
 from tests.test_autoregressive_training import SMALL
+from tools import bench_step
 
 SIZES = ("tiny", "small", "base", "paper-2b")
 PRESETS = {"cola": "", "autoregressive": "-autoregressive", "masked_diffusion": "-masked-diffusion", "plaid": "-plaid"}
@@ -83,6 +86,9 @@ def test_every_facet_of_a_family_is_there(name):
     assert family.describe(config) and family.page.figures and family.page.pictures
     labels = {part.label for part in family.parts(config)}
     assert all(any(label.startswith(words.name) for label in labels) for words in family.page.networks)
+    trained = sum(part.parameters for part in family.parts(config) if "reference" not in part.label)
+    whole, *networks = [int(row.value.replace(",", "")) for row in model_rows(config)][: 1 + len(family.page.networks)]
+    assert whole == sum(networks) == trained and len(networks) == len(family.page.networks)
     shown = [words.name for words in family.page.figures]
     assert ("nats_per_token" in shown) == (name != "cola") and family.generates(config)
     assert family.backbone_parameters(config) > 0 and sum(family.flops_by_purpose(config, 1).values()) > 0
@@ -128,6 +134,16 @@ def test_parts_are_the_steps_that_hold_parameters(corpus, tmp_path, name, overri
         counted.append((step.part, sum(size for key, size in own.items() if key not in seen)))
         seen |= own.keys()
     assert counted == [(part.label, part.parameters) for part in family.parts(config, family.mode_at(config, 0))]
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_the_bench_of_a_step_times_the_parts_of_any_family(corpus, tmp_path, name):
+    config = small(name, corpus, tmp_path)
+    groups = initialize_run(config)
+    answer = bench_step.measure(bench_step.with_micro_batches(config, 1, 1), groups, steps=1, trace=None)
+    timed = {row.part: row.floor for row in answer.rows}
+    labels = {part.label for part in family_of(config).parts(config)}
+    assert labels <= timed.keys() and timed["transformer.block"].products > 0
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
     python -m tools.bench_step paper-2b --trace step.json.gz            on a GPU
     python -m tools.bench_step paper-2b training.compile_blocks=never   with blocks told apart into their branches
     python -m tools.bench_step tiny                                     on a CPU
+    python -m tools.bench_step tiny-autoregressive                      another family
     torchrun --nproc-per-node 8 -m tools.bench_step base --json         the busiest rank speaks
 
 Weights and tokens are random. The step has as many micro-batches as `--micro-batches` says, whatever the config's
@@ -40,8 +41,6 @@ from tools.bench_ranks import RandomSamples
 from tools.gpu_setting import machine, random_model
 from tools.step_floors import Floor, Rates, floors, measure_rates
 from tools.step_profile import PartTime, busy_seconds, marked, marked_batches, time_by_part
-
-MODE = {"train_vae": True}
 
 
 @dataclass(frozen=True)
@@ -128,8 +127,9 @@ def measure(config: RunConfig, groups: ProcessGroups, steps: int, trace: Path | 
     for step in range(2):  # compiles, sets up libraries, makes AdamW's moments
         engine.step(batches, step)
     seconds = [timed(engine, batches, 2 + step) for step in range(steps)]
+    mode = family_of(config).mode_at(config, 2 + steps)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if groups.device.type == "cuda" else [])
-    with profile(activities=activities) as profiler, marked(engine, **MODE):
+    with profile(activities=activities) as profiler, marked(engine, **mode):
         profiled = timed(engine, marked_batches(batches), 2 + steps)
     if trace is not None and groups.is_main:
         profiler.export_chrome_trace(str(trace))

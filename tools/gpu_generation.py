@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from cola_megatron.families.cola.chain import Cola
 from cola_megatron.inference.generate import FlowGenerator
 from cola_megatron.inference.graphs import record_on_cuda
 from cola_megatron.inference.protocol import Request, TokenBlock
@@ -26,7 +27,7 @@ def check_generation(setting: Setting, batch: int) -> Iterator[Record]:
     """
     config = setting.config(setting.large_preset, "training.vae_update.from_scratch=true")
     model = random_model(config, setting.groups, spread=0.02).to(torch.bfloat16).eval().requires_grad_(False)
-    assert model.dit is not None, "a model of stage 2"
+    assert isinstance(model, Cola) and model.dit is not None, "a model of stage 2"
     random = np.random.default_rng(0)
     prompts = random.integers(0, config.model.vocab_size, (batch, 64 if setting.on_gpu else 16)).tolist()
     new_tokens = (32 if setting.quick else 64) if setting.on_gpu else 16

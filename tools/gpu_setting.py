@@ -11,6 +11,7 @@ import torch
 
 from cola_megatron.config import RunConfig, load_config
 from cola_megatron.families.cola.chain import Cola
+from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.parallel import ProcessGroups, marks_of
 from cola_megatron.records.provenance import versions
 from cola_megatron.scaling.hardware import gpu_of_device
@@ -113,10 +114,10 @@ def seconds_of(setting: Setting, work: Callable[[], object], repeats: int, warm_
     return (time.perf_counter() - began) / repeats
 
 
-def random_model(config: RunConfig, groups: ProcessGroups, spread: float = 0.0) -> Cola:
+def random_model(config: RunConfig, groups: ProcessGroups, spread: float = 0.0) -> PipelinedModel:
     """The model in float32 with starting weights that are drawn on its device: a CPU takes minutes for billions.
 
-    In stage 2 the reference is the encoder, as when training starts.
+    In stage 2 of Cola DLM the reference is the encoder, as when training starts.
 
     Args:
         spread: standard deviation of normal noise that is added to every weight; at its start, with none, the gates of
@@ -124,14 +125,14 @@ def random_model(config: RunConfig, groups: ProcessGroups, spread: float = 0.0) 
     """
     with groups.device:
         model = build_model(config, groups).to(groups.device)
-    assert isinstance(model, Cola), "the checks on a GPU are of Cola DLM"
     generator = torch.Generator(groups.device).manual_seed(config.seed)
     with torch.no_grad():
         for parameter in model.parameters():
             marks_of(parameter).initializer(parameter.data, generator)
             if spread:
                 parameter.add_(torch.empty_like(parameter).normal_(0.0, spread, generator=generator))
-        if model.reference is not None and model.split is None:  # of a pipeline one stage holds either or neither
+        # Of a pipeline one stage holds either or neither.
+        if isinstance(model, Cola) and model.reference is not None and model.split is None:
             model.reference.load_state_dict(model.vae.encoder.state_dict())
     return model
 

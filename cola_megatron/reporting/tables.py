@@ -123,7 +123,7 @@ def model_rows(config: RunConfig) -> list[Row]:
     """Parameters of each network that the run trains."""
     parts = family_of(config).parts(config)
     counts = [
-        (what, sum(part.parameters for part in parts if part.label.startswith(f"{name}.")), meaning)
+        (what, sum(part.parameters for part in parts if f"{part.label}.".startswith(f"{name}.")), meaning)
         for name, what, meaning in family_of(config).page.networks
     ]
     rows = [Row(f"  {what}", f"{count:,}", meaning) for what, count, meaning in counts if count]
