@@ -24,6 +24,7 @@ from cola_megatron.inference.settings import CommonSettings
 from cola_megatron.parallel import initialize_parallel
 from cola_megatron.reporting.compared_runs import read_runs
 from cola_megatron.reporting.comparison import metric_names
+from cola_megatron.reporting.tables import model_rows
 from cola_megatron.training.batches import MicroBatches
 from cola_megatron.training.loop import train
 from tests.support import TINY
@@ -100,6 +101,16 @@ def test_presets_of_one_size_differ_from_those_of_cola_in_the_model_alone():
             of_the_family = {key for key in differing if key == "name" or key.startswith(("model.", "objective"))}
             assert differing - of_the_family == ONLY_COLA, (size, name)
             assert own["model.vocab_size"] == cola["model.vocab_size"]
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_the_page_counts_every_parameter_that_is_trained(preset):
+    config = load_config(preset)
+    trained = sum(part.parameters for part in family_of(config).parts(config) if part.network != "reference")
+    whole, *networks = model_rows(config)
+    assert whole.value == f"{trained:,}"
+    own = [row for row in networks if "reference" not in row.what]
+    assert sum(int(row.value.replace(",", "")) for row in own) == trained
 
 
 def test_every_family_reads_the_same_tokens_in_the_same_order(corpus, tmp_path):
