@@ -109,6 +109,16 @@ def test_presets_of_one_size_differ_from_those_of_cola_in_the_model_alone():
             assert own["model.vocab_size"] == cola["model.vocab_size"]
 
 
+@pytest.mark.parametrize("preset", preset_names())
+def test_the_page_counts_every_parameter_that_is_trained(preset):
+    config = load_config(preset)
+    trained = sum(part.parameters for part in family_of(config).parts(config) if part.network != "reference")
+    whole, *networks = model_rows(config)
+    assert whole.value == f"{trained:,}"
+    own = [row for row in networks if "reference" not in row.what]
+    assert sum(int(row.value.replace(",", "")) for row in own) == trained
+
+
 def test_every_family_reads_the_same_tokens_in_the_same_order(corpus, tmp_path):
     seen = {}
     for name in PRESETS:

@@ -133,11 +133,7 @@ class Family(ABC, Generic[Config]):
 
     @abstractmethod
     def parts(self, config: Config, mode: Mode | None = None) -> tuple[Part, ...]:
-        """One entry for each step of the chain that holds parameters, in order; None: the mode of the first step.
-
-        Raises:
-            KeyError: never for a part of its own: every label has its costs.
-        """
+        """One entry for each step of the chain that holds parameters, in order; None: the mode of the first step."""
 
     def backbone_parameters(self, config: Config) -> int | None:
         """N of the nominal 6 N D: without embeddings and head; None: a stage that has no place on that axis."""
