@@ -229,6 +229,12 @@ def test_what_a_family_has_not_is_refused_with_the_cure(runs, tmp_path):
         load_model(tmp_path)
 
 
+@pytest.mark.parametrize("name", TOKENS)
+def test_processes_that_cannot_share_a_matrix_are_refused(runs, name):
+    with pytest.raises(ConfigError, match=r"num_key_value_heads=2 must be divisible by tensor_parallel_size=3"):
+        load_model(runs[name], tensor_parallel_size=3)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"model_type": "gpt2"}', '{"model_type": 3}'])
 def test_a_folder_of_an_unknown_layout_is_refused_in_one_line(tmp_path, content):
     (tmp_path / "config.json").write_text(content)

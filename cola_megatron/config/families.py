@@ -48,6 +48,13 @@ def kinds_of(kind: type[BaseModel]) -> list[type[BaseModel]]:
     return list(CONFIGS.values()) if kind is RunConfig else [kind]
 
 
+def check_tensor_parallel(model: ModelConfig, ranks: int) -> None:
+    """Refuses a model of which so many ranks cannot share each matrix; raises ConfigError."""
+    for key, size in CONFIGS[model.family].model_construct(**{"model": model}).shared_widths.items():
+        if size % ranks:
+            raise ConfigError(f"{key}={size} must be divisible by tensor_parallel_size={ranks}")
+
+
 def families_that_know(key: str) -> list[str]:
     """Names of the families whose configs have this dotted key."""
     return [name for name, config in CONFIGS.items() if annotations_of(config, key)]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from cola_megatron.config import ModelConfig
+from cola_megatron.config.families import check_tensor_parallel
 from cola_megatron.data import read_tokenizer
 from cola_megatron.errors import UserError
 from cola_megatron.inference import text_generation
@@ -44,6 +45,7 @@ class TextModel:
         device: torch.device | str | None = None,
         tensor_parallel_size: int = 1,
     ):
+        check_tensor_parallel(config, tensor_parallel_size)
         self.groups = initialize_parallel(tensor_parallel_size)
         self.vocab_size = config.vocab_size
         self.device = torch.device(device) if device is not None else self.groups.device
