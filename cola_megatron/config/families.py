@@ -13,6 +13,7 @@ from cola_megatron.config.masked_diffusion import MaskedDiffusionConfig
 from cola_megatron.config.model import ModelConfig
 from cola_megatron.config.plaid import PlaidConfig
 from cola_megatron.config.run import RunConfig
+from cola_megatron.config.training import TrainingConfig
 from cola_megatron.config.walk import annotations_of
 
 CONFIGS: Mapping[str, type[RunConfig]] = {
@@ -50,7 +51,8 @@ def kinds_of(kind: type[BaseModel]) -> list[type[BaseModel]]:
 
 def check_tensor_parallel(model: ModelConfig, ranks: int) -> None:
     """Refuses a model of which so many ranks cannot share each matrix; raises ConfigError."""
-    for key, size in CONFIGS[model.family].model_construct(**{"model": model}).shared_widths.items():
+    config = CONFIGS[model.family].model_construct(model=model, training=TrainingConfig())
+    for key, size in config.shared_widths.items():
         if size % ranks:
             raise ConfigError(f"{key}={size} must be divisible by tensor_parallel_size={ranks}")
 
