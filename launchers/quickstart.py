@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cola_megatron.training.loop import Summary
 
 NAME = "quickstart"
-STAGE_ONE_STEPS, STAGE_TWO_STEPS = 400, 1_200
+STAGE_ONE_STEPS, STAGE_TWO_STEPS = 400, 1_100
 RECIPE = (
     "model.vocab_size=1024",
     "model.dit.block_size=1",
@@ -137,7 +137,7 @@ def stage_config(layout: Layout, stage: int) -> RunConfig:
         f"training.steps={steps}",
         f"training.schedule.decay_steps={steps}",
         "training.schedule.warmup_steps=25",
-        "training.evaluation.every=200",
+        "training.evaluation.every=400",
         "training.checkpoint.every=200",
         "training.log.every=20",
         *RECIPE,

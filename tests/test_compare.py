@@ -188,7 +188,7 @@ def test_runs_are_told_apart_without_colour_and_the_legend_lies_on_nothing(make_
     from cola_megatron.reporting.compare_figures import CURVES, overlaid
 
     many = [make_run(f"a-run-with-a-rather-long-name-{number}") for number in range(9)]
-    figure = overlaid(read_runs(many), CURVES[0], "flops")
+    figure = overlaid(read_runs(many), next(curve for curve in CURVES if curve.key == HEADLINE), "flops")
     left, right = figure.axes
     lines = [line for line in left.lines if not str(line.get_label()).startswith("_")]
     assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == 9

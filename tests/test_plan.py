@@ -1,6 +1,7 @@
 """`cola plan`: the chain that it counts, its layouts, its table, its errors."""
 
 import json
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -207,3 +208,10 @@ def test_the_pairs_of_attention_in_chunks_are_those_of_its_products():
         for config in (chunked, whole)
     ]
     assert pairs[0] / pairs[1] == pytest.approx(sum(chunk.visible.numel() for chunk in products) / 1008**2)
+
+
+def test_planning_needs_no_torch():
+    """`cola plan` answers at once: costs are counted from the config, and no network is built."""
+    code = "import sys; import cola_megatron.scaling.plan, launchers.plan_table; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -39,7 +39,7 @@ def test_one_run_of_four_fails_and_is_rerun_alone(slurm: Cluster, tiny, corpus: 
         together.add(sum(state == "running" for state in states.values()))
         return states == {"a": "finished", "b": "finished", "c": "failed", "d": "finished"}
 
-    slurm.wait_for(ended, "end of the array", 400, every=1.0)
+    slurm.wait_for(ended, "end of the array", 400, every=4.0)  # each look is a process beside the jobs
     assert max(together) <= 2
     shown = cola(slurm, "status", folder)
     (line,) = [line for line in shown.splitlines() if str(folder / "c") in line]

@@ -108,10 +108,14 @@ def assert_nothing_lost(job: Job, undisturbed: list[float], tries: int | tuple[i
     assert len(job.events("try")) in expected, job.events("try")
 
 
-@pytest.mark.parametrize("launcher", ["agent", TASKS_SLOWLY])
+@pytest.mark.parametrize("launcher", [AGENT_SLOWLY, TASKS_SLOWLY])
 def test_a_job_on_two_nodes_trains_to_its_end(submit, undisturbed, launcher: str) -> None:
     job = submit(site=f"launcher: {launcher}\n")
     assert_nothing_lost(job, undisturbed, tries=1)
+    assert_kept_what_it_ran_with(job)
+
+
+def assert_kept_what_it_ran_with(job: Job) -> None:
     for name in ("job.sbatch", "config.yaml", "site.yaml", "git.txt", "git.diff", "environment.txt", "supervise.py"):
         assert (job.folder / name).is_file()
 
@@ -155,6 +159,7 @@ def test_a_killed_rank(submit, undisturbed, slurm: Cluster, launcher: str) -> No
     assert_nothing_lost(job, undisturbed, tries=2)
     end, _ = job.events("end")
     assert end["code"] == 128 + signal.SIGKILL and len(end["failures"]) == 1
+    assert_kept_what_it_ran_with(job)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from cola_megatron.checkpoint.errors import CheckpointError
 from cola_megatron.checkpoint.state_file import read_state
 from cola_megatron.config import RunConfig, upgraded_tree
 from cola_megatron.config.changes import what_became_of
+from cola_megatron.config.families import DEFAULT
 from cola_megatron.config.walk import free_keys
 
 FREE_KEYS = free_keys(RunConfig)
@@ -21,7 +22,10 @@ def check_checkpoint(checkpoint: Path, config: RunConfig, data_fingerprint: str)
         ConfigError: a newer version wrote the config.
     """
     state = read_state(checkpoint)
-    differing = differing_keys(upgraded_tree(state["config"], checkpoint), config.model_dump(mode="json"))
+    stored = upgraded_tree(state["config"], checkpoint)
+    if other := other_family(stored, config):
+        raise CheckpointError(f"{checkpoint} is of {other}; give another name= for a new run")
+    differing = differing_keys(stored, config.model_dump(mode="json"))
     if differing:
         raise CheckpointError(
             f"{checkpoint} is of another config: "
@@ -34,6 +38,12 @@ def check_checkpoint(checkpoint: Path, config: RunConfig, data_fingerprint: str)
     if state["data_fingerprint"] != data_fingerprint:
         raise CheckpointError(f"{checkpoint} was trained on other shards than those in data.path={config.data.path}")
     return state["step"]
+
+
+def other_family(stored: dict[str, Any], config: RunConfig) -> str | None:
+    """In words, that a stored config is of another family than this one; None: it is of the same."""
+    there, here = stored["model"].get("family", DEFAULT), config.model.family
+    return None if there == here else f"model.family={there}, and this config has model.family={here}"
 
 
 def differing_keys(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

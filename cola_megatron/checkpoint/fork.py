@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cola_megatron.checkpoint.compatible import differing_keys
+from cola_megatron.checkpoint.compatible import differing_keys, other_family
 from cola_megatron.checkpoint.find import require_checkpoint
 from cola_megatron.checkpoint.resume import verify_checkpoint
 from cola_megatron.checkpoint.state_file import read_state
@@ -37,6 +37,8 @@ def start_of_fork(config: RunConfig, groups: ProcessGroups) -> Start:
     source = from_main(groups, partial(require_checkpoint, config.training.start_from))
     state = read_state(source)
     given, step = f"training.start_from={config.training.start_from}", state["step"]
+    if family := other_family(upgraded_tree(state["config"], source), config):
+        raise ConfigError(f"{given} is of {family}: give a checkpoint of the same family")
     imported = "imported_from" in state
     if imported and "stage_one" in type(config.training).model_fields:
         raise ConfigError(f"{given} was imported and has no optimiser: give it as training.stage_one")

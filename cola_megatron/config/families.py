@@ -13,6 +13,7 @@ from cola_megatron.config.masked_diffusion import MaskedDiffusionConfig
 from cola_megatron.config.model import ModelConfig
 from cola_megatron.config.plaid import PlaidConfig
 from cola_megatron.config.run import RunConfig
+from cola_megatron.config.walk import annotations_of
 
 CONFIGS: Mapping[str, type[RunConfig]] = {
     "cola": ColaConfig,
@@ -45,6 +46,11 @@ def kind_of(kind: type[Kind], tree: Mapping[str, Any]) -> type[Kind]:
 def kinds_of(kind: type[BaseModel]) -> list[type[BaseModel]]:
     """All classes that a tree of this kind may be of."""
     return list(CONFIGS.values()) if kind is RunConfig else [kind]
+
+
+def families_that_know(key: str) -> list[str]:
+    """Names of the families whose configs have this dotted key."""
+    return [name for name, config in CONFIGS.items() if annotations_of(config, key)]
 
 
 def require_family(config: RunConfig, kind: type[OfFamily], what: str) -> OfFamily:

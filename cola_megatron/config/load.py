@@ -14,12 +14,18 @@ from cola_megatron.config.stored import tree_of_file
 from cola_megatron.config.walk import alternatives, annotations_of
 from cola_megatron.config.yaml_files import read_value
 
+_SIZES = ("tiny", "small", "base", "paper-2b")
+
 
 def preset_names() -> list[str]:
-    """Names of the presets that ship with the package, smallest model first."""
-    shipped = {entry.name.removesuffix(".yaml") for entry in _presets().iterdir() if entry.name.endswith(".yaml")}
-    order = ["tiny", "small", "base", "paper-2b"]
-    return [name for name in order if name in shipped] + sorted(shipped - set(order))
+    """Names of the presets that ship with the package: Cola DLM first, of a family the smallest first."""
+    shipped = [entry.name.removesuffix(".yaml") for entry in _presets().iterdir() if entry.name.endswith(".yaml")]
+
+    def family_and_size(name: str) -> tuple[str, int]:
+        size = next((index for index, each in enumerate(_SIZES) if name.startswith(each)), len(_SIZES))
+        return name.removeprefix(_SIZES[size]) if size < len(_SIZES) else name, size
+
+    return sorted(shipped, key=family_and_size)
 
 
 def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -30,6 +36,8 @@ def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
     """
     path, preset = Path(source), _presets() / f"{source}.yaml"
     if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        if (path / "config.yaml").is_file():
+            raise ConfigError(f"{source} is a folder: give {path / 'config.yaml'} in it")
         if not preset.is_file():
             raise ConfigError(f"{source}: neither a config file nor one of the presets {', '.join(preset_names())}")
         path = preset

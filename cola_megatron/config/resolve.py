@@ -9,7 +9,7 @@ from pydantic_core import ErrorDetails
 
 from cola_megatron.config.changes import what_became_of
 from cola_megatron.config.errors import ConfigError
-from cola_megatron.config.families import kind_of
+from cola_megatron.config.families import CONFIGS, families_that_know, kind_of
 from cola_megatron.config.run import RunConfig
 from cola_megatron.config.walk import annotations_of, place_of, sections_in, tags_of
 
@@ -35,6 +35,9 @@ def _one_line(kind: type[BaseModel], problem: ErrorDetails) -> str:
     match problem["type"]:
         case "extra_forbidden":
             fate = what_became_of(key, getattr(kind, "history", None) or ())
+            if fate is None and issubclass(kind, RunConfig) and (others := families_that_know(key)):
+                own = next(name for name, config in CONFIGS.items() if config is kind)
+                return f"{key} is a key of model.family={', '.join(others)}, and this config has model.family={own}"
             known = section.model_fields if section is not None else ()
             return f"{key}={problem['input']!r}: unknown key; {fate or _suggestion(problem['loc'][-1], known)}"
         case "value_error":

@@ -3,26 +3,30 @@
 `docs/add_a_model.md` goes through one that was added.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.costs.part import Part
-from cola_megatron.data import SampleSequence
 from cola_megatron.families.page import Page
-from cola_megatron.families.texts import HeldOutText
 from cola_megatron.inference.settings import CommonSettings
-from cola_megatron.inference.text_model import TextModel
 from cola_megatron.interop.differences import Unequal, unequal
-from cola_megatron.interop.weight_source import ModelSource, WeightFormat
-from cola_megatron.models.pipelined import PipelinedModel
-from cola_megatron.models.steps import Step
-from cola_megatron.parallel import ProcessGroups
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from cola_megatron.data import SampleSequence
+    from cola_megatron.families.texts import HeldOutText
+    from cola_megatron.inference.text_model import TextModel
+    from cola_megatron.interop.weight_source import ModelSource, WeightFormat
+    from cola_megatron.models.pipelined import PipelinedModel
+    from cola_megatron.models.steps import Step
+    from cola_megatron.parallel import ProcessGroups
 
 Config = TypeVar("Config", bound=RunConfig)
 Mode = dict[str, bool]
@@ -63,7 +67,10 @@ class Measurement(ABC):
 
 
 class Family(ABC, Generic[Config]):
-    """A family of models; each method is a function of the config alone."""
+    """A family of models; each method is a function of the config alone.
+
+    `cola plan` asks for costs and nothing else, so networks and what runs them are imported where they are made.
+    """
 
     name: ClassVar[str]
     """`model.family`."""
@@ -126,11 +133,7 @@ class Family(ABC, Generic[Config]):
 
     @abstractmethod
     def parts(self, config: Config, mode: Mode | None = None) -> tuple[Part, ...]:
-        """One entry for each step of the chain that holds parameters, in order; None: the mode of the first step.
-
-        Raises:
-            KeyError: never for a part of its own: every label has its costs.
-        """
+        """One entry for each step of the chain that holds parameters, in order; None: the mode of the first step."""
 
     def backbone_parameters(self, config: Config) -> int | None:
         """N of the nominal 6 N D: without embeddings and head; None: a stage that has no place on that axis."""

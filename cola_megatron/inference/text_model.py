@@ -8,6 +8,7 @@ import torch
 
 from cola_megatron.config import ModelConfig
 from cola_megatron.data import read_tokenizer
+from cola_megatron.errors import UserError
 from cola_megatron.inference import text_generation
 from cola_megatron.inference.likelihood_terms import Progress, TextLikelihood
 from cola_megatron.inference.protocol import Generation, Piece, Preview, Request, Session
@@ -153,6 +154,13 @@ class TextModel:
             ValueError: a text without tokens; settings, ids or token ids out of range; numbers that do not match.
         """
         raise NotImplementedError
+
+    def logits(self, ids: Sequence[int]) -> torch.Tensor:
+        """Of a network that reads tokens: ids (L,) -> (L, V), float32; raises UserError where none does."""
+        raise UserError(
+            f"{type(self).__name__} has no logits of token ids: its network reads latents or noisy embeddings; "
+            "log_likelihood scores a text"
+        )
 
     def fixed_outputs(self) -> dict[str, torch.Tensor]:
         """What the model computes from inputs that its config alone decides: two that are the same agree in it."""

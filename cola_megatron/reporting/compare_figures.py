@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from cola_megatron.families import family_of
-from cola_megatron.reporting.compared_runs import HEADLINE, OWN_TIMES, ComparedRun
+from cola_megatron.reporting.compared_runs import HEADLINE, LIKELIHOOD, OWN_TIMES, ComparedRun
 from cola_megatron.reporting.curves import logarithmic_where_wide, running_median, series, step_axis
 from cola_megatron.reporting.figure_style import WIDTH_INCHES, NothingToPlot, styled
 
@@ -50,6 +50,13 @@ class Curve:
 _PER_CHANNEL, _PER_TOKEN = "Squared error per channel", "Loss [nats per token]"
 CURVES = (
     Curve(
+        LIKELIHOOD,
+        "evaluation",
+        "-log p of held-out texts",
+        "Nats per token",
+        "What families compare by: exact for an autoregressive model, an upper bound for the others.",
+    ),
+    Curve(
         HEADLINE,
         "evaluation",
         "Flow matching, held-out, equally spaced t",
@@ -80,6 +87,9 @@ CURVES = (
     ),
     Curve("reconstruction_nll", "evaluation", "Reconstruction, held-out", _PER_TOKEN, "Lower is better."),
     Curve("reconstruction", "train", "Reconstruction, training", _PER_TOKEN, "Running median over the records."),
+    Curve(
+        "next_token_accuracy", "evaluation", "Next token, held-out", "Share predicted", "Of an autoregressive model."
+    ),
     Curve("vae_logsnr", "evaluation", "VAE logSNR, held-out", "logSNR [nats]", "Signal over noise of the posterior."),
     Curve(
         "loss",

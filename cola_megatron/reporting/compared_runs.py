@@ -15,6 +15,8 @@ from cola_megatron.records.progress import read_progress
 from cola_megatron.records.run_folder import CONFIG, METRICS
 from cola_megatron.scaling.flops import training_flops_by_step
 
+LIKELIHOOD = "nats_per_token"
+"""What families compare by: -log p of the held-out texts, exact or an upper bound."""
 HEADLINE, OWN_TIMES = "flow_matching_loss", "flow_matching_loss_training_times"
 ENDED = ("finished", "stopped", "diverged")
 SILENT_AFTER = 120.0

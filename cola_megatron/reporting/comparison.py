@@ -9,7 +9,7 @@ from typing import Any
 
 from cola_megatron.checkpoint.compatible import FREE_KEYS
 from cola_megatron.families import family_of
-from cola_megatron.reporting.compared_runs import HEADLINE, OWN_TIMES, ComparedRun
+from cola_megatron.reporting.compared_runs import HEADLINE, LIKELIHOOD, OWN_TIMES, ComparedRun
 
 ABSENT = "-"
 _ERROR = "_standard_error"
@@ -17,6 +17,8 @@ _SAMPLES = "samples"  # of a measurement: how many sequences it was made on; old
 # The name of a run and its folder differ always.
 _IDENTITY = ("name", "runs_folder")
 _ORDER = (
+    LIKELIHOOD,
+    "perplexity",
     "reconstruction_accuracy",
     "reconstruction_nll",
     HEADLINE,
@@ -46,6 +48,7 @@ def table(runs: Sequence[ComparedRun]) -> list[list[str]]:
     """Rows with a heading first: a figure per row, a run per column; `ABSENT` where a run has not measured it."""
     rows = [
         ["", *(run.label for run in runs)],
+        *([["family", *(family_of(run.config).title for run in runs)]] if _differ_in_family(runs) else []),
         ["stage", *(str(family_of(run.config).stage_of(run.config) or "-") for run in runs)],
         ["state", *(run.state for run in runs)],
         ["steps", *(f"{run.step:,} of {run.config.training.steps:,}" for run in runs)],
@@ -82,7 +85,7 @@ def differences(runs: Sequence[ComparedRun]) -> list[Difference]:
 
 def notes(runs: Sequence[ComparedRun]) -> list[str]:
     """What a reader of the table must know before comparing two of its figures."""
-    found = []
+    found = _notes_on_families(runs)
     old = [run.label for run in runs if run.has_old_measurements]
     if old:
         found.append(
@@ -106,6 +109,23 @@ def notes(runs: Sequence[ComparedRun]) -> list[str]:
     return found
 
 
+def _differ_in_family(runs: Sequence[ComparedRun]) -> bool:
+    return len({run.config.model.family for run in runs}) > 1
+
+
+def _notes_on_families(runs: Sequence[ComparedRun]) -> list[str]:
+    """What the likelihood of each family is, where there are several."""
+    if not _differ_in_family(runs):
+        return []
+    found = []
+    for family in dict.fromkeys(family_of(run.config) for run in runs):
+        meanings = [words.meaning for words in family.page.figures if words.name == LIKELIHOOD]
+        found += [f"{family.title}: {meaning}" for meaning in meanings] or [
+            f"{family.title}: no likelihood is measured in training; `cola eval likelihood RUN` estimates its bound"
+        ]
+    return found
+
+
 def as_json(runs: Sequence[ComparedRun]) -> dict[str, Any]:
     """The same for scripts. Metrics are those of the last measurement, bins and standard errors among them."""
     found = differences(runs)
@@ -118,6 +138,7 @@ def as_json(runs: Sequence[ComparedRun]) -> dict[str, Any]:
         "runs": {
             run.label: {
                 "folder": str(run.folder),
+                "family": run.config.model.family,
                 "stage": family_of(run.config).stage_of(run.config),
                 "state": run.state,
                 "step": run.step,

@@ -158,7 +158,10 @@ def draw(report: Report) -> list[Picture]:
             "" if report.samples else report.samples_absent,
         ),
     ]
-    return [each for each in drawn if each.name in report.page.pictures]
+    # Of a single term the loss itself says everything.
+    alone = max(len(first.weights), len(second.weights)) < 2
+    left_out = {"weighted_terms"} if alone else set()
+    return [each for each in drawn if each.name in report.page.pictures and each.name not in left_out]
 
 
 def _png(figure: Figure, dots_per_inch: int) -> bytes:

@@ -123,7 +123,7 @@ def model_rows(config: RunConfig) -> list[Row]:
     """Parameters of each network that the run trains."""
     parts = family_of(config).parts(config)
     counts = [
-        (what, sum(part.parameters for part in parts if part.label.startswith(f"{name}.")), meaning)
+        (what, sum(part.parameters for part in parts if f"{part.label}.".startswith(f"{name}.")), meaning)
         for name, what, meaning in family_of(config).page.networks
     ]
     rows = [Row(f"  {what}", f"{count:,}", meaning) for what, count, meaning in counts if count]
@@ -142,12 +142,13 @@ def model_rows(config: RunConfig) -> list[Row]:
 
 def cost_table(run: Run, first: tuple[Run, int] | None) -> Table:
     """The run's own cost, and in rows of its own that of the stage 1 it started from, up to that step."""
+    stage = family_of(run.config).stage_of(run.config)
     rows = [] if first is None else cost_rows(f"stage 1, {first[0].folder.name}", first[0].cost(first[1]))
     return Table(
         "Cost",
         [
             *rows,
-            *cost_rows(f"{heading(run.config)[0].lower()}{heading(run.config)[1:]}, {run.folder.name}", run.cost()),
+            *cost_rows(run.folder.name if stage is None else f"stage {stage}, {run.folder.name}", run.cost()),
         ],
     )
 

@@ -20,7 +20,7 @@ from cola_megatron.config.training import DivergenceConfig
 from cola_megatron.errors import ExitCode, UserError
 
 WATCHED = ("loss", "gradient_norm")
-HEADLINES = ("reconstruction_nll", "flow_matching_loss")
+HEADLINES = ("nats_per_token", "reconstruction_nll", "flow_matching_loss")
 """Of a held-out measurement: a model for which one of them is not a number is of no use."""
 
 

@@ -1,27 +1,28 @@
 """The autoregressive language model as one object."""
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 from cola_megatron.config.autoregressive import AutoregressiveConfig
 from cola_megatron.costs.part import Part, causal_pairs
-from cola_megatron.data import SampleSequence
-from cola_megatron.families.autoregressive.chain import Autoregressive
-from cola_megatron.families.autoregressive.huggingface import HuggingFaceLlamaFormat
-from cola_megatron.families.autoregressive.likelihood import ExactLikelihoodSettings
-from cola_megatron.families.autoregressive.measurement import NextTokenMeasurement
 from cola_megatron.families.autoregressive.page import PAGE
-from cola_megatron.families.autoregressive.session import AutoregressiveSettings
-from cola_megatron.families.autoregressive.texts import write_texts
+from cola_megatron.families.autoregressive.settings import AutoregressiveSettings, ExactLikelihoodSettings
 from cola_megatron.families.family import Family, Mode
-from cola_megatron.families.texts import HeldOutText
 from cola_megatron.families.transformer_costs import TransformerCosts
-from cola_megatron.inference.text_model import TextModel
-from cola_megatron.interop.weight_source import ModelSource
-from cola_megatron.parallel import ProcessGroups
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from cola_megatron.data import SampleSequence
+    from cola_megatron.families.autoregressive.chain import Autoregressive
+    from cola_megatron.families.autoregressive.measurement import NextTokenMeasurement
+    from cola_megatron.families.texts import HeldOutText
+    from cola_megatron.inference.text_model import TextModel
+    from cola_megatron.interop.weight_source import ModelSource, WeightFormat
+    from cola_megatron.parallel import ProcessGroups
 
 
 class AutoregressiveFamily(Family[AutoregressiveConfig]):
@@ -32,7 +33,6 @@ class AutoregressiveFamily(Family[AutoregressiveConfig]):
     settings = AutoregressiveSettings
     likelihood_settings = ExactLikelihoodSettings
     page = PAGE
-    formats = (HuggingFaceLlamaFormat(),)
 
     def sample_draws(self, config: AutoregressiveConfig, sample_index: int, step: int) -> dict[str, NDArray[Any]]:
         """Nothing is random."""
@@ -42,6 +42,8 @@ class AutoregressiveFamily(Family[AutoregressiveConfig]):
         self, config: AutoregressiveConfig, groups: ProcessGroups, split: Sequence[int] | None = None
     ) -> Autoregressive:
         """See `chain.Autoregressive`."""
+        from cola_megatron.families.autoregressive.chain import Autoregressive
+
         return Autoregressive(config, groups, split)
 
     def loss_weights(self, config: AutoregressiveConfig) -> dict[str, float]:
@@ -57,6 +59,8 @@ class AutoregressiveFamily(Family[AutoregressiveConfig]):
 
     def measurement(self, config: AutoregressiveConfig, extras: Collection[str] = ()) -> NextTokenMeasurement:
         """See `measurement.NextTokenMeasurement`."""
+        from cola_megatron.families.autoregressive.measurement import NextTokenMeasurement
+
         return NextTokenMeasurement()
 
     def write_texts(
@@ -68,7 +72,16 @@ class AutoregressiveFamily(Family[AutoregressiveConfig]):
         on_pass: Callable[[], None],
     ) -> Sequence[HeldOutText]:
         """See `texts.write_texts`."""
+        from cola_megatron.families.autoregressive.texts import write_texts
+
         return write_texts(model, texts_KL, on_pass)
+
+    @property
+    def formats(self) -> Sequence[WeightFormat]:
+        """The Hugging Face folder."""
+        from cola_megatron.families.autoregressive.huggingface import HuggingFaceLlamaFormat
+
+        return (HuggingFaceLlamaFormat(),)
 
     def load(self, source: ModelSource, **options: Any) -> TextModel:
         """An `AutoregressiveLM`."""

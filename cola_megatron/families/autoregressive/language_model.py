@@ -12,14 +12,13 @@ import torch
 from cola_megatron.config.autoregressive import AutoregressiveModelConfig
 from cola_megatron.families.autoregressive.likelihood import (
     ExactLikelihood,
-    ExactLikelihoodSettings,
     exact_likelihoods,
 )
 from cola_megatron.families.autoregressive.session import (
     AutoregressiveGenerator,
     AutoregressiveSession,
-    AutoregressiveSettings,
 )
+from cola_megatron.families.autoregressive.settings import AutoregressiveSettings, ExactLikelihoodSettings
 from cola_megatron.inference.likelihood_terms import Progress
 from cola_megatron.inference.protocol import Request
 from cola_megatron.inference.requests import read_settings, read_token_ids

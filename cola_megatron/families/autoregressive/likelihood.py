@@ -22,11 +22,6 @@ from cola_megatron.models.transformer_steps import whole_logits
 
 
 @dataclass(frozen=True)
-class ExactLikelihoodSettings:
-    """There is nothing to choose: nothing is estimated, and nothing is drawn."""
-
-
-@dataclass(frozen=True)
 class ExactLikelihood:
     """log p(text | context) in nats (`inference.likelihood_terms.TextLikelihood`)."""
 

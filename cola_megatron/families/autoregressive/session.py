@@ -12,33 +12,16 @@ from dataclasses import dataclass
 
 import torch
 
+from cola_megatron.families.autoregressive.settings import AutoregressiveSettings
 from cola_megatron.inference.cached_attention import MaskedBlocks, NewBlocks, PackedPrompts, blocks_for, packs
 from cola_megatron.inference.fast_forward import prepare
 from cola_megatron.inference.kv_cache import KeyValueCache
 from cola_megatron.inference.noise import TOKEN_DRAWS, generator_of
 from cola_megatron.inference.protocol import Request, TokenBlock
 from cola_megatron.inference.sampling import choose_tokens, penalize_repetition
-from cola_megatron.inference.settings import CommonSettings, require_count
 from cola_megatron.layers.masks import AttentionMask
 from cola_megatron.models.transformer import Transformer
 from cola_megatron.models.transformer_steps import whole_logits
-
-
-@dataclass(frozen=True)
-class AutoregressiveSettings(CommonSettings):
-    """Generation token by token; `max_new_tokens` is exact.
-
-    Raises:
-        ValueError: a setting out of range.
-    """
-
-    tokens_at_once: int = 1
-    """Tokens between two looks for a stop text or an end-of-text token. More save the looks, and compute tokens behind
-    an end in vain; the text is the same."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_count("tokens_at_once", self.tokens_at_once)
 
 
 class AutoregressiveGenerator:

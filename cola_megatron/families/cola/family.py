@@ -1,30 +1,29 @@
 """Cola DLM as one object."""
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 from cola_megatron.config import ColaConfig, ColaModelConfig, DiTConfig
 from cola_megatron.costs.part import Part
-from cola_megatron.data import SampleSequence
-from cola_megatron.families.cola import draws, warm_start
-from cola_megatron.families.cola.chain import Cola
-from cola_megatron.families.cola.comparison import compare_sources
-from cola_megatron.families.cola.loss import loss_weights
-from cola_megatron.families.cola.measurement import ColaMeasurement
 from cola_megatron.families.cola.page import PAGE
 from cola_megatron.families.cola.parts import chain_parts
-from cola_megatron.families.cola.published import PublishedFormat
-from cola_megatron.families.cola.texts import write_texts
 from cola_megatron.families.family import Family, Kind, Mode
-from cola_megatron.families.texts import HeldOutText
 from cola_megatron.inference.settings import FlowSettings, LikelihoodSettings
-from cola_megatron.inference.text_model import TextModel
 from cola_megatron.interop.differences import Unequal
-from cola_megatron.interop.weight_source import ModelSource
-from cola_megatron.parallel import ProcessGroups
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from cola_megatron.data import SampleSequence
+    from cola_megatron.families.cola.chain import Cola
+    from cola_megatron.families.cola.measurement import ColaMeasurement
+    from cola_megatron.families.texts import HeldOutText
+    from cola_megatron.inference.text_model import TextModel
+    from cola_megatron.interop.weight_source import ModelSource, WeightFormat
+    from cola_megatron.parallel import ProcessGroups
 
 TRAINED, FROZEN = {"train_vae": True}, {"train_vae": False}
 
@@ -39,7 +38,6 @@ class ColaFamily(Family[ColaConfig]):
     page = PAGE
     vectors_first = frozenset({"vae"})
     extras = ("shuffled_context", "posterior_statistics")
-    formats = (PublishedFormat(),)
 
     def describe(self, config: ColaConfig) -> str:
         """With its stage."""
@@ -55,14 +53,20 @@ class ColaFamily(Family[ColaConfig]):
 
     def sample_draws(self, config: ColaConfig, sample_index: int, step: int) -> dict[str, NDArray[Any]]:
         """See `draws.sample_draws`."""
+        from cola_megatron.families.cola import draws
+
         return draws.sample_draws(config, sample_index, step)
 
     def build(self, config: ColaConfig, groups: ProcessGroups, split: Sequence[int] | None = None) -> Cola:
         """See `chain.Cola`."""
+        from cola_megatron.families.cola.chain import Cola
+
         return Cola(config, groups, split)
 
     def load_starting_weights(self, model: Cola, config: ColaConfig, groups: ProcessGroups) -> None:
         """What `training.stage_one` holds; see `warm_start`."""
+        from cola_megatron.families.cola import warm_start
+
         warm_start.load_starting_weights(model, config, groups)
 
     def mode_at(self, config: ColaConfig, step: int) -> Mode:
@@ -89,6 +93,8 @@ class ColaFamily(Family[ColaConfig]):
 
     def loss_weights(self, config: ColaConfig) -> dict[str, float]:
         """See `loss.loss_weights`."""
+        from cola_megatron.families.cola.loss import loss_weights
+
         return loss_weights(config)
 
     def parts(self, config: ColaConfig, mode: Mode | None = None) -> tuple[Part, ...]:
@@ -127,6 +133,8 @@ class ColaFamily(Family[ColaConfig]):
 
     def measurement(self, config: ColaConfig, extras: Collection[str] = ()) -> ColaMeasurement:
         """See `measurement.ColaMeasurement`."""
+        from cola_megatron.families.cola.measurement import ColaMeasurement
+
         return ColaMeasurement(config, **dict.fromkeys(extras, True))
 
     def write_texts(
@@ -138,7 +146,16 @@ class ColaFamily(Family[ColaConfig]):
         on_pass: Callable[[], None],
     ) -> Sequence[HeldOutText]:
         """See `texts.write_texts`."""
+        from cola_megatron.families.cola.texts import write_texts
+
         return write_texts(model, config, texts_KL, held_out, on_pass)
+
+    @property
+    def formats(self) -> Sequence[WeightFormat]:
+        """The published layout."""
+        from cola_megatron.families.cola.published import PublishedFormat
+
+        return (PublishedFormat(),)
 
     def load(self, source: ModelSource, **options: Any) -> TextModel:
         """A `ColaDLM`."""
@@ -161,6 +178,8 @@ class ColaFamily(Family[ColaConfig]):
 
     def compare_sources(self, first: ModelSource, second: ModelSource) -> tuple[list[Unequal], list[Unequal]]:
         """See `comparison.compare_sources`."""
+        from cola_megatron.families.cola.comparison import compare_sources
+
         return compare_sources(first, second)
 
     def tree_of_import(self, source: ModelSource, tree: dict[str, Any]) -> dict[str, Any]:

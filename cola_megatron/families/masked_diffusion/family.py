@@ -1,28 +1,28 @@
 """Masked diffusion as one object."""
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 from cola_megatron.config.masked_diffusion import MaskedDiffusionConfig, MaskedDiffusionModelConfig
 from cola_megatron.costs.part import Part, pairs_in_products, two_copy_pairs
-from cola_megatron.data import SampleSequence
 from cola_megatron.families.family import Family, Mode
-from cola_megatron.families.masked_diffusion import draws
-from cola_megatron.families.masked_diffusion.chain import MaskedDiffusion
-from cola_megatron.families.masked_diffusion.likelihood import BoundSettings
-from cola_megatron.families.masked_diffusion.llada import LLaDAFormat
-from cola_megatron.families.masked_diffusion.measurement import MaskedDiffusionMeasurement
 from cola_megatron.families.masked_diffusion.page import PAGE
-from cola_megatron.families.masked_diffusion.settings import MaskedDiffusionSettings
-from cola_megatron.families.masked_diffusion.texts import write_texts
-from cola_megatron.families.texts import HeldOutText
+from cola_megatron.families.masked_diffusion.settings import BoundSettings, MaskedDiffusionSettings
 from cola_megatron.families.transformer_costs import TransformerCosts
-from cola_megatron.inference.text_model import TextModel
-from cola_megatron.interop.weight_source import ModelSource
-from cola_megatron.parallel import ProcessGroups
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from cola_megatron.data import SampleSequence
+    from cola_megatron.families.masked_diffusion.chain import MaskedDiffusion
+    from cola_megatron.families.masked_diffusion.measurement import MaskedDiffusionMeasurement
+    from cola_megatron.families.texts import HeldOutText
+    from cola_megatron.inference.text_model import TextModel
+    from cola_megatron.interop.weight_source import ModelSource, WeightFormat
+    from cola_megatron.parallel import ProcessGroups
 
 
 class MaskedDiffusionFamily(Family[MaskedDiffusionConfig]):
@@ -33,16 +33,19 @@ class MaskedDiffusionFamily(Family[MaskedDiffusionConfig]):
     settings = MaskedDiffusionSettings
     likelihood_settings = BoundSettings
     page = PAGE
-    formats = (LLaDAFormat(),)
 
     def sample_draws(self, config: MaskedDiffusionConfig, sample_index: int, step: int) -> dict[str, NDArray[Any]]:
         """See `draws.sample_draws`."""
+        from cola_megatron.families.masked_diffusion import draws
+
         return draws.sample_draws(config, sample_index, step)
 
     def build(
         self, config: MaskedDiffusionConfig, groups: ProcessGroups, split: Sequence[int] | None = None
     ) -> MaskedDiffusion:
         """See `chain.MaskedDiffusion`."""
+        from cola_megatron.families.masked_diffusion.chain import MaskedDiffusion
+
         return MaskedDiffusion(config, groups, split)
 
     def loss_weights(self, config: MaskedDiffusionConfig) -> dict[str, float]:
@@ -67,6 +70,8 @@ class MaskedDiffusionFamily(Family[MaskedDiffusionConfig]):
 
     def measurement(self, config: MaskedDiffusionConfig, extras: Collection[str] = ()) -> MaskedDiffusionMeasurement:
         """See `measurement.MaskedDiffusionMeasurement`."""
+        from cola_megatron.families.masked_diffusion.measurement import MaskedDiffusionMeasurement
+
         return MaskedDiffusionMeasurement(config)
 
     def write_texts(
@@ -78,7 +83,16 @@ class MaskedDiffusionFamily(Family[MaskedDiffusionConfig]):
         on_pass: Callable[[], None],
     ) -> Sequence[HeldOutText]:
         """See `texts.write_texts`."""
+        from cola_megatron.families.masked_diffusion.texts import write_texts
+
         return write_texts(model, texts_KL, on_pass)
+
+    @property
+    def formats(self) -> Sequence[WeightFormat]:
+        """LLaDA's folder."""
+        from cola_megatron.families.masked_diffusion.llada import LLaDAFormat
+
+        return (LLaDAFormat(),)
 
     def load(self, source: ModelSource, **options: Any) -> TextModel:
         """A `MaskedDiffusionLM`."""

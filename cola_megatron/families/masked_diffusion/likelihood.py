@@ -18,33 +18,13 @@ import numpy as np
 import torch
 
 from cola_megatron.families.masked_diffusion.copies import Copies
+from cola_megatron.families.masked_diffusion.settings import BoundSettings
 from cola_megatron.inference.likelihood_terms import Progress
 from cola_megatron.inference.scored_texts import ScoredText
-from cola_megatron.inference.settings import MAX_NOISE_SEED
 from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.models.transformer import Transformer
 from cola_megatron.objectives.masked_diffusion import mask_in_order, number_to_mask, subset_weights
 from cola_megatron.objectives.randomness import generator
-
-
-@dataclass(frozen=True)
-class BoundSettings:
-    """How to estimate the bound.
-
-    Raises:
-        ValueError: a setting out of range.
-    """
-
-    samples: int = 128
-    """K: masks that are drawn for each text, as in LLaDA's evaluation."""
-    noise_seed: int = 66
-    """Seed of all draws. A text's draws depend on this seed, on its own id and on the number of the draw alone."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
-            raise ValueError(f"samples={self.samples} must be an integer of at least 1")
-        if not isinstance(self.noise_seed, int) or abs(self.noise_seed) > MAX_NOISE_SEED:
-            raise ValueError(f"noise_seed={self.noise_seed} must lie in -{MAX_NOISE_SEED} .. {MAX_NOISE_SEED}")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from cola_megatron.config.masked_diffusion import MaskedDiffusionConfig
 from cola_megatron.families.family import Measurement
 from cola_megatron.families.masked_diffusion.chain import MaskedDiffusion
+from cola_megatron.families.masked_diffusion.page import TIME_BINS
 from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.models.steps import Step
 from cola_megatron.objectives.masked_diffusion import low_discrepancy, mask_in_order, number_to_mask, subset_weights
@@ -28,8 +29,6 @@ from cola_megatron.objectives.randomness import generator
 
 PASSES = 4
 """Masks of every held-out text."""
-TIME_BINS = 10
-"""Equal bins of the share of masked tokens over (0, 1]: their numbers are in the names of metrics."""
 FIXED_SEED = 0
 """Of levels and masks: not the run's, so that runs compare."""
 

@@ -1,8 +1,9 @@
 """What the page about a run says of masked diffusion."""
 
-from cola_megatron.families.masked_diffusion.measurement import TIME_BINS
 from cola_megatron.families.page import Page, Words
 
+TIME_BINS = 10
+"""Equal bins of the share of masked tokens over (0, 1]: their numbers are in the names of metrics."""
 _BIN = "mean cross-entropy in nats of the masked tokens where so many of a block's are"
 
 PAGE = Page(

@@ -1,9 +1,9 @@
-"""How a masked-diffusion model generates."""
+"""How a masked-diffusion model generates, and how it estimates a likelihood."""
 
 import math
 from dataclasses import dataclass
 
-from cola_megatron.inference.settings import CommonSettings
+from cola_megatron.inference.settings import MAX_NOISE_SEED, CommonSettings
 
 REMASKINGS = ("low_confidence", "random")
 
@@ -45,3 +45,23 @@ class MaskedDiffusionSettings(CommonSettings):
         scale = self.guidance_scale
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < math.inf:
             raise ValueError(f"guidance_scale={scale} must be a finite number of at least 0")
+
+
+@dataclass(frozen=True)
+class BoundSettings:
+    """How to estimate the bound.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    samples: int = 128
+    """K: masks that are drawn for each text, as in LLaDA's evaluation."""
+    noise_seed: int = 66
+    """Seed of all draws. A text's draws depend on this seed, on its own id and on the number of the draw alone."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
+            raise ValueError(f"samples={self.samples} must be an integer of at least 1")
+        if not isinstance(self.noise_seed, int) or abs(self.noise_seed) > MAX_NOISE_SEED:
+            raise ValueError(f"noise_seed={self.noise_seed} must lie in -{MAX_NOISE_SEED} .. {MAX_NOISE_SEED}")

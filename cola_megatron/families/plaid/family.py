@@ -1,26 +1,28 @@
 """Plaid as one object."""
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 from cola_megatron.config.plaid import PlaidConfig
 from cola_megatron.costs.part import Part
-from cola_megatron.data import SampleSequence
 from cola_megatron.families.family import Family, Mode
-from cola_megatron.families.plaid.chain import Plaid
-from cola_megatron.families.plaid.draws import plaid_draws
-from cola_megatron.families.plaid.measurement import PlaidMeasurement
 from cola_megatron.families.plaid.page import PAGE
 from cola_megatron.families.plaid.parts import chain_parts
 from cola_megatron.families.plaid.settings import BoundSettings, PlaidSettings
-from cola_megatron.families.plaid.texts import write_texts
-from cola_megatron.families.texts import HeldOutText
-from cola_megatron.inference.text_model import TextModel
-from cola_megatron.interop.weight_source import ModelSource, WeightFormat
-from cola_megatron.parallel import ProcessGroups
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from cola_megatron.data import SampleSequence
+    from cola_megatron.families.plaid.chain import Plaid
+    from cola_megatron.families.plaid.measurement import PlaidMeasurement
+    from cola_megatron.families.texts import HeldOutText
+    from cola_megatron.inference.text_model import TextModel
+    from cola_megatron.interop.weight_source import ModelSource, WeightFormat
+    from cola_megatron.parallel import ProcessGroups
 
 
 class PlaidFamily(Family[PlaidConfig]):
@@ -35,6 +37,8 @@ class PlaidFamily(Family[PlaidConfig]):
 
     def sample_draws(self, config: PlaidConfig, sample_index: int, step: int) -> dict[str, NDArray[Any]]:
         """See `draws.plaid_draws`."""
+        from cola_megatron.families.plaid.draws import plaid_draws
+
         return plaid_draws(
             config.objective,
             config.seed,
@@ -47,6 +51,8 @@ class PlaidFamily(Family[PlaidConfig]):
 
     def build(self, config: PlaidConfig, groups: ProcessGroups, split: Sequence[int] | None = None) -> Plaid:
         """See `chain.Plaid`."""
+        from cola_megatron.families.plaid.chain import Plaid
+
         return Plaid(config, groups, split)
 
     def loss_weights(self, config: PlaidConfig) -> dict[str, float]:
@@ -59,6 +65,8 @@ class PlaidFamily(Family[PlaidConfig]):
 
     def measurement(self, config: PlaidConfig, extras: Collection[str] = ()) -> PlaidMeasurement:
         """See `measurement.PlaidMeasurement`; there are no extras."""
+        from cola_megatron.families.plaid.measurement import PlaidMeasurement
+
         return PlaidMeasurement(config)
 
     def write_texts(
@@ -70,6 +78,8 @@ class PlaidFamily(Family[PlaidConfig]):
         on_pass: Callable[[], None],
     ) -> Sequence[HeldOutText]:
         """See `texts.write_texts`."""
+        from cola_megatron.families.plaid.texts import write_texts
+
         return write_texts(model, texts_KL, on_pass)
 
     def load(self, source: ModelSource, **options: Any) -> TextModel:
