@@ -5,7 +5,6 @@ import io
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -252,12 +251,6 @@ def test_intervals_of_a_score_curve_contain_the_truth():
         assert sum(true in curve.intervals[name] for curve in curves) >= 17, name
 
 
-def test_scores_all_at_chance_say_so():
-    C, _ = scores()
-    curve = fit_score_curve(C, np.full(len(C), 0.25), chance=0.25, bootstrap=20)
-    assert curve.score(1e22) == pytest.approx(0.25, abs=0.01)
-
-
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 N, D, L = study(0.003)
@@ -312,8 +305,9 @@ def test_no_optimum_is_said_rather_than_made_up():
     with pytest.raises(ValueError, match="is no budget"):
         fit.optimal(-1)
     flat = fit_loss_surface(N, D, surface((2.0, 0.0, 2085.43, 0.3, 0.37), N, D), bootstrap=20)
+    assert flat.at_bound == ("A", "alpha")
     with pytest.raises(ValueError, match="A came out as 0: the points show no optimum"):
-        replace(flat, at_bound=("A",)).optimal(1e20)
+        flat.optimal(1e20)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +331,8 @@ def test_a_check_without_a_study_is_refused(points, held_out, message):
     ("C", "score", "options", "message"),
     [
         ([1, 2, 3], [0.1, 0.2, 0.3], {}, "3 runs of 3 budgets are too few"),
-        ([1, 1, 2, 2], [0.1] * 4, {}, "4 runs of 2 budgets are too few"),
+        ([1, 2, 3, 4], [0.25] * 4, {}, "every run has 0.25, so there is no curve"),
+        ([1, 1, 2, 2], [0.1, 0.1, 0.2, 0.2], {}, "4 runs of 2 budgets are too few"),
         ([1, 2, 3, 4], [10, 20, 30, 40], {}, "scores: entry 0 is 10; give fractions"),
         ([1, 2, 3, 4], [0.1, np.nan, 0.3, 0.4], {}, "scores: entry 1 is nan"),
         ([1, 2, 3, 4], [0.1] * 4, {"chance": 1}, "chance: 1 is no level of chance"),

@@ -66,8 +66,8 @@ class LossSurface:
     huber_delta: float
     """Relative residual at which the Huber loss turned from quadratic to linear."""
     at_bound: tuple[str, ...]
-    """Of E, A, B those that came out zero and of alpha, beta those at the end of their range: the points do not show
-    them, and what follows from them (an optimum, an extrapolation) is not to be believed."""
+    """Of E, A, B those that came out zero, and of alpha, beta those at the end of their range or with a factor of zero:
+    the points do not show them, and what follows from them (an optimum, an extrapolation) is not to be believed."""
     replicates: Floats
     """(R, 5) the bootstrap's samples of E, A, B, alpha, beta."""
     noise: Floats
@@ -207,7 +207,11 @@ def fit_loss_surface(
     intervals |= {"a": interval(a_R, confidence), "b": interval(1 - a_R, confidence)}
     low, high = EXPONENTS
     zero = [name for name, factor in zip("EAB", factors_K, strict=True) if factor <= 0]
-    ends = [n for n, e in zip(NAMES[3:], exponents_2, strict=True) if not low * 1.001 < e < high * 0.999]
+    ends = [
+        name
+        for name, exponent, factor in zip(NAMES[3:], exponents_2, factors_K[1:], strict=True)
+        if factor <= 0 or not low * 1.001 < exponent < high * 0.999
+    ]
     return LossSurface(
         E=E,
         A=A,

@@ -38,7 +38,9 @@ def best_fit(design: Design, huber_delta: float | None) -> tuple[Floats, Floats,
         delta = huber_delta
     order = np.argsort(_huber(residuals_RP, delta).sum(axis=1))[:_POLISHED]
     fits = [_polished(design, targets_P, found_R2[index], residuals_RP[index], delta) for index in order]
-    return (*min(fits, key=lambda fit: float(_huber(fit[2], delta).sum())), delta)
+    exponents_2, factors_K, residuals_P = min(fits, key=lambda fit: float(_huber(fit[2], delta).sum()))
+    # A term that is a billionth of the loss is rounding.
+    return exponents_2, np.where(factors_K > 1e-9 * factors_K.sum(), factors_K, 0.0), residuals_P, delta
 
 
 def _huber(residuals: Floats, delta: float) -> Floats:

@@ -143,6 +143,8 @@ def _checked(
     wrong = np.flatnonzero(~((s_P >= 0) & (s_P <= 1)))
     if len(wrong):
         raise ValueError(f"scores: entry {wrong[0]} is {s_P[wrong[0]]:g}; give fractions in [0, 1], not percent")
+    if len(s_P) and s_P.min() == s_P.max():
+        raise ValueError(f"scores: every run has {s_P[0]:g}, so there is no curve; fit a task on which runs differ")
     if len(s_P) < LEAST_RUNS or len(np.unique(C_P)) < LEAST_BUDGETS:
         raise ValueError(
             f"{len(s_P)} runs of {len(np.unique(C_P))} budgets are too few for ceiling, C_half and rate: "
