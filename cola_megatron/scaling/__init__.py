@@ -1,1 +1,38 @@
-"""Compute accounting."""
+"""Compute accounting, plans, and the fits of a scaling study."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cola_megatron.scaling.isoflop import isoflop_profiles
+    from cola_megatron.scaling.loss_surface import LossSurface, fit_loss_surface
+    from cola_megatron.scaling.prediction_check import Points, check_prediction
+    from cola_megatron.scaling.score_curve import ScoreCurve, fit_score_curve
+
+__all__ = [
+    "LossSurface",
+    "Points",
+    "ScoreCurve",
+    "check_prediction",
+    "fit_loss_surface",
+    "fit_score_curve",
+    "isoflop_profiles",
+]
+
+_MODULES = {
+    "isoflop_profiles": "isoflop",
+    "LossSurface": "loss_surface",
+    "fit_loss_surface": "loss_surface",
+    "Points": "prediction_check",
+    "check_prediction": "prediction_check",
+    "ScoreCurve": "score_curve",
+    "fit_score_curve": "score_curve",
+}
+
+
+def __getattr__(name: str):
+    """They are imported on first use: a plan must not wait for SciPy."""
+    if name in _MODULES:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
