@@ -59,7 +59,9 @@ def test_without_noise_the_law_comes_back(law):
 def coverage(draws: int, bootstrap: int, noise: float, **shape) -> dict[str, int]:
     """In how many draws of a study each interval contains the truth."""
     truth = dict(zip(["E", "A", "B", "alpha", "beta"], BESIROGLU, strict=True)) | {"a": EXPONENT_A, "b": 1 - EXPONENT_A}
-    fits = [fit_loss_surface(*study(noise, seed, **shape), bootstrap=bootstrap, seed=seed) for seed in range(draws)]
+    fits = [
+        fit_loss_surface(*study(noise, draw, **shape), bootstrap=bootstrap, seed=draws + draw) for draw in range(draws)
+    ]
     return {name: sum(true in fit.intervals[name] for fit in fits) for name, true in truth.items()}
 
 
