@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cola_megatron.training.loop import Summary
 
 NAME = "quickstart"
-STAGE_ONE_STEPS, STAGE_TWO_STEPS = 400, 1_100
+STAGE_ONE_STEPS, STAGE_TWO_STEPS = 400, 1_200
 RECIPE = (
     "model.vocab_size=1024",
     "model.dit.block_size=1",
