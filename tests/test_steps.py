@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cola_megatron.families.cola.chain import Cola
-from cola_megatron.families.cola.measured_steps import measured_steps
+from cola_megatron.families.cola.measurement import ColaMeasurement
 from cola_megatron.models.chain_check import check_chain
 from cola_megatron.models.steps import Step, run_steps
 from cola_megatron.parallel import initialize_parallel
@@ -130,11 +130,11 @@ def test_the_held_out_chain_is_checked_as_well(tiny, stage):
     from cola_megatron.held_out.measure import BATCH_NAMES
 
     config = tiny(stage)
-    model = Cola(config, initialize_parallel())
-    steps = measured_steps(model, config)
+    model, measurement = Cola(config, initialize_parallel()), ColaMeasurement(config)
+    steps, batch_names = measurement.steps(model), BATCH_NAMES | set(measurement.batch_names)
     results = [name for step in steps for name in step.writes if name.startswith("sum_")]
-    model.own_stage_of(steps, BATCH_NAMES, results)
+    model.own_stage_of(steps, batch_names, results)
     with pytest.raises(ValueError, match="flow_noise"):
-        model.own_stage_of(steps, BATCH_NAMES - {"flow_noise"}, results)
+        model.own_stage_of(steps, batch_names - {"flow_noise"}, results)
     with pytest.raises(ValueError, match="nobody reads what Step"):
-        model.own_stage_of(steps, BATCH_NAMES, [])
+        model.own_stage_of(steps, batch_names, [])
