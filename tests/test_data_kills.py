@@ -15,8 +15,6 @@ import yaml
 
 from tests.commands import Command
 
-KILLS = 10
-
 
 def start(recipe: Path, output: Path) -> Command:
     """Forked: every kill hits the preparation, none the imports before it."""
@@ -109,13 +107,14 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def test_ten_kills_change_no_byte(tmp_path: Path, recipe: Path) -> None:
+@pytest.mark.parametrize("most", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_kills_change_no_byte(tmp_path: Path, recipe: Path, most: int) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     began = time.monotonic()
     finish(recipe, undisturbed)
     seconds = time.monotonic() - began
     chooser, kills = random.Random(time.time_ns()), 0
-    while kills < KILLS:
+    while kills < most:
         process, until = start(recipe, killed), time.monotonic() + chooser.uniform(0.3, 0.8) * seconds
         while process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)

@@ -116,7 +116,8 @@ def fake_paper_2b(overrides: list[str], world_size: int) -> dict[str, tuple[floa
 
 
 @pytest.mark.parametrize(
-    ("tensor", "sequence", "recompute", "accumulation"), [(1, False, False, 2), (2, True, True, 1)]
+    ("tensor", "sequence", "recompute", "accumulation"),
+    [(1, False, False, 2), pytest.param(2, True, True, 1, marks=pytest.mark.slow)],
 )
 def test_memory_of_paper_2b(tensor, sequence, recompute, accumulation):
     replicas = 8

@@ -128,7 +128,7 @@ def test_a_requeue_in_the_middle(submit, undisturbed, slurm: Cluster) -> None:
     assert_nothing_lost(job, undisturbed, tries=2)
 
 
-@pytest.mark.parametrize("launcher", [AGENT_SLOWLY, "tasks"])
+@pytest.mark.parametrize("launcher", [AGENT_SLOWLY, TASKS_SLOWLY])
 def test_the_signal_before_the_time_limit_saves_and_requeues(submit, undisturbed, slurm: Cluster, launcher) -> None:
     job = submit("training.checkpoint.every=1000", site=f"launcher: {launcher}\n")
     job.wait_for_step(5)
