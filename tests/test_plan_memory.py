@@ -115,9 +115,9 @@ def fake_paper_2b(overrides: list[str], world_size: int) -> dict[str, tuple[floa
         return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("tensor", "sequence", "recompute", "accumulation"),
-    [(1, False, False, 2), pytest.param(2, True, True, 1, marks=pytest.mark.slow)],
+    ("tensor", "sequence", "recompute", "accumulation"), [(1, False, False, 2), (2, True, True, 1)]
 )
 def test_memory_of_paper_2b(tensor, sequence, recompute, accumulation):
     replicas = 8

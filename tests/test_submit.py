@@ -280,6 +280,7 @@ def test_a_rendezvous_on_a_port_in_use_is_one_line() -> None:
     assert one_line(done).startswith(f"cola: {address}: 2 nodes did not meet there")
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_answer_is_named() -> None:
     command = [sys.executable, "-m", "launchers.cli", "launch", "--nproc", "1", "--nodes", "3"]
     command += ["--rendezvous", f"127.0.0.1:{free_port()}"]
