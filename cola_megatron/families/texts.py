@@ -7,8 +7,17 @@ from typing import Any, ClassVar, Protocol
 
 from cola_megatron.inference.text_stream import Decode, TextStream, following
 
+PROMPT_TOKENS, NEW_TOKENS = 48, 32
+"""Of a continuation: how much is given at most, and written; of every family, so that their texts compare."""
+
 Marked = list[tuple[str, bool]]
 """A text in pieces; True: its tokens are the original's."""
+
+
+def given_and_end(length: int) -> tuple[int, int]:
+    """Of a text of so many tokens: how many are given, and where the continuation ends, which has a truth."""
+    given = max(1, min(PROMPT_TOKENS, length // 2))
+    return given, min(given + NEW_TOKENS, length)
 
 
 class HeldOutText(Protocol):

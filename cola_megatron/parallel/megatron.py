@@ -22,13 +22,13 @@ def _without_what_nothing_here_uses() -> Iterator[None]:
         return function if callable(function) else lambda decorated: decorated
 
     compiler, knows_wandb = torch.compile, "wandb" in sys.modules
-    setattr(torch, "compile", as_it_is)  # noqa: B010 - types do not let a function be assigned
+    vars(torch)["compile"] = as_it_is
     if not knows_wandb:
         sys.modules["wandb"] = None  # an import of it fails, as where it is not installed
     try:
         yield
     finally:
-        setattr(torch, "compile", compiler)  # noqa: B010
+        vars(torch)["compile"] = compiler
         if not knows_wandb:
             del sys.modules["wandb"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from cola_megatron.config.autoregressive import AutoregressiveConfig
-from cola_megatron.families.autoregressive.loss import next_tokens
+from cola_megatron.families.autoregressive.loss import LOSS_WEIGHTS, next_tokens
 from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.models.steps import Step
@@ -46,7 +46,7 @@ class Autoregressive(PipelinedModel):
 
     def weights(self) -> dict[str, float]:
         """There is one term."""
-        return {"next_token": 1.0}
+        return LOSS_WEIGHTS
 
     def network_steps(self, head: Step) -> Iterator[Step]:
         """tokens -> targets, targets_counted; and to the last hidden states, of which `head` makes something."""

@@ -48,7 +48,9 @@ class AutoregressiveFamily(Family[AutoregressiveConfig]):
 
     def loss_weights(self, config: AutoregressiveConfig) -> dict[str, float]:
         """There is one term."""
-        return {"next_token": 1.0}
+        from cola_megatron.families.autoregressive.loss import LOSS_WEIGHTS
+
+        return LOSS_WEIGHTS
 
     def parts(self, config: AutoregressiveConfig, mode: Mode | None = None) -> tuple[Part, ...]:
         """See `families/transformer_costs.py`."""

@@ -24,6 +24,9 @@ from cola_megatron.layers.masks import block_causal_mask
 from cola_megatron.models.transformer import Transformer
 from cola_megatron.objectives.averages import mean_over_counted
 
+LOSS_WEIGHTS = {"next_token": 1.0}
+"""Of each term."""
+
 
 def autoregressive_loss(
     transformer: Transformer, batch: Mapping[str, torch.Tensor], config: AutoregressiveConfig

@@ -13,21 +13,17 @@ import torch
 
 from cola_megatron.families.autoregressive.chain import Autoregressive
 from cola_megatron.families.chain_pass import ChainPass
-from cola_megatron.families.texts import Continuation, HeldOutText
+from cola_megatron.families.texts import Continuation, HeldOutText, given_and_end
 from cola_megatron.layers.masks import AttentionMask
 from cola_megatron.models.steps import Step
 from cola_megatron.models.transformer_steps import transformer_steps, whole_logits
-
-PROMPT_TOKENS, NEW_TOKENS = 48, 32
-"""How much is given at most, and written."""
 
 
 def write_texts(model: Autoregressive, texts_KL: np.ndarray, on_pass: Callable[[], None]) -> Sequence[HeldOutText]:
     """How the model goes on with these texts; every rank calls it, and gets the same."""
     groups, transformer = model.groups, model.transformer
     count, length = texts_KL.shape
-    given = max(1, min(PROMPT_TOKENS, length // 2))
-    end = min(given + NEW_TOKENS, length)
+    given, end = given_and_end(length)
     # Positions behind the text are seen by none of it; sequence parallelism cuts what its ranks divide.
     width = -(-end // groups.tensor_parallel_size) * groups.tensor_parallel_size
     tokens_KW = torch.zeros(count, width, dtype=torch.long, device=groups.device)

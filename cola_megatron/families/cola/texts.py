@@ -12,13 +12,13 @@ from cola_megatron.config import ColaConfig
 from cola_megatron.data import SampleSequence
 from cola_megatron.families.cola.chain import Cola
 from cola_megatron.families.cola.text_passes import TextPasses
-from cola_megatron.families.texts import Continuation, HeldOutText, Reconstruction
+from cola_megatron.families.texts import NEW_TOKENS, PROMPT_TOKENS, Continuation, HeldOutText, Reconstruction
 from cola_megatron.inference.noise import block_noise
 from cola_megatron.inference.settings import FlowSettings
 from cola_megatron.objectives.samples import latent_positions, positions
 
-PROMPT_TOKENS, NEW_TOKENS, RECONSTRUCTED_TOKENS = 48, 32, 96
-"""In whole blocks, at least one: how much is given at most, and written; and how much of a reconstruction is kept."""
+RECONSTRUCTED_TOKENS = 96
+"""How much of a reconstruction is kept. A continuation is given and written in whole blocks, at least one."""
 MOST_BLOCKS = 8
 """Of a continuation, where blocks are small: each costs `SETTINGS.steps` passes."""
 SETTINGS = FlowSettings(steps=16, guidance_scale=3.0, repetition_penalty=1.0)

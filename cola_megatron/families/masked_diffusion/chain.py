@@ -10,6 +10,7 @@ import torch
 
 from cola_megatron.config.masked_diffusion import MaskedDiffusionConfig
 from cola_megatron.families.masked_diffusion.copies import Copies, require_no_mask_token, visible_positions
+from cola_megatron.families.masked_diffusion.loss import LOSS_WEIGHTS
 from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.models.attention_chunks import attention_chunk
 from cola_megatron.models.pipelined import PipelinedModel
@@ -60,7 +61,7 @@ class MaskedDiffusion(PipelinedModel):
 
     def weights(self) -> dict[str, float]:
         """Weight of each term of `steps()`."""
-        return {"bound": 1.0}
+        return LOSS_WEIGHTS
 
     # What held-out measurements run as well.
 

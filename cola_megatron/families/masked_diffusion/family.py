@@ -50,7 +50,9 @@ class MaskedDiffusionFamily(Family[MaskedDiffusionConfig]):
 
     def loss_weights(self, config: MaskedDiffusionConfig) -> dict[str, float]:
         """There is one term."""
-        return {"bound": 1.0}
+        from cola_megatron.families.masked_diffusion.loss import LOSS_WEIGHTS
+
+        return LOSS_WEIGHTS
 
     def parts(self, config: MaskedDiffusionConfig, mode: Mode | None = None) -> tuple[Part, ...]:
         """See `families/transformer_costs.py`."""

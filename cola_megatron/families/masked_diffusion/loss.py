@@ -20,6 +20,9 @@ from cola_megatron.models.transformer import Transformer
 from cola_megatron.objectives.averages import mean_over_counted
 from cola_megatron.objectives.masked_diffusion import inverse_time_weights, masked_positions
 
+LOSS_WEIGHTS = {"bound": 1.0}
+"""Of each term."""
+
 
 def masked_diffusion_loss(
     transformer: Transformer, batch: Mapping[str, torch.Tensor], config: MaskedDiffusionConfig

@@ -14,13 +14,13 @@ import torch
 from cola_megatron.families.chain_pass import ChainPass
 from cola_megatron.families.masked_diffusion.blocks import schedule
 from cola_megatron.families.masked_diffusion.chain import MaskedDiffusion
-from cola_megatron.families.texts import Continuation, HeldOutText
+from cola_megatron.families.texts import Continuation, HeldOutText, given_and_end
 from cola_megatron.layers.masks import AttentionMask, block_causal_visibility
 from cola_megatron.models.steps import Step
 from cola_megatron.models.transformer_steps import transformer_steps, whole_logits
 
-PROMPT_TOKENS, NEW_TOKENS, STEPS = 48, 32, 16
-"""How much is given at most, and written, in so many steps; by blocks, each has its share of them."""
+STEPS = 16
+"""Of a continuation; by blocks, each has its share of them."""
 STRIP_SHARES = 4
 """The first block is shown before its first step and at every fourth part of it."""
 
@@ -32,9 +32,9 @@ def write_texts(model: MaskedDiffusion, texts_KL: np.ndarray, on_pass: Callable[
     """
     config, device = model.config, model.groups.device
     count, length = texts_KL.shape
-    given = max(1, min(PROMPT_TOKENS, length // 2))
+    given, last = given_and_end(length)
     size = config.model.block_size
-    end = min(given + NEW_TOKENS, length) if size is None else min(-(-(given + NEW_TOKENS) // size) * size, length)
+    end = last if size is None else min(-(-last // size) * size, length)
     whole_KL = torch.from_numpy(texts_KL.astype(np.int64)).to(device)
     tokens_KL = whole_KL[:, :end].clone()
     tokens_KL[:, given:] = config.model.mask_id
@@ -61,7 +61,6 @@ def write_texts(model: MaskedDiffusion, texts_KL: np.ndarray, on_pass: Callable[
         if start == first:
             for strip, ids in zip(strips, tokens_KL[:, block][:, -tokens:].tolist(), strict=True):
                 strip.append((0.0, ids))
-    last = min(given + NEW_TOKENS, length)
     found, truth = tokens_KL[:, given:last].tolist(), whole_KL[:, given:last].tolist()
     return [Continuation(*each) for each in zip(whole_KL[:, :given].tolist(), found, truth, strips, strict=True)]
 

@@ -16,7 +16,7 @@ import torch
 from cola_megatron.config.plaid import PlaidConfig
 from cola_megatron.families.plaid.categorical import embeddings_of
 from cola_megatron.families.plaid.denoiser import Denoiser
-from cola_megatron.families.plaid.loss import diffusion_loss, reconstruction_loss, stop_gradient, texts_of
+from cola_megatron.families.plaid.loss import LOSS_WEIGHTS, diffusion_loss, reconstruction_loss, stop_gradient, texts_of
 from cola_megatron.families.plaid.network import PlaidParts
 from cola_megatron.layers.attention import AttentionContext
 from cola_megatron.models.pipelined import PipelinedModel
@@ -96,7 +96,7 @@ class Plaid(PipelinedModel):
 
     def weights(self) -> dict[str, float]:
         """Weight of each term."""
-        return {"prior": 1.0, "reconstruction": 1.0, "diffusion": 1.0}
+        return LOSS_WEIGHTS
 
     def learning_rate_ratios(self) -> dict[str, float]:
         """Embeddings, schedule and input may learn at another rate than the transformer."""

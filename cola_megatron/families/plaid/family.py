@@ -57,7 +57,9 @@ class PlaidFamily(Family[PlaidConfig]):
 
     def loss_weights(self, config: PlaidConfig) -> dict[str, float]:
         """The three terms of the bound."""
-        return {"prior": 1.0, "reconstruction": 1.0, "diffusion": 1.0}
+        from cola_megatron.families.plaid.loss import LOSS_WEIGHTS
+
+        return LOSS_WEIGHTS
 
     def parts(self, config: PlaidConfig, mode: Mode | None = None) -> tuple[Part, ...]:
         """See `parts.chain_parts`."""

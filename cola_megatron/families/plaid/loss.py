@@ -30,6 +30,10 @@ from cola_megatron.objectives.plaid import diffusion_term, noisy_embeddings, pri
 stop_gradient = torch.Tensor.detach
 
 
+LOSS_WEIGHTS = {"prior": 1.0, "reconstruction": 1.0, "diffusion": 1.0}
+"""Of each term."""
+
+
 def plaid_loss(
     transformer: Transformer, plaid: PlaidParts, batch: Mapping[str, torch.Tensor], config: PlaidConfig
 ) -> dict[str, torch.Tensor]:

@@ -16,13 +16,11 @@ from cola_megatron.families.chain_pass import ChainPass
 from cola_megatron.families.plaid.categorical import embeddings_of, predict
 from cola_megatron.families.plaid.chain import Plaid
 from cola_megatron.families.plaid.sampler import Estimate, Prompts, State, noise_of, sample, time_grid
-from cola_megatron.families.texts import Continuation
+from cola_megatron.families.texts import Continuation, given_and_end
 from cola_megatron.inference.noise import generator_of
 from cola_megatron.models.steps import Step
 from cola_megatron.models.transformer_steps import as_head, block_steps
 
-PROMPT_TOKENS, NEW_TOKENS = 48, 32
-"""How much is given at most, and written."""
 STEPS, SCORE_TEMPERATURE, NOISE_SEED = 64, 0.9, 66
 STRIP_STEPS = (0, 16, 32, 48, STEPS)
 """Steps at which the likeliest tokens are kept: at t = 1, 0.75, 0.5, 0.25 and 0."""
@@ -32,8 +30,7 @@ def write_texts(model: Plaid, texts_KL: np.ndarray, on_pass: Callable[[], None])
     """How the model continues these texts; every rank calls it, and gets the same."""
     groups, channels = model.groups, model.config.model.diffusion.embedding_dim
     texts, length = texts_KL.shape
-    given = max(1, min(PROMPT_TOKENS, length // 2))
-    size = min(given + NEW_TOKENS, length)
+    given, size = given_and_end(length)
     if groups.sequence_parallel:  # which cuts what its ranks divide; all positions see each other, so none is a filler
         size -= size % groups.tensor_parallel_size
     tokens_KS = torch.from_numpy(texts_KL[:, :size].astype(np.int64)).to(groups.device)
