@@ -1,8 +1,9 @@
 """A trained model of any family in one process, for whoever wants text of it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -16,41 +17,59 @@ from cola_megatron.inference.protocol import Generation, Piece, Preview, Request
 from cola_megatron.inference.requests import read_requests, read_settings
 from cola_megatron.inference.scored_texts import ScoredText, read_texts
 from cola_megatron.inference.settings import CommonSettings
+from cola_megatron.interop.weight_source import ModelSource
 from cola_megatron.parallel import ProcessGroups, initialize_parallel
 
 PADDING_TOKENS = ("<|pad|>", "<|endoftext|>")
 END_OF_TEXT_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
-class TextModel:
+class TextModel(ABC):
     """Networks and tokenizer in evaluation mode. It is an `inference.protocol.Generator`.
 
     A family's class builds its networks, and says how a batch starts.
 
     Args:
+        config: its model section.
+        weights: whole tensors by their names in a checkpoint.
+        tokenizer: tokenizer.json; None: prompts are token ids, and there is no text.
         device: by default the GPU of this process, or the CPU.
+        dtype: of the weights and of the activations between them.
         tensor_parallel_size: processes that share each matrix. Under torchrun every one of them makes the same calls
             and gets the same answers.
     """
 
     settings_class: ClassVar[type[CommonSettings]]
     """How to generate."""
+    config: ModelConfig
     groups: ProcessGroups
     device: torch.device
 
     def __init__(
         self,
         config: ModelConfig,
+        weights: dict[str, torch.Tensor],
         tokenizer: Path | None,
         device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
         tensor_parallel_size: int = 1,
     ):
         check_tensor_parallel(config, tensor_parallel_size)
         self.groups = initialize_parallel(tensor_parallel_size)
-        self.vocab_size = config.vocab_size
+        self.config, self.vocab_size = config, config.vocab_size
         self.device = torch.device(device) if device is not None else self.groups.device
         self.tokenizer_path = tokenizer
         self.tokenizer = read_tokenizer(tokenizer) if tokenizer is not None else None
+        self.build(weights, dtype)
+
+    @classmethod
+    def from_source(cls, source: ModelSource, **options: Any) -> Self:
+        """From weights of any form; `options` are the arguments of the class from `device` on."""
+        return cls(source.config, {name: source.read(name) for name in source.shapes}, source.tokenizer, **options)
+
+    @abstractmethod
+    def build(self, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+        """Makes the networks of `config` on `device`, in evaluation mode and without gradients, and fills them."""
 
     @property
     def block_tokens(self) -> int:
@@ -58,11 +77,12 @@ class TextModel:
         return 1
 
     def require_generation(self) -> None:
-        """Raises UserError where this model cannot generate."""
+        """Raises UserError where this model cannot generate; by default it can."""
+        return
 
+    @abstractmethod
     def start(self, requests: Sequence[Request], settings: Any, padding_id: int) -> Session:
         """Begins a batch."""
-        raise NotImplementedError
 
     def generate(
         self,
@@ -131,6 +151,7 @@ class TextModel:
             preview_steps,
         )
 
+    @abstractmethod
     def log_likelihood(
         self,
         texts: Sequence[str | Sequence[int]],
@@ -155,7 +176,6 @@ class TextModel:
         Raises:
             ValueError: a text without tokens; settings, ids or token ids out of range; numbers that do not match.
         """
-        raise NotImplementedError
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Of a network that reads tokens: ids (L,) -> (L, V), float32; raises UserError where none does."""
@@ -164,9 +184,9 @@ class TextModel:
             "log_likelihood scores a text"
         )
 
+    @abstractmethod
     def fixed_outputs(self) -> dict[str, torch.Tensor]:
         """What the model computes from inputs that its config alone decides: two that are the same agree in it."""
-        raise NotImplementedError
 
     def needs_padding(self, request: Request) -> bool:
         """Whether a prompt has to be filled up: it is empty, or ends inside a block."""

@@ -4,7 +4,6 @@ Shapes: L tokens, V vocabulary.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from cola_megatron.inference.likelihood_terms import Progress
 from cola_megatron.inference.protocol import Request
 from cola_megatron.inference.requests import read_settings, read_token_ids
 from cola_megatron.inference.text_model import TextModel
-from cola_megatron.interop.weight_source import ModelSource
 from cola_megatron.layers.masks import AttentionMask
 from cola_megatron.models.transformer import Transformer
 from cola_megatron.models.transformer_steps import whole_logits
@@ -34,41 +32,19 @@ NETWORK = "transformer."
 
 
 class AutoregressiveLM(TextModel):
-    """Transformer and tokenizer in evaluation mode. It is an `inference.protocol.Generator`.
+    """Transformer and tokenizer in evaluation mode. It is an `inference.protocol.Generator`."""
 
-    Args:
-        weights: whole tensors by their names in a checkpoint.
-        tokenizer: tokenizer.json; None: prompts are token ids, and there is no text.
-        device: by default the GPU of this process, or the CPU.
-        dtype: of the weights and of the activations between them.
-        tensor_parallel_size: processes that share each matrix. Under torchrun every one of them makes the same calls
-            and gets the same answers.
-    """
-
+    config: AutoregressiveModelConfig
     settings_class = AutoregressiveSettings
 
-    def __init__(
-        self,
-        config: AutoregressiveModelConfig,
-        weights: dict[str, torch.Tensor],
-        tokenizer: Path | None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        tensor_parallel_size: int = 1,
-    ):
-        super().__init__(config, tokenizer, device, tensor_parallel_size)
-        self.config = config
-        self.transformer = Transformer(config.vocab_size, config.transformer, self.groups)
+    def build(self, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+        """See `TextModel.build`."""
+        config, groups = self.config, self.groups
+        self.transformer = Transformer(config.vocab_size, config.transformer, groups)
         own = {name.removeprefix(NETWORK): tensor for name, tensor in weights.items()}
-        load_full_state_dict(self.transformer, own, self.groups)
+        load_full_state_dict(self.transformer, own, groups)
         self.transformer.to(self.device, dtype).eval().requires_grad_(False)
         self._generator = AutoregressiveGenerator(self.transformer)
-
-    @classmethod
-    def from_source(cls, source: ModelSource, **options: Any) -> "AutoregressiveLM":
-        """From weights of any form."""
-        assert isinstance(source.config, AutoregressiveModelConfig)
-        return cls(source.config, {name: source.read(name) for name in source.shapes}, source.tokenizer, **options)
 
     def start(
         self, requests: Sequence[Request], settings: AutoregressiveSettings, padding_id: int

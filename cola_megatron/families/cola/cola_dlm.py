@@ -22,7 +22,7 @@ from cola_megatron.inference.settings import FlowSettings, LikelihoodSettings
 from cola_megatron.inference.text_model import TextModel
 from cola_megatron.interop.stored_model import CheckpointModel
 from cola_megatron.interop.weight_files import MAX_SHARD_BYTES
-from cola_megatron.interop.weight_source import HeldWeights, ModelSource
+from cola_megatron.interop.weight_source import HeldWeights
 from cola_megatron.models.dit import DiT, two_copy_times
 from cola_megatron.models.text_vae import LOGVAR_MIN, TextVAE
 from cola_megatron.parallel import gather_state_dict, load_full_state_dict
@@ -46,6 +46,7 @@ class ColaDLM(TextModel):
         ValueError: CUDA graphs without a GPU or with tensor parallelism.
     """
 
+    config: ColaModelConfig
     settings_class = FlowSettings
 
     def __init__(
@@ -58,8 +59,14 @@ class ColaDLM(TextModel):
         tensor_parallel_size: int = 1,
         cuda_graphs: bool = False,
     ):
-        super().__init__(config, tokenizer, device, tensor_parallel_size)
-        self.config, groups = config, self.groups
+        self.cuda_graphs = cuda_graphs
+        super().__init__(config, weights, tokenizer, device, dtype, tensor_parallel_size)
+
+    def build(self, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+        """See `TextModel.build`."""
+        config, groups = self.config, self.groups
+        if self.cuda_graphs and (self.device.type != "cuda" or groups.tensor_parallel_size > 1):
+            raise ValueError("cuda_graphs=True needs a GPU and tensor_parallel_size=1; leave it out")
         self.vae, self.dit = TextVAE(config.vocab_size, config.vae, groups), None
         load_full_state_dict(self.vae, _part(weights, "vae"), groups)
         if any(name.startswith("dit.") for name in weights):
@@ -68,9 +75,7 @@ class ColaDLM(TextModel):
         for network in (self.vae, self.dit):
             if network is not None:
                 prepare(network.to(self.device, dtype).eval().requires_grad_(False), groups)
-        if cuda_graphs and (self.device.type != "cuda" or tensor_parallel_size > 1):
-            raise ValueError("cuda_graphs=True needs a GPU and tensor_parallel_size=1; leave it out")
-        recorder = record_on_cuda if cuda_graphs else None
+        recorder = record_on_cuda if self.cuda_graphs else None
         self._flow = FlowGenerator(self.vae, self.dit, recorder) if self.dit is not None else None
 
     @property
@@ -86,12 +91,6 @@ class ColaDLM(TextModel):
         """Encodes the prompts and fills the caches."""
         assert self._flow is not None, "there is one with every prior"
         return self._flow.start(requests, settings, padding_id)
-
-    @classmethod
-    def from_source(cls, source: ModelSource, **options: Any) -> "ColaDLM":
-        """From weights of any form."""
-        assert isinstance(source.config, ColaModelConfig)
-        return cls(source.config, {name: source.read(name) for name in source.shapes}, source.tokenizer, **options)
 
     @classmethod
     def from_published(cls, folder: str | Path, **options) -> "ColaDLM":

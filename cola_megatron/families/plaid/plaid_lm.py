@@ -1,7 +1,6 @@
 """A trained Plaid in one process, for notebooks and for the command line."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from cola_megatron.inference.likelihood_terms import Progress
 from cola_megatron.inference.protocol import Request
 from cola_megatron.inference.requests import read_settings
 from cola_megatron.inference.text_model import TextModel
-from cola_megatron.interop.weight_source import ModelSource
 from cola_megatron.models.transformer import Transformer
 from cola_megatron.parallel import load_full_state_dict
 
@@ -28,26 +26,15 @@ TOKENS_AT_ONCE = 2048
 class PlaidLM(TextModel):
     """Transformer, embeddings, schedule and tokenizer in evaluation mode.
 
-    Args:
-        device: by default the GPU of this process, or the CPU.
-        dtype: of the transformer's weights and of the activations between them; embeddings and schedule stay float32.
-        tensor_parallel_size: processes that share each matrix. Under torchrun every one of them makes the same calls
-            and gets the same answers.
+    Embeddings and schedule stay float32 whatever `dtype` is.
     """
 
+    config: PlaidModelConfig
     settings_class = PlaidSettings
 
-    def __init__(
-        self,
-        config: PlaidModelConfig,
-        weights: dict[str, torch.Tensor],
-        tokenizer: Path | None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        tensor_parallel_size: int = 1,
-    ):
-        super().__init__(config, tokenizer, device, tensor_parallel_size)
-        self.config, groups = config, self.groups
+    def build(self, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+        """See `TextModel.build`."""
+        config, groups = self.config, self.groups
         # Whether the network is told a first estimate is in its weights.
         self_conditioning = "plaid.input.estimate.weight" in weights
         self.transformer = Transformer(config.vocab_size, config.transformer, groups, has_embedding=False)
@@ -61,12 +48,6 @@ class PlaidLM(TextModel):
         prepare(self.transformer, groups)
         self.denoiser = Denoiser(self.transformer, self.plaid, TOKENS_AT_ONCE)
         self._generator = PlaidGenerator(self.transformer, self.plaid)
-
-    @classmethod
-    def from_source(cls, source: ModelSource, **options: Any) -> "PlaidLM":
-        """From weights of any form."""
-        assert isinstance(source.config, PlaidModelConfig)
-        return cls(source.config, {name: source.read(name) for name in source.shapes}, source.tokenizer, **options)
 
     def start(self, requests: Sequence[Request], settings: PlaidSettings, padding_id: int) -> PlaidSession:
         """Begins a batch; nothing is padded."""
