@@ -22,7 +22,7 @@ from cola_megatron.data import read_tokenizer
 from cola_megatron.inference.text_model import END_OF_TEXT_TOKENS
 from cola_megatron.interop.errors import PublishedError
 from cola_megatron.interop.stored_model import CheckpointModel
-from cola_megatron.interop.weight_files import write_weights
+from cola_megatron.interop.weight_files import WeightFiles, write_weights
 from cola_megatron.interop.weight_source import ModelSource
 from cola_megatron.layers.mlp import swiglu_groups
 
@@ -47,6 +47,35 @@ class Rule:
     def shape(self) -> Shape:
         """Of our whole tensor."""
         return tuple(self.to_ours(*(torch.empty(shape, device="meta") for shape in self.published.values())).shape)
+
+
+class RenamedFolder:
+    """An opened folder of another program whose tensors are ours under other names; the base of a `ModelSource`."""
+
+    _rules: Mapping[str, Rule]
+    _files: WeightFiles
+    _written: Mapping[str, Any]
+    """config.json."""
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Of every tensor, by our names."""
+        return {name: rule.shape for name, rule in self._rules.items()}
+
+    @property
+    def imported(self) -> dict[str, Any]:
+        """config.json and the type of every tensor, so that a checkpoint that was imported is written as it was."""
+        dtypes = {name: str(stored.dtype).removeprefix("torch.") for name, stored in self._files.tensors.items()}
+        return {"config": self._written, "dtypes": dtypes}
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor by our name, in our layout: float32, which holds every published type exactly."""
+        rule = self._rules[name]
+        return rule.to_ours(*(self.stored(each).float() for each in rule.published)).contiguous()
+
+    def stored(self, name: str) -> torch.Tensor:
+        """A published tensor, of the type it is stored in."""
+        return self._files.read(name)
 
 
 def llama_rules(vocab_size: int, config: TransformerConfig) -> dict[str, Rule]:

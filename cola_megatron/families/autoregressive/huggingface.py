@@ -19,7 +19,7 @@ from cola_megatron.families.llama_weights import (
     EMBEDDING,
     HEAD,
     TOKENIZER,
-    Shape,
+    RenamedFolder,
     end_of_text_id,
     llama_rules,
     read_config,
@@ -33,7 +33,7 @@ from cola_megatron.interop.weight_files import MAX_SHARD_BYTES, WeightFiles
 from cola_megatron.interop.weight_source import ModelSource, WeightFormat
 
 
-class HuggingFaceLlama:
+class HuggingFaceLlama(RenamedFolder):
     """Such a folder, opened: all but the values is checked. It is a `ModelSource`.
 
     Raises:
@@ -55,23 +55,8 @@ class HuggingFaceLlama:
         self._check_tensors()
         self.tokenizer = folder / TOKENIZER if (folder / TOKENIZER).is_file() else None
 
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        """Of every tensor, by our names."""
-        return {name: rule.shape for name, rule in self._rules.items()}
-
-    @property
-    def imported(self) -> dict[str, Any]:
-        """config.json and the type of every tensor, so that a checkpoint that was imported is written as it was."""
-        dtypes = {name: str(stored.dtype).removeprefix("torch.") for name, stored in self._files.tensors.items()}
-        return {"config": self._written, "dtypes": dtypes}
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor by our name, in our layout: float32, which holds every published type exactly."""
-        rule = self._rules[name]
-        return rule.to_ours(*(self._stored(each).float() for each in rule.published)).contiguous()
-
-    def _stored(self, name: str) -> torch.Tensor:
+    def stored(self, name: str) -> torch.Tensor:
+        """A published tensor; of tied embeddings the one is the other."""
         return self._files.read(EMBEDDING if self.tied and name == HEAD else name)
 
     def _check_tensors(self) -> None:

@@ -18,8 +18,8 @@ from cola_megatron.families.llama_weights import (
     EMBEDDING,
     HEAD,
     TOKENIZER,
+    RenamedFolder,
     Rule,
-    Shape,
     end_of_text_id,
     llama_rules,
     read_config,
@@ -82,7 +82,7 @@ def _with_mask(head_VH: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return (torch.cat((head_VH, head_VH.new_zeros(1, head_VH.shape[1]))),)
 
 
-class LLaDAFolder:
+class LLaDAFolder(RenamedFolder):
     """Such a folder, opened: all but the values is checked. It is a `ModelSource`.
 
     Raises:
@@ -108,22 +108,6 @@ class LLaDAFolder:
                 f"{self._files.source}: {_NAMES[HEAD]} has a row for [MASK], which is beyond vocab_size; ours has none"
             )
         self.tokenizer = folder / TOKENIZER if (folder / TOKENIZER).is_file() else None
-
-    @property
-    def shapes(self) -> dict[str, Shape]:
-        """Of every tensor, by our names."""
-        return {name: rule.shape for name, rule in self._rules.items()}
-
-    @property
-    def imported(self) -> dict[str, Any]:
-        """config.json and the type of every tensor, so that a checkpoint that was imported is written as it was."""
-        dtypes = {name: str(stored.dtype).removeprefix("torch.") for name, stored in self._files.tensors.items()}
-        return {"config": self._written, "dtypes": dtypes}
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor by our name, in our layout: float32, which holds every published type exactly."""
-        rule = self._rules[name]
-        return rule.to_ours(*(self._files.read(each).float() for each in rule.published)).contiguous()
 
 
 class LLaDAFormat(WeightFormat):
