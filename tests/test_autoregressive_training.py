@@ -25,7 +25,7 @@ from cola_megatron.training.batches import MicroBatches
 from cola_megatron.training.loop import train
 from tests.llama_folders import CASES, PROMPT, write_folder
 from tests.ranks import run_ranks
-from tests.test_layouts import FP32_CURVE, FP32_GRADIENT, train_steps
+from tests.test_layouts import FP32_CURVE, FP32_GRADIENT, steps_under_layout
 
 SMALL = [
     "model.vocab_size=300",
@@ -120,14 +120,7 @@ def one_process(*overrides: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
 def under_layout(ranks: int, overrides: list[str]) -> tuple[list[dict], dict[str, torch.Tensor]]:
     """The metrics of four steps and the whole first moments after the first, which are its gradients."""
     config = load_config("tiny-autoregressive", [*SMALL, "training.micro_batch_size=2", *overrides])
-    answers = run_ranks(train_steps, ranks, config, 4)
-    assert all(answer["metrics"] == answers[0]["metrics"] for answer in answers)
-    whole: dict[str, torch.Tensor] = {}
-    for answer in answers:
-        for piece in answer["moments"]:
-            box = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.values.shape, strict=True))
-            whole.setdefault(piece.name, torch.full(piece.whole, torch.nan))[box] = torch.from_numpy(piece.values)
-    return answers[0]["metrics"], whole
+    return steps_under_layout(config, ranks)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

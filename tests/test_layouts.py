@@ -87,6 +87,18 @@ def train_steps(config: RunConfig, steps: int) -> dict[str, Any]:
     return {"metrics": metrics, "moments": moments}
 
 
+def steps_under_layout(config: RunConfig, ranks: int) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """The metrics of four steps and the whole first moments after the first, which are its gradients."""
+    answers = run_ranks(train_steps, ranks, config, 4)
+    assert all(answer["metrics"] == answers[0]["metrics"] for answer in answers)
+    whole: dict[str, torch.Tensor] = {}
+    for answer in answers:
+        for piece in answer["moments"]:
+            box = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.values.shape, strict=True))
+            whole.setdefault(piece.name, torch.full(piece.whole, torch.nan))[box] = torch.from_numpy(piece.values)
+    return answers[0]["metrics"], whole
+
+
 def shaken(initializer):
     """A start at which no gate is closed, so that every parameter has a gradient."""
 
