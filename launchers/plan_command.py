@@ -30,10 +30,10 @@ def plan(
     `cola plan paper-2b training.global_batch_size=2048 --gpus 128 --gpu h200 --eflops 2000`
     """
     from cola_megatron.config import ConfigError, load_config
-    from cola_megatron.scaling.budget import budget
-    from cola_megatron.scaling.hardware import GIB, GPUS, efficiency_with
-    from cola_megatron.scaling.plan import CHOICES, Cluster
-    from cola_megatron.scaling.plan import plan as rank
+    from cola_megatron.planning.budget import budget
+    from cola_megatron.planning.hardware import GIB, GPUS, efficiency_with
+    from cola_megatron.planning.plan import CHOICES, Cluster
+    from cola_megatron.planning.plan import plan as rank
     from launchers.plan_table import as_tree, print_plan
 
     config = load_config(source, overrides or [])

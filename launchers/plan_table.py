@@ -6,10 +6,10 @@ from typing import Any
 
 from cola_megatron.config import RunConfig
 from cola_megatron.families import family_of
-from cola_megatron.scaling.budget import Budget
-from cola_megatron.scaling.flops import training_flops_per_sample
-from cola_megatron.scaling.hardware import GIB
-from cola_megatron.scaling.plan import Cluster, Layout, batch_limit
+from cola_megatron.planning.budget import Budget
+from cola_megatron.planning.flops import training_flops_per_sample
+from cola_megatron.planning.hardware import GIB
+from cola_megatron.planning.plan import Cluster, Layout, batch_limit
 from launchers.output import print_table
 
 

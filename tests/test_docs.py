@@ -28,9 +28,9 @@ SUFFIXES = (".py", ".md", ".svg", ".png", ".sbatch.j2", ".html.j2")
 LAYERS = (
     ("launchers",),
     ("tools", "data_prep", "slurm"),
-    ("reporting", "compare_models.py"),
+    ("reporting", "scaling", "compare_models.py"),
     ("interface.py", "evaluation", "training", "preflight"),
-    ("held_out", "conversion", "scaling"),
+    ("held_out", "conversion", "planning"),
     ("families",),
     ("inference", "interop"),
     ("checkpoint", "costs"),

@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cola_megatron.families.cola.chain import Cola
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
-from cola_megatron.scaling.flops import paper_nominal_flops, training_flops, training_flops_per_sample
+from cola_megatron.planning.flops import paper_nominal_flops, training_flops, training_flops_per_sample
 from tests.support import random_batch
 
 

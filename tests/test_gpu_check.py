@@ -14,7 +14,7 @@ import torch
 
 from cola_megatron.config import load_config
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
-from cola_megatron.scaling.hardware import gpu_of_device
+from cola_megatron.planning.hardware import gpu_of_device
 from tools import (
     gpu_ceilings,
     gpu_check,

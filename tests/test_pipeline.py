@@ -9,8 +9,8 @@ from cola_megatron.families.cola.measured_steps import measured_steps
 from cola_megatron.families.cola.parts import chain_parts
 from cola_megatron.models.steps import Step, cut_chain, run_steps
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
-from cola_megatron.scaling.balance import balance
-from cola_megatron.scaling.split import pipeline_split
+from cola_megatron.planning.balance import balance
+from cola_megatron.planning.split import pipeline_split
 from tests.support import perturbed, random_batch
 
 MODES = [(1, "joint", True), (2, "joint", True), (2, "joint", False), (2, "frozen", False)]

@@ -10,7 +10,7 @@ from cola_megatron.costs.traffic import Traffic
 from cola_megatron.families import family_of
 from cola_megatron.layers import norms
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
-from cola_megatron.scaling.communication import tensor_traffic
+from cola_megatron.planning.communication import tensor_traffic
 from tests.live_memory import LiveMemory, SentBytes, fake_job, in_compute_type
 from tests.ranks import run_ranks
 from tests.support import random_batch

@@ -14,10 +14,10 @@ from cola_megatron.families.cola.chain import Cola
 from cola_megatron.families.cola.parts import chain_parts
 from cola_megatron.layers.masks import two_copies_in_chunks, two_copy_mask
 from cola_megatron.parallel import initialize_parallel
-from cola_megatron.scaling.budget import budget
-from cola_megatron.scaling.hardware import GIB, GPUS, Efficiency, efficiency_with
-from cola_megatron.scaling.plan import Cluster, PlanError, batch_limit, layouts_of, plan
-from cola_megatron.scaling.split import pipeline_split
+from cola_megatron.planning.budget import budget
+from cola_megatron.planning.hardware import GIB, GPUS, Efficiency, efficiency_with
+from cola_megatron.planning.plan import Cluster, PlanError, batch_limit, layouts_of, plan
+from cola_megatron.planning.split import pipeline_split
 from launchers.cli import app, main
 
 
@@ -212,6 +212,6 @@ def test_the_pairs_of_attention_in_chunks_are_those_of_its_products():
 
 def test_planning_needs_no_torch():
     """`cola plan` answers at once: costs are counted from the config, and no network is built."""
-    code = "import sys; import cola_megatron.scaling.plan, launchers.plan_table; print('torch' in sys.modules)"
+    code = "import sys; import cola_megatron.planning.plan, launchers.plan_table; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

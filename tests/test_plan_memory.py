@@ -14,9 +14,9 @@ from cola_megatron.costs.traffic import Traffic
 from cola_megatron.families.cola.chain import Cola
 from cola_megatron.families.cola.parts import chain_parts
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
-from cola_megatron.scaling.communication import data_traffic, tensor_traffic
-from cola_megatron.scaling.memory import micro_batches, rank_memory
-from cola_megatron.scaling.split import pipeline_split
+from cola_megatron.planning.communication import data_traffic, tensor_traffic
+from cola_megatron.planning.memory import micro_batches, rank_memory
+from cola_megatron.planning.split import pipeline_split
 from tests.live_memory import LiveMemory, SentBytes, bytes_of, fake_job, in_compute_type
 from tests.ranks import run_ranks
 from tests.support import random_batch

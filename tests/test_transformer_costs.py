@@ -15,7 +15,7 @@ from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.layers.masks import AttentionMask
 from cola_megatron.models.transformer import Transformer
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
-from cola_megatron.scaling.communication import tensor_traffic
+from cola_megatron.planning.communication import tensor_traffic
 from tests.live_memory import LiveMemory, SentBytes, fake_job, in_compute_type
 from tests.ranks import run_ranks
 from tests.support import random_batch

@@ -15,8 +15,8 @@ from torch.multiprocessing.spawn import ProcessException
 from cola_megatron.config import ConfigError, RunConfig, load_config
 from cola_megatron.costs.traffic import Traffic
 from cola_megatron.families import family_of
-from cola_megatron.scaling.communication import data_traffic, pipeline_traffic, tensor_traffic
-from cola_megatron.scaling.split import pipeline_split
+from cola_megatron.planning.communication import data_traffic, pipeline_traffic, tensor_traffic
+from cola_megatron.planning.split import pipeline_split
 from cola_megatron.training.batches import micro_batches_per_step
 from tools.bench_ranks import RankResult, run_ranks
 from tools.communication_counter import DATA, PIPELINE, TENSOR

@@ -7,7 +7,7 @@
 
 With CUDA every rank has a GPU of its own (nccl), and layouts with more ranks than GPUs are left out; without it all
 ranks share the cores (gloo), and a time with more ranks than cores says nothing about speed-up. What is counted is said
-in tools/communication_counter.py; predicted bytes are those of cola_megatron/scaling/communication.py.
+in tools/communication_counter.py; predicted bytes are those of cola_megatron/planning/communication.py.
 """
 
 import argparse

@@ -32,8 +32,8 @@ from torch.profiler import ProfilerActivity, profile
 from cola_megatron.config import RunConfig, load_config
 from cola_megatron.families import family_of
 from cola_megatron.parallel import ProcessGroups
+from cola_megatron.planning.flops import training_flops_per_sample
 from cola_megatron.records.provenance import versions
-from cola_megatron.scaling.flops import training_flops_per_sample
 from cola_megatron.training.batches import MicroBatches
 from cola_megatron.training.build_model import initialize_run
 from cola_megatron.training.engine import Engine

@@ -13,8 +13,8 @@ from cola_megatron.config import RunConfig, load_config
 from cola_megatron.families.cola.chain import Cola
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.parallel import ProcessGroups, marks_of
+from cola_megatron.planning.hardware import gpu_of_device
 from cola_megatron.records.provenance import versions
-from cola_megatron.scaling.hardware import gpu_of_device
 from cola_megatron.training.build_model import build_model
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from cola_megatron.config import RunConfig
-from cola_megatron.scaling.flops import training_flops_per_sample
-from cola_megatron.scaling.memory import rank_memory
-from cola_megatron.scaling.split import pipeline_split
+from cola_megatron.planning.flops import training_flops_per_sample
+from cola_megatron.planning.memory import rank_memory
+from cola_megatron.planning.split import pipeline_split
 from cola_megatron.training.engine import Engine
 from tools.gpu_setting import Record, Setting, forget_compiled, peak_gib, reset_peak, seconds_of, synchronize
 from tools.gpu_training import fresh_engine, of_peak, synthetic_batches

@@ -22,7 +22,7 @@ from cola_megatron.checkpoint.writer import save_checkpoint
 from cola_megatron.config import RunConfig
 from cola_megatron.families.samples import training_sample
 from cola_megatron.parallel import ProcessGroups
-from cola_megatron.scaling.flops import training_flops_per_sample
+from cola_megatron.planning.flops import training_flops_per_sample
 from cola_megatron.training.engine import Engine
 from tools.gpu_setting import (
     Record,

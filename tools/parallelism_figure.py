@@ -15,7 +15,7 @@ from xml.sax.saxutils import escape
 from cola_megatron.config import RunConfig
 from cola_megatron.families import family_of
 from cola_megatron.families.cola.chain import Cola
-from cola_megatron.scaling.split import pipeline_split
+from cola_megatron.planning.split import pipeline_split
 from tools.pipeline_facts import (
     BACKWARD_LENGTH,
     Box,

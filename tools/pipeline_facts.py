@@ -21,7 +21,7 @@ from cola_megatron.models.pipelined import LOSS
 from cola_megatron.models.steps import Stage, Step, cut_chain, run_steps
 from cola_megatron.parallel import initialize_parallel
 from cola_megatron.parallel.pipeline import one_forward_one_backward
-from cola_megatron.scaling.split import pipeline_split
+from cola_megatron.planning.split import pipeline_split
 
 BACKWARD_LENGTH = 2
 """Length of a backward pass in forward passes: two matrix products for each of the forward pass."""

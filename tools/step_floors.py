@@ -13,11 +13,11 @@ from cola_megatron.config import RunConfig
 from cola_megatron.costs.part import Part
 from cola_megatron.families import family_of
 from cola_megatron.parallel import ProcessGroups
+from cola_megatron.planning.hardware import GPUS, Efficiency
+from cola_megatron.planning.memory import micro_batches
+from cola_megatron.planning.split import pipeline_split
+from cola_megatron.planning.step_time import ATTENTION_PASSES, MATRIX_PASSES, optimizer_seconds, step_time
 from cola_megatron.preflight.cluster import measure_all_reduce
-from cola_megatron.scaling.hardware import GPUS, Efficiency
-from cola_megatron.scaling.memory import micro_batches
-from cola_megatron.scaling.split import pipeline_split
-from cola_megatron.scaling.step_time import ATTENTION_PASSES, MATRIX_PASSES, optimizer_seconds, step_time
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 
 from cola_megatron.config import ConfigError, RunConfig, stored_config, upgraded_tree
 from cola_megatron.config.yaml_files import read_yaml
+from cola_megatron.planning.flops import training_flops_by_step
 from cola_megatron.records.metrics import read_metrics
 from cola_megatron.records.progress import read_progress
 from cola_megatron.records.run_folder import CONFIG, METRICS
-from cola_megatron.scaling.flops import training_flops_by_step
 
 LIKELIHOOD = "nats_per_token"
 """What families compare by: -log p of the held-out texts, exact or an upper bound."""

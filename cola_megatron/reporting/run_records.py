@@ -13,12 +13,12 @@ from cola_megatron.checkpoint.state_file import read_config
 from cola_megatron.config import ColaConfig, ConfigError, RunConfig, stored_config
 from cola_megatron.config.yaml_files import read_yaml
 from cola_megatron.errors import UserError
+from cola_megatron.planning.flops import training_flops
 from cola_megatron.records.goodput import ATTEMPTS
 from cola_megatron.records.metrics import readable_metrics
 from cola_megatron.records.progress import PROGRESS
 from cola_megatron.records.run_folder import CONFIG, MANIFEST, METRICS, SUMMARY, placed
 from cola_megatron.records.texts import TEXTS, readable_texts
-from cola_megatron.scaling.flops import training_flops
 
 ENDED = ("finished", "stopped", "diverged")
 """States of progress.json after which nothing more is written."""

@@ -1,4 +1,4 @@
-"""Compute accounting, plans, and the fits of a scaling study."""
+"""Scaling studies: their files, runs, tables and fits."""
 
 from typing import TYPE_CHECKING
 

@@ -4,7 +4,7 @@ from cola_megatron.config import RunConfig
 from cola_megatron.families import family_of
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.parallel import ProcessGroups, initialize_parallel
-from cola_megatron.scaling.split import pipeline_split
+from cola_megatron.planning.split import pipeline_split
 
 
 def initialize_run(config: RunConfig) -> ProcessGroups:

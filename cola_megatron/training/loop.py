@@ -22,6 +22,7 @@ from cola_megatron.held_out.measure import evaluate
 from cola_megatron.held_out.texts import Decode, decoder_for, held_out_texts
 from cola_megatron.parallel import HangWatch, PeerWatch, ProcessGroups, initialize_parameters
 from cola_megatron.parallel.consensus import StepConsensus, from_main
+from cola_megatron.planning.flops import training_flops
 from cola_megatron.records.output import outliving_its_readers
 from cola_megatron.records.recorder import RunRecorder, open_recorder
 from cola_megatron.records.run_folder import (
@@ -32,7 +33,6 @@ from cola_megatron.records.run_folder import (
     write_summary,
 )
 from cola_megatron.records.tensorboard_log import require_tensorboard
-from cola_megatron.scaling.flops import training_flops
 from cola_megatron.training.bad_steps import (
     BAD_STEPS,
     add_roll_back,

@@ -13,11 +13,11 @@ from typing import Any
 from cola_megatron.config import ConfigError, RunConfig, resolve_config
 from cola_megatron.errors import UserError
 from cola_megatron.families import Mode, family_of
-from cola_megatron.scaling.flops import training_flops_by_step
-from cola_megatron.scaling.hardware import GIB, GPU, Efficiency
-from cola_megatron.scaling.memory import RankMemory, micro_batches, rank_memory
-from cola_megatron.scaling.split import pipeline_split
-from cola_megatron.scaling.step_time import StepTime, step_time
+from cola_megatron.planning.flops import training_flops_by_step
+from cola_megatron.planning.hardware import GIB, GPU, Efficiency
+from cola_megatron.planning.memory import RankMemory, micro_batches, rank_memory
+from cola_megatron.planning.split import pipeline_split
+from cola_megatron.planning.step_time import StepTime, step_time
 
 LARGEST_TENSOR_PARALLEL = 8
 LARGEST_MICRO_BATCH = 64

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.families import family_of
-from cola_megatron.scaling.flops import paper_nominal_flops, training_flops
+from cola_megatron.planning.flops import paper_nominal_flops, training_flops
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.families import family_of
-from cola_megatron.scaling.balance import balance
-from cola_megatron.scaling.flops import stage_costs
+from cola_megatron.planning.balance import balance
+from cola_megatron.planning.flops import stage_costs
 
 
 def pipeline_split(config: RunConfig, data_parallel_size: int = 1) -> tuple[int, ...]:

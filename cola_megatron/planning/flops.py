@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from cola_megatron.config import RunConfig
 from cola_megatron.families import Mode, family_of
-from cola_megatron.scaling.hardware import GPUS, Efficiency
+from cola_megatron.planning.hardware import GPUS, Efficiency
 
 # Share of the peak that a whole micro-batch reaches, elementwise work included: what the byte rates compare with.
 TYPICAL_MFU = 0.35
@@ -83,7 +83,7 @@ def parameter_step_cost(config: RunConfig, data_parallel_size: int) -> float:
 
 
 def stage_costs(config: RunConfig, data_parallel_size: int = 1) -> list[float]:
-    """Cost of each part of the chain, in FLOP-equivalents per sample, for `scaling.balance.balance`.
+    """Cost of each part of the chain, in FLOP-equivalents per sample, for `planning.balance.balance`.
 
     FLOPs, plus `parameter_step_cost` for each trained parameter, divided over the samples that one replica contributes
     to an optimiser step: global_batch_size / data_parallel_size. Where there are several kinds of steps the FLOPs are

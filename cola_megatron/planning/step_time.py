@@ -12,14 +12,14 @@ from cola_megatron.config import RunConfig
 from cola_megatron.costs.part import Part
 from cola_megatron.costs.traffic import Traffic
 from cola_megatron.families import Mode, family_of
-from cola_megatron.scaling.communication import (
+from cola_megatron.planning.communication import (
     data_traffic,
     links,
     pipeline_traffic,
     tensor_traffic,
 )
-from cola_megatron.scaling.hardware import GPU, Efficiency
-from cola_megatron.scaling.memory import micro_batches
+from cola_megatron.planning.hardware import GPU, Efficiency
+from cola_megatron.planning.memory import micro_batches
 
 # Forward and backward against forward alone: matrix products, attention (which computes its scores once more), bytes.
 MATRIX_PASSES, ATTENTION_PASSES, BYTE_PASSES = 3.0, 3.5, 3.0

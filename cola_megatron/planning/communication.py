@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from cola_megatron.config import RunConfig
 from cola_megatron.costs.part import FLOAT32, Part, compute_bytes
 from cola_megatron.costs.traffic import Traffic
-from cola_megatron.scaling.hardware import GPU
+from cola_megatron.planning.hardware import GPU
 
 
 @dataclass(frozen=True)

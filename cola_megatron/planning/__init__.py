@@ -1,0 +1,1 @@
+"""Compute accounting: what a run costs, and where it fits."""
