@@ -8,6 +8,7 @@ has, and each sample by sqrt(chi^2 / degrees of freedom), as few runs do not say
 draws whole runs instead often draws a study from which nothing can be fitted, where runs are as few as here.
 """
 
+import zlib
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -65,6 +66,7 @@ def wild_residuals(
     free: int,
     count: int,
     generator: np.random.Generator,
+    signs_RG: Floats | None = None,
 ) -> Floats:
     """Residuals of `count` studies with the same design, (count, P).
 
@@ -72,13 +74,32 @@ def wild_residuals(
         leverages_P: the diagonal of the hat matrix; at most 0.95 is believed.
         groups_P: number of the group of each point.
         free: degrees of freedom, groups less parameters; at least 1 is believed.
+        signs_RG: of `paired_signs`; None: drawn by the generator.
     """
     full_P = residuals_P / np.maximum(1 - leverages_P, 0.05)
-    signs_RG = generator.choice(np.array([-1.0, 1.0]), size=(count, int(groups_P.max()) + 1))
+    if signs_RG is None:
+        signs_RG = generator.choice(np.array([-1.0, 1.0]), size=(count, int(groups_P.max()) + 1))
     free = max(free, 1)
     # The square root of an inverse chi^2 has heavy tails at few degrees of freedom: those of Student's t.
     spread_R = np.sqrt(free / generator.chisquare(free, size=count))
     return full_P * signs_RG[:, groups_P] * spread_R[:, None]
+
+
+def paired_signs(
+    pairs: Sequence[Hashable], order_P: NDArray[np.intp], groups_P: NDArray[np.intp], count: int, seed: int
+) -> Floats:
+    """A sign for each sample and group, (count, G), drawn from the id of the group's first run and the seed alone.
+
+    So two fits with equal ids and seeds have paired samples, and noise that their runs share (one order of the data)
+    is gone from the difference of their curves.
+
+    Args:
+        pairs: an id per run, whose `repr` counts.
+        order_P: of the runs in `groups_P`.
+    """
+    firsts = [pairs[order_P[int(np.argmax(groups_P == group))]] for group in range(int(groups_P.max()) + 1)]
+    streams = (np.random.default_rng([seed, zlib.crc32(repr(each).encode())]) for each in firsts)
+    return np.column_stack([stream.choice(np.array([-1.0, 1.0]), size=count) for stream in streams])
 
 
 def leverages(slopes_PK: Floats, weights_P: Floats) -> Floats:
