@@ -11,7 +11,7 @@ from statistics import geometric_mean
 
 import numpy as np
 
-from cola_megatron.scaling.curve_fits import CurveFit, Quantity
+from cola_megatron.scaling.curve_fits import CurveFit, Quantity, paired_curves
 from cola_megatron.scaling.loss_curve import LossCurve
 from cola_megatron.scaling.loss_surface import Estimate
 from cola_megatron.scaling.prediction_check import SAME_BUDGET
@@ -30,7 +30,8 @@ class Difference:
     compute: float
     value: Estimate
     how: str
-    """`curves`: read off both fitted curves, within the runs of both; `runs`: means of the runs at this budget."""
+    """`curves`: read off both fitted curves, within the runs of both; `curves, paired`: with samples that share the
+    noise which runs of one seed have in common; `runs`: means of the runs at this budget."""
 
     @property
     def quantity(self) -> Quantity:
@@ -106,10 +107,13 @@ def differences(results: Results, first: CurveFit, second: CurveFit) -> tuple[Di
     if low > high * (1 + SAME_BUDGET):
         return ()
     found = []
+    paired = paired_curves(results, first, second)
+    how = "curves, paired" if paired else "curves"
+    one, two = paired or (first.curve, second.curve)
     for compute in _common_budgets(results, first, second, low, high):
         at = [float(_value(fit, compute)) for fit in (first, second)]
-        samples_R = first.curve.samples(compute)[:, 0] - second.curve.samples(compute)[:, 0]
-        found.append(Difference(first, second, compute, Estimate(at[0] - at[1], *interval(samples_R)), "curves"))
+        samples_R = one.samples(compute)[:, 0] - two.samples(compute)[:, 0]
+        found.append(Difference(first, second, compute, Estimate(at[0] - at[1], *interval(samples_R)), how))
     return tuple(found)
 
 
@@ -164,13 +168,12 @@ def compute_ratio(first: CurveFit, second: CurveFit) -> ComputeRatio | None:
         return ComputeRatio(first, second, compute, loss, None, "not reached")
     if reached < min(second.compute) / (1 + SAME_BUDGET):
         return ComputeRatio(first, second, compute, loss, None, "below all")
-    # The loss of `first` there varies with its samples, paired with those of `second`.
+    # The loss of `first` there varies with its samples.
     losses_R = first.curve.samples(compute)[:, 0]
     E_R, A_R, alpha_R = second.curve.replicates.T
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         samples_R = np.where(losses_R > E_R, (A_R / (losses_R - E_R)) ** (1 / alpha_R), np.inf) / compute
-    low, high = np.quantile(samples_R, [0.025, 0.975], method="nearest")
-    return ComputeRatio(first, second, compute, loss, Estimate(reached / compute, float(low), float(high)), "")
+    return ComputeRatio(first, second, compute, loss, Estimate(reached / compute, *interval(samples_R)), "")
 
 
 def exponent_difference(first: CurveFit, second: CurveFit) -> ExponentDifference | None:

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 from cola_megatron.scaling.arm_differences import ComputeRatio, Difference, ExponentDifference
 from cola_megatron.scaling.axis_cells import AxisComparison
+from cola_megatron.scaling.curve_fits import CurveFit
 from cola_megatron.scaling.rows import Results
 from cola_megatron.scaling.study_fits import QUANTITIES, StudyFits
 from cola_megatron.scaling.study_limits import Conclusion, limits
-from cola_megatron.scaling.words import flops, listed, name, number, shortened, span, unit
+from cola_megatron.scaling.words import flops, listed, name, number, sentence, shortened, span, unit
 
 
 def conclusions(results: Results, fits: StudyFits) -> tuple[Conclusion, ...]:
@@ -44,11 +45,11 @@ def _arm_sentences(results: Results, fits: StudyFits) -> Iterator[Conclusion]:
             if other != column and (quantity, first, second, other) in last
         ]
         same = [other.column for other in others if _verdict(other) == _verdict(each)]
-        also = f"; the same holds on {listed(same)} FLOPs" if same and each.is_shown else ""
-        yield Conclusion(_difference_sentence(each) + also + ".", each.is_shown)
+        also = f"; the same holds on {listed(same)} FLOPs" if same and each.excludes_zero else ""
+        yield Conclusion(_difference_sentence(each) + also + ".", each.excludes_zero)
         for other in others:
             if other.column not in same:
-                yield Conclusion(f"{_difference_sentence(other)}, unlike on {column} FLOPs.", other.is_shown)
+                yield Conclusion(f"{_difference_sentence(other)}, unlike on {column} FLOPs.", other.excludes_zero)
 
 
 def _verdict(each: Difference) -> tuple[bool, bool, bool]:
@@ -61,60 +62,50 @@ def _difference_sentence(each: Difference) -> str:
         first, second = second, first
     size, ends = abs(each.value.value), sorted([each.value.low, each.value.high], key=abs)
     where = f"At {flops(each.compute)} ({each.column})"
-    what = "loss" if each.quantity == "loss" else name(first.measure)
-    of = unit(first.measure, True) if each.quantity == "loss" else f"of {name(first.measure)} (a fraction)"
-    better = "below" if each.quantity == "loss" else "above"
     by_runs = ", by the runs of this budget" if each.how == "runs" else ""
     if not each.excludes_zero:
+        what = "loss" if each.quantity == "loss" else name(first.measure)
         return (
             f"{where} no difference in {what} between {first.series.title} and {second.series.title} is shown: "
             f"{number(each.value.value)} {span(each.value.low, each.value.high)}{by_runs}"
         )
-    said = (
-        f"{where} {first.series.title} is {better} {second.series.title} by {number(size)} {of} "
-        f"{span(abs(ends[0]), abs(ends[1]))}{by_runs}"
-    )
-    if each.is_of_one_kind:
-        return said
-    if each.is_shown:
-        return f"{said}; its loss is an upper bound, so the true one is lower still"
-    bounded = listed([fit.series.title for fit in (first, second) if fit.is_bound])
-    return f"{said}, but that its likelihood is better is not shown: the loss of {bounded} is an upper bound"
+    by = f"{span(abs(ends[0]), abs(ends[1]))}{by_runs}"
+    if each.quantity == "score":
+        what = name(first.measure)
+        return f"{where} {first.series.title} is above {second.series.title} in {what} by {number(size)} {by}"
+    said = f"{where} {_measured(first)} is below {_measured(second)} by {number(size)} {unit(first.measure, True)} {by}"
+    return f"{said}, so its loss is lower still" if each.is_shown and not each.is_of_one_kind else said
+
+
+def _measured(fit: CurveFit) -> str:
+    """What was measured of a series as a loss."""
+    return f"the upper bound of {fit.series.title}" if fit.is_bound else f"the loss of {fit.series.title}"
 
 
 def _ratio_sentences(results: Results, fits: StudyFits) -> Iterator[Conclusion]:
-    for each in fits.ratios:
-        if each.first.column != results.main_column:
-            continue
-        yield _ratio_sentence(each)
+    chosen = [each for each in fits.ratios if each.first.column == results.main_column]
+    having = {(id(each.first), id(each.second)) for each in chosen if each.ratio is not None}
+    for each in chosen:
+        # What is not reached one way is said by the ratio of the other way, where there is one.
+        if each.ratio is not None or (id(each.second), id(each.first)) not in having:
+            yield _ratio_sentence(each)
 
 
 def _ratio_sentence(each: ComputeRatio) -> Conclusion:
-    first, second = each.first.series.title, each.second.series.title
-    bounded = listed([fit.series.title for fit in (each.first, each.second) if fit.is_bound])
-    bound = f" (the loss of {bounded} is an upper bound)" if bounded != "none" else ""
-    target = f"the loss of {first} at {flops(each.compute)}, {number(each.loss)}"
+    second, target = _measured(each.second), f"{_measured(each.first)} at {flops(each.compute)}, {number(each.loss)}"
     if each.ratio is None and each.why == "not reached":
-        return Conclusion(f"{second} does not reach {target}, within its runs{bound}.", not bound)
+        return Conclusion(f"{sentence(second)} does not come down to {target}, within its runs.", True)
     if each.ratio is None:
-        share = min(each.second.compute) / each.compute
-        return Conclusion(
-            f"{second} is below {target}, with its smallest budget already, {number(share)} times that compute{bound}.",
-            not bound,
-        )
+        share = number(min(each.second.compute) / each.compute)
+        smallest = f"with its smallest budget already, {share} times that compute"
+        return Conclusion(f"{sentence(second)} is below {target}, {smallest}.", True)
     low, high = each.ratio.low, each.ratio.high
-    # An upper bound that comes down to an exact loss says that the loss itself has.
-    is_proper = not each.first.is_bound and (not each.second.is_bound or high < 1)
     ends = f"({number(low)} to {number(high)})" if math.isfinite(high) else f"({number(low)} to unlimited)"
-    is_shown = is_proper and (high < 1 or low > 1)
     if low <= 1 <= high:
-        return Conclusion(
-            f"That {second} needs more or less compute than {first} for {target}, is not shown: "
-            f"{number(each.ratio.value)} times {ends}{bound}.",
-            False,
-        )
+        titles = f"{each.second.series.title} needs more or less compute than {each.first.series.title}"
+        return Conclusion(f"That {titles} for {target}, is not shown: {number(each.ratio.value)} times {ends}.", False)
     return Conclusion(
-        f"{second} reaches {target}, with {number(each.ratio.value)} times the compute {ends}{bound}.", is_shown
+        f"{sentence(second)} comes down to {target}, with {number(each.ratio.value)} times the compute {ends}.", True
     )
 
 

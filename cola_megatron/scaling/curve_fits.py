@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from cola_megatron.scaling.loss_curve import LossCurve, fit_loss_curve
 from cola_megatron.scaling.loss_surface import Estimate
@@ -15,6 +19,7 @@ from cola_megatron.scaling.series import Series, best_size_of_each_budget, budge
 from cola_megatron.scaling.words import flops, number, span
 
 Quantity = Literal["loss", "score"]
+LEAST_PAIRS = 6
 LEAST_BUDGETS = 3
 """Of a curve of three parameters; one more where the largest is held out."""
 
@@ -100,11 +105,62 @@ def fit_curve(
     groups, note = groups_of(rows)
     notes += [note] if note else []
     notes += _charge(rows, column)
+    # Each series has signs of its own: equal ones would correlate the curves of arms that have nothing in common.
+    seed += zlib.crc32(f"{series.arm} {sorted(series.settings.items())}".encode())
     curve, cannot = _curve(results, rows, quantity, measure, column, groups, bootstrap, seed)
     check, no_check = _check(results, rows, quantity, measure, column, bootstrap, seed)
     if curve is not None and curve.at_bound:
         notes.append(f"the runs do not show {' or '.join(curve.at_bound)}")
     return CurveFit(series, quantity, measure, column, rows, curve, cannot, check, no_check, tuple(notes))
+
+
+def paired_curves(results: Results, first: CurveFit, second: CurveFit) -> tuple[LossCurve | ScoreCurve, ...] | None:
+    """Both curves anew with paired samples, where runs of one budget and seed lie off their curves alike.
+
+    Signs are paired only where the residuals say so (their correlation is above 0.3 at 95%): shared without need, two
+    opposite residuals at an end of the curves are taken to cancel for good, and of 95% intervals 83% hold.
+    """
+    if first.curve is None or second.curve is None:
+        return None
+    ids = [[f"{results.budget_of(row):.2g} {row.seed}" for row in fit.rows] for fit in (first, second)]
+    residuals = [
+        dict(zip(keys, fit.curve.residuals, strict=True))
+        for keys, fit in zip(ids, (first, second), strict=True)
+        if fit.curve is not None
+    ]
+    common = [key for key in residuals[0] if key in residuals[1]]
+    if len(common) < LEAST_PAIRS or any(len(set(keys)) < len(keys) for keys in ids):
+        return None
+    one, two = (np.array([each[key] for key in common]) for each in residuals)
+    if not one.std() or not two.std():
+        return None
+    correlation = float(np.clip(np.corrcoef(one, two)[0, 1], -0.9999, 0.9999))
+    if np.tanh(np.arctanh(correlation) - 1.96 / math.sqrt(len(common) - 3)) < 0.3:
+        return None
+    return tuple(
+        _fitted(
+            results, fit.quantity, fit.compute, fit.values, groups_of(fit.rows)[0], len(fit.curve.replicates), 0, keys
+        )
+        for fit, keys in zip((first, second), ids, strict=True)
+        if fit.curve is not None
+    )
+
+
+def _fitted(
+    results: Results,
+    quantity: Quantity,
+    compute: Sequence[float],
+    values: Sequence[float],
+    groups: list[str] | None,
+    samples: int,
+    seed: int,
+    pairs: list[str] | None = None,
+) -> LossCurve | ScoreCurve:
+    if quantity == "loss":
+        return fit_loss_curve(compute, values, groups=groups, pairs=pairs, bootstrap=samples, seed=seed)
+    return fit_score_curve(
+        compute, values, chance=results.chance, groups=groups, pairs=pairs, bootstrap=samples, seed=seed
+    )
 
 
 def _charge(rows: Sequence[Row], column: str) -> list[str]:
@@ -146,13 +202,10 @@ def _curve(
         return None, f"{few}, and a curve of three parameters needs at least {LEAST_BUDGETS}"
     compute = [row.charged(column) or 0.0 for row in rows]
     values = [row.measures[measure].value for row in rows]
-    pairs = [f"{results.budget_of(row):.2g} {row.seed}" for row in rows]
+    # A sample of a score curve costs more.
+    samples = bootstrap if quantity == "loss" else bootstrap // 2
     try:
-        if quantity == "loss":
-            return fit_loss_curve(compute, values, groups=groups, pairs=pairs, bootstrap=bootstrap, seed=seed), ""
-        return fit_score_curve(
-            compute, values, chance=results.chance, groups=groups, pairs=pairs, bootstrap=bootstrap // 2, seed=seed
-        ), ""
+        return _fitted(results, quantity, compute, values, groups, samples, seed), ""
     except ValueError as error:
         return None, str(error)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -9,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from cola_megatron.reporting.figure_style import WIDTH_INCHES, NothingToPlot, styled
 from cola_megatron.scaling.curve_fits import Quantity
+from cola_megatron.scaling.loss_surface import FLOPS_PER_PARAMETER_AND_TOKEN
 from cola_megatron.scaling.rows import Results
 from cola_megatron.scaling.series import budget_steps
 from cola_megatron.scaling.study_axes import (
@@ -26,6 +29,9 @@ from cola_megatron.scaling.study_fits import StudyFits
 from cola_megatron.scaling.surface_fits import SurfaceFit
 from cola_megatron.scaling.words import number, unit
 
+EDGE: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.7}
+"""So that points that lie on each other are seen to be several."""
+
 
 @styled
 def isoflop(results: Results, fit: SurfaceFit) -> Figure:
@@ -41,12 +47,17 @@ def isoflop(results: Results, fit: SurfaceFit) -> Figure:
     figure = Figure(figsize=(WIDTH_INCHES, 4.2))
     axes = figure.subplots()
     handles = []
-    losses = []
+    losses: list[float] = []
     for place, (profile, (_, rows)) in enumerate(zip(fit.profiles, budget_steps(results, fit.rows), strict=True)):
         colour, marker, style = look(place)
-        seen = [row.measures[results.loss].value for row in rows]
-        losses += seen
-        axes.plot([row.parameters[fit.definition] for row in rows], seen, marker, color=colour, zorder=3)
+        N = np.array([row.parameters[fit.definition] for row in rows])
+        # Runs of one budget differ in 6 N D where N is counted otherwise than it was planned by: each is moved to the
+        # profile's 6 N D along the surface, so that its distance from the line is its residual.
+        moved = fit.surface.loss(N, profile.compute / (FLOPS_PER_PARAMETER_AND_TOKEN * N))
+        fitted = fit.surface.loss(N, np.array([row.tokens or 1.0 for row in rows]))
+        seen = np.array([row.measures[results.loss].value for row in rows]) * moved / fitted
+        losses += seen.tolist()
+        axes.plot(N, seen, marker, color=colour, zorder=3)
         axes.fill_between(profile.N, profile.low, profile.high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(profile.N, profile.loss, color=colour, linestyle=style)
         best = profile.minimum
@@ -102,7 +113,9 @@ def residuals(results: Results, fits: StudyFits, quantity: Quantity) -> Figure:
             assert fit.curve is not None
             colour, marker, _ = look(place)
             axes = every[0]
-            axes.plot(fit.compute, scale * fit.curve.residuals, marker, color=colour, markersize=marker_size(place))
+            axes.plot(
+                fit.compute, scale * fit.curve.residuals, marker, color=colour, markersize=marker_size(place), **EDGE
+            )
             handles[fit.series.title] = handle(plain(fit.series.title), colour, "", marker)
         every[0].set_title("Curve of compute")
         compute_axis(every[0], column)
@@ -116,7 +129,9 @@ def residuals(results: Results, fits: StudyFits, quantity: Quantity) -> Figure:
             place = places[id(surface_fit.series)]
             colour, marker, _ = look(place)
             N = [row.parameters[definition] for row in surface_fit.rows]
-            axes.plot(N, scale * surface_fit.surface.residuals, marker, color=colour, markersize=marker_size(place))
+            axes.plot(
+                N, scale * surface_fit.surface.residuals, marker, color=colour, markersize=marker_size(place), **EDGE
+            )
             handles[surface_fit.series.title] = handle(plain(surface_fit.series.title), colour, "", marker)
         axes.set_title("Surface of size and data")
         size_axis(axes, definition)

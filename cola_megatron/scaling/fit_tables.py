@@ -110,8 +110,9 @@ def differences_table(fits: StudyFits) -> Grid:
     ]
     header = ("", "of", "at FLOPs", "difference", "95% interval", "shown", "by")
     caption = (
-        "At compute within the runs of both arms: read off both curves, their samples paired by budget and seed, or "
-        "where there is no curve off the runs. Of an upper bound above another loss nothing is shown about the losses"
+        "At compute within the runs of both arms: read off both curves (paired: runs of one budget and seed lie off "
+        "their curves alike, and what they share is gone), or where there is no curve off the runs. Of an upper bound "
+        "above another loss nothing is shown about the losses"
     )
     return Grid(caption, header, tuple(lines))
 

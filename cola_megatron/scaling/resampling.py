@@ -33,11 +33,17 @@ class Interval(NamedTuple):
 
 
 def interval(samples_R: Floats, confidence: float = CONFIDENCE) -> Interval:
-    """The central quantiles of the samples; samples that are no number are left out."""
+    """The central quantiles of the samples; samples that are no number are left out, infinite ones count."""
     known_R = samples_R[~np.isnan(samples_R)]
     if not len(known_R):
         return Interval(float("nan"), float("nan"))
-    low, high = np.quantile(known_R, [(1 - confidence) / 2, (1 + confidence) / 2])
+    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
+    if np.isinf(known_R).any():
+        # Nothing can be interpolated beside an infinite one.
+        ordered_R = np.sort(known_R)
+        low, high = (ordered_R[round(end * (len(ordered_R) - 1))] for end in ends)
+    else:
+        low, high = np.quantile(known_R, ends)
     return Interval(float(low), float(high))
 
 

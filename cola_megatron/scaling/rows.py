@@ -152,14 +152,14 @@ class Results:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of compute that finished rows have."""
-        return tuple(column for column in COLUMNS if any(row.charged(column) for row in self.finished()))
+        """Columns of compute that finished rows have, that of the budgets first."""
+        found = [column for column in COLUMNS if any(row.charged(column) for row in self.finished())]
+        return tuple(sorted(found, key=lambda column: column != self.budget_column))
 
     @property
     def main_column(self) -> str:
         """The column by which budgets were given, else the first that finished rows have."""
-        columns = self.columns
-        return self.budget_column if self.budget_column in columns or not columns else columns[0]
+        return (*self.columns, self.budget_column)[0]
 
     @property
     def is_axis_study(self) -> bool:

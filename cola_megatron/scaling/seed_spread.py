@@ -37,10 +37,11 @@ class Spread:
         """The mean, its standard error (NaN: not known), degrees of freedom (None: the error is that of measuring)."""
         values = [row.measures[measure].value for row in rows]
         value = float(np.mean(values))
-        if self.deviation is not None:
+        if self.deviation:
             return value, self.deviation / math.sqrt(len(values)), self.freedom
+        # Seeds that agree to the last digit, as where every run scores zero, say nothing about how runs differ.
         errors = [row.measures[measure].error for row in rows]
-        if any(error is None for error in errors):
+        if not all(errors):
             return value, math.nan, None
         return value, math.sqrt(sum((error or 0.0) ** 2 for error in errors)) / len(errors), None
 

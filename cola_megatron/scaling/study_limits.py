@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from scipy import stats
 
+from cola_megatron.evaluation.statistics import wilson_interval
 from cola_megatron.scaling.curve_fits import CurveFit
 from cola_megatron.scaling.rows import Results
 from cola_megatron.scaling.seed_spread import spread_of
@@ -80,8 +81,9 @@ def _kinds(results: Results, fits: StudyFits) -> Iterator[Conclusion]:
         if title not in kinds[kind]:
             kinds[kind].append(title)
     if kinds["bound"]:
-        exact = f"; those of {listed(kinds['exact'])} are exact" if kinds["exact"] else ""
-        yield Conclusion(f"Losses of {listed(kinds['bound'])} are upper bounds{exact}.", False)
+        exact = f", those of {listed(kinds['exact'])} are exact" if kinds["exact"] else ""
+        against = ": that a loss is above another's is not shown by its bound" if len(results.arms) > 1 else ""
+        yield Conclusion(f"Losses of {listed(kinds['bound'])} are upper bounds{exact}{against}.", False)
 
 
 def _seeds(results: Results, curves: tuple[CurveFit, ...], what: str) -> Iterator[Conclusion]:
@@ -125,13 +127,15 @@ def _chance(results: Results) -> Iterator[Conclusion]:
         _, largest = budget_steps(results, rows)[-1]
         measures = [row.measures[results.score] for row in largest]
         mean = sum(each.value for each in measures) / len(measures)
-        errors = [each.error for each in measures if each.error is not None]
-        error = math.sqrt(sum(each**2 for each in errors)) / len(measures) if len(errors) == len(measures) else None
-        if error is not None and mean - 1.96 * error <= results.chance:
-            ends = span(max(0.0, mean - 1.96 * error), mean + 1.96 * error)
+        items = min((each.items or 0) for each in measures)
+        if not items:
+            continue
+        # Seeds answer the same items, which therefore count once.
+        known = wilson_interval(round(mean * items), items)
+        if known.low <= results.chance:
             yield Conclusion(
                 f"At its largest budget {arm.title} does not leave chance ({number(results.chance)}) in "
-                f"{name(results.score)}: {number(mean)} {ends}.",
+                f"{name(results.score)}: {number(mean)} {span(known.low, known.high)} of {items} items.",
                 False,
             )
 

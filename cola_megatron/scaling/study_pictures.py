@@ -14,7 +14,7 @@ from cola_megatron.reporting.pictures import Picture, png_of
 from cola_megatron.scaling.curve_fits import Quantity
 from cola_megatron.scaling.rows import Results
 from cola_megatron.scaling.study_fits import QUANTITIES, StudyFits
-from cola_megatron.scaling.words import flops, name
+from cola_megatron.scaling.words import flops, name, sentence
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +45,7 @@ def drawings(results: Results, fits: StudyFits) -> list[Drawing]:
         from cola_megatron.reporting.compare_figures import CURVES
         from cola_megatron.scaling import axis_figures, fit_figures, study_figures
     except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
+        if (error.name or "").split(".")[0] != "matplotlib":
             raise
         raise UserError("figures need matplotlib: make setup EXTRAS=report") from error
     found = [
@@ -76,8 +76,9 @@ def drawings(results: Results, fits: StudyFits) -> list[Drawing]:
             "isoflop",
             f"isoflop_{_file_name(fit.series.title)}_{_file_name(fit.definition)}",
             f"IsoFLOP curves of {fit.series.title}, N {fit.definition}",
-            "Cuts through the fitted surface with its 95% band; stars are the best size of each budget with the "
-            "interval of that size, left out where it lies beyond the sizes that were run.",
+            "Cuts through the fitted surface with its 95% band; runs are moved along it to the exact 6 N D. Stars are "
+            "the best size of each budget with the interval of that size, left out where it lies beyond the sizes that "
+            "were run.",
             partial(fit_figures.isoflop, results, fit),
         )
         for fit in fits.surfaces
@@ -115,9 +116,9 @@ def draw(results: Results, fits: StudyFits) -> dict[str, list[Picture]]:
     found: dict[str, list[Picture]] = {section: [] for section in SECTIONS}
     for each in drawings(results, fits):
         try:
-            picture = Picture(each.name, each.title, each.caption, png_of(each.make(), DOTS_PER_INCH))
+            picture = Picture(each.name, sentence(each.title), each.caption, png_of(each.make(), DOTS_PER_INCH))
         except NothingToPlot as missing:
-            picture = Picture(each.name, each.title, each.caption, None, str(missing))
+            picture = Picture(each.name, sentence(each.title), each.caption, None, str(missing))
         found[each.section].append(picture)
     return found
 

@@ -38,13 +38,14 @@ def side_by_side(results: Results) -> SideBySide | None:
     """
     best: tuple[int, float, list[tuple[str, Row]]] | None = None
     titles_of = {row.point: series.title for series in series_of(results) for row in series.rows}
+    order = [series.title for series in series_of(results)]
     for budget, rows in budget_steps(results, results.finished()):
         writers: dict[str, Row] = {}
         for row in rows:
             if row.samples:
                 writers.setdefault(titles_of[row.point], row)
         if writers and (best is None or len(writers) >= best[0]):
-            best = (len(writers), budget, list(writers.items()))
+            best = (len(writers), budget, [(title, writers[title]) for title in order if title in writers])
     if best is None:
         return None
     _, budget, chosen = best

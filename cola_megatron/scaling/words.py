@@ -61,3 +61,8 @@ def unit(measure: str, is_loss: bool) -> str:
 def name(measure: str) -> str:
     """A measure without underscores."""
     return measure.replace("_", " ")
+
+
+def sentence(text: str) -> str:
+    """With a capital at its beginning."""
+    return text[:1].upper() + text[1:]
