@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -237,7 +238,8 @@ def test_compute_to_reach_the_same_loss(families):
     ahead = found["llada", "autoregressive"]
     E, A, alpha = synthetic.LAWS["autoregressive"]
     true = (A / (float(curve(synthetic.LAWS["llada"], 3e13)) - E)) ** (1 / alpha) / 3e13
-    assert ahead.ratio.low <= true <= ahead.ratio.high
+    assert ahead.ratio.value == pytest.approx(true, rel=0.1)
+    assert ahead.ratio.low < ahead.ratio.value < ahead.ratio.high < 0.2
     behind = found["autoregressive", "llada"]
     assert behind.ratio is None and behind.why == "not reached"
 
@@ -256,8 +258,10 @@ def test_the_largest_budget_is_predicted_from_the_smaller_ones(families):
     for fit in fits.of("loss", "model"):
         assert [each.point[-8:] for each in fit.check] == ["3e13-s66", "3e13-s67"]
     line = str(fits.of("loss", "model")[0].check[0])
-    assert line.startswith("cola-3e13-s66 at 3.04e13 FLOPs: predicted 3.1")
-    assert ", seen 3.1" in line and line.endswith("side the interval")
+    assert re.fullmatch(
+        r"cola-3e13-s66 at 3\.04e13 FLOPs: predicted 3\.1\d+ \(\S+ to \S+\), seen 3\.0\d+, (in|out)side the interval",
+        line,
+    )
     said = [each.text for each in conclusions(results, fits)]
     assert any("The largest budget was predicted within its interval" in text for text in said)
 
