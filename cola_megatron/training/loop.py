@@ -184,7 +184,7 @@ class _Run:
                 self._one_step(batches)
                 if self.bad_step is not None:
                     break
-                if self.step % training.checkpoint.every == 0 or self.step >= training.steps:
+                if training.checkpoint.is_due(self.step) or self.step >= training.steps:
                     self._save()
                 consensus.reach()
                 if stop.requested():
