@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.data.manifest import MANIFEST_NAME
 from cola_megatron.planning.memory import rank_memory
+from cola_megatron.planning.split import pipeline_split
 from cola_megatron.scaling.measured import commands
 from cola_megatron.scaling.study_folder import LOG, StudyFolder
 from cola_megatron.scaling.study_runs import DATA, Point, StudyRun
@@ -61,7 +62,7 @@ def jobs_of(opened: StudyFolder, processes: int = 1) -> dict[str, Job]:
     return jobs
 
 
-def with_needs(jobs: Mapping[str, Job], names: Sequence[str]) -> dict[str, Job]:
+def with_needs(jobs: dict[str, Job], names: Sequence[str]) -> dict[str, Job]:
     """These runs, their measurements, and all that they need; raises ConfigError for a run that the study has not."""
     unknown = [name for name in names if name not in jobs]
     if unknown:
@@ -77,8 +78,8 @@ def _preparation(opened: StudyFolder) -> Job:
     configs = [run.config for run in opened.expanded.runs.values()]
     shapes = {(config.model.vocab_size, config.data.sequence_length) for config in configs}
     if len(shapes) > 1:
-        words = ", ".join(f"{vocabulary} words in sequences of {length}" for vocabulary, length in sorted(shapes))
-        raise ConfigError(f"the arms need different data ({words}): one study has one data set")
+        found = ", ".join(f"{vocabulary} words in sequences of {length}" for vocabulary, length in sorted(shapes))
+        raise ConfigError(f"the arms need different data ({found}): one study has one data set")
     ((vocabulary, length),) = shapes
     output, source = opened.folder / DATA, str(opened.study.data.source)
     words = ["prep", "run", source, "--output", str(output)]
@@ -130,5 +131,6 @@ def _measurement(opened: StudyFolder, point: Point) -> Job:
 def _memory(config: RunConfig, processes: int) -> float:
     """Of all processes, as one replica each where the model is not cut."""
     parallel = config.parallel
-    stages = rank_memory(config, max(1, processes // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)))
+    replicas = max(1, processes // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size))
+    stages = rank_memory(config, replicas, pipeline_split(config, replicas))
     return processes * (PROCESS_BYTES + max(stage.peak for stage in stages))

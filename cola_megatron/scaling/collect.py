@@ -67,9 +67,9 @@ class _Row:
     def as_json(self) -> dict[str, Any]:
         """As docs/scaling.md describes it."""
         point, opened = self.point, self.opened
-        run, why = self._records(point.run)
+        run, unreadable = self._records(point.run)
         measures = {**self._held_out(run), **measures_in(opened.measurements_of(point))}
-        state, why = self._state(why)
+        state, why = self._state(unreadable)
         first = opened.expanded.runs[point.stage_one] if point.stage_one is not None else None
         data = self.config.data
         return {
@@ -109,7 +109,7 @@ class _Row:
         except UserError as error:
             return None, str(error)
 
-    def _state(self, why: str) -> tuple[str, str | None]:
+    def _state(self, unreadable: str) -> tuple[str, str | None]:
         """Of the point: its run, then what is measured of it; else the first run before it that is not done."""
         opened, point = self.opened, self.point
         for name in (point.stage_one, point.trunk, point.run):
@@ -122,7 +122,7 @@ class _Row:
                 return state, f"{name}: {state}{self._said(name, state)}"
         missing = opened.missing_measures(point)
         if missing:
-            return "measured in part", f"not measured: {', '.join(missing)}{why}"
+            return "measured in part", f"not measured: {', '.join(missing)} {unreadable}".strip()
         return "finished", None
 
     def _said(self, name: str, state: str) -> str:

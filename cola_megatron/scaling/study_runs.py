@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,6 +83,7 @@ def expand(study: StudyConfig, folder: Path) -> Expanded:
     """
     runs: dict[str, StudyRun] = {}
     by_identity: dict[str, StudyRun] = {}
+    measured: dict[tuple[str, int, str], Point] = {}
     points: list[Point] = []
     for builder in _lines(study, folder.absolute()):
         first = builder.stage_one()
@@ -90,14 +91,18 @@ def expand(study: StudyConfig, folder: Path) -> Expanded:
             first = by_identity.setdefault(_identity(first), first)  # one for all arms and settings that share it
             runs[first.name] = first
         line = builder.build(first)
+        same = {run.name: by_identity.setdefault(_identity(run), run) for run in line.runs}
         for run in line.runs:
-            other = by_identity.setdefault(_identity(run), run)
-            if other is not run:
-                raise ConfigError(f"{run.name} and {other.name} are two equal runs: leave out an arm, size or setting")
-            if run.name in runs:
+            if same[run.name] is run and run.name in runs:
                 raise ConfigError(f"two runs have the name {run.name}: labels must differ in their letters and digits")
-            runs[run.name] = run
-        points += line.points
+            runs.setdefault(same[run.name].name, same[run.name])
+        for point in (replace(point, run=same[point.run].name) for point in line.points):
+            other = measured.setdefault((point.run, point.step, json.dumps(point.generation, sort_keys=True)), point)
+            if other is not point:
+                raise ConfigError(
+                    f"{point.name} and {other.name} are two equal runs: leave out an arm, size or setting"
+                )
+            points.append(point)
     return Expanded(runs, points)
 
 
