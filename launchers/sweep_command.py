@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from launchers import submit_command
 from launchers.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -53,6 +54,62 @@ def run(
 
     study = load_study(study_file(source), scale, data, benchmarks)
     _go_on(StudyFolder.begin(output, study), [], at_once, memory, processes, as_json)
+
+
+@app.command("submit")
+def submit(
+    source: str = SOURCE,
+    output: Path = typer.Option(..., help="Folder of the study, on a file system that all nodes share."),
+    scale: str = SCALE,
+    data: str = DATA,
+    benchmarks: Path = BENCHMARKS,
+    nodes: int = submit_command.NODES,
+    processes: int = submit_command.PROCESSES,
+    concurrency: int = typer.Option(None, min=1, help="Runs that train at once."),
+    site: str = submit_command.SITE,
+    settings: list[str] = submit_command.SETTINGS,
+    partition: str = submit_command.PARTITION,
+    account: str = submit_command.ACCOUNT,
+    time: str = submit_command.TIME,
+    dry_run: bool = submit_command.DRY_RUN,
+    as_json: bool = AS_JSON,
+) -> None:
+    """Hand a study to Slurm: its data, an array for each kind of run, one of measurements, and the report.
+
+    Given again when all of it has left the queue, it submits what has not finished.
+
+    Example: `cola sweep submit rq4 --output /shared/rq4 --nodes 8 --site our-cluster.yaml --data /shared/olmo2_512`
+    """
+    from cola_megatron.scaling.study_file import load_study
+    from cola_megatron.scaling.study_folder import StudyFolder
+    from launchers.slurm.submission import shape_of
+    from launchers.sweep_files import study_file
+    from launchers.sweep_slurm import StudyOnSlurm
+
+    study = load_study(study_file(source), scale, data, benchmarks)
+    chosen = submit_command.chosen_site(site, settings, partition, account, time)
+    shape = shape_of(chosen, nodes, processes)
+    if dry_run:
+        print(StudyOnSlurm(StudyFolder(output, study), chosen, shape, concurrency).dry_run(), end="")
+        return
+    parts = StudyOnSlurm(StudyFolder.begin(output, study), chosen, shape, concurrency).submit()
+    if as_json:
+        print_json({part.name: {"job": part.job, "elements": part.elements, "log": part.log} for part in parts})
+        return
+    print_table([(part.name, f"job {part.job}, {part.elements} elements, {part.log}") for part in parts])
+    print_table([("state", f"cola sweep status {output}"), ("end it", f"cola cancel {output}")])
+
+
+@app.command("measure", hidden=True)
+def measure(
+    folder: Path = FOLDER,
+    number: int = typer.Argument(..., min=0, help="Of the point, as in results.json."),
+) -> None:
+    """Measure one point of a study; what `cola sweep submit` runs on a node."""
+    from cola_megatron.scaling.study_folder import StudyFolder
+    from launchers.sweep_jobs import measure_point
+
+    raise typer.Exit(measure_point(StudyFolder.open(folder), number))
 
 
 @app.command("resume")

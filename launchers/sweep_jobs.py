@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +62,22 @@ def jobs_of(opened: StudyFolder, processes: int = 1) -> dict[str, Job]:
         measure = _measurement(opened, point)
         jobs[measure.name] = measure
     return jobs
+
+
+def measure_point(opened: StudyFolder, number: int) -> int:
+    """Runs here the commands that are left of a point; returns the exit code of the first that fails, or 0.
+
+    Raises:
+        ConfigError: there is no such point.
+    """
+    points = opened.expanded.points
+    if number >= len(points):
+        raise ConfigError(f"point {number}: the study has points 0 to {len(points) - 1}")
+    for words in _measurement(opened, points[number]).words():
+        code = subprocess.run([sys.executable, "-m", "cola_megatron", *words], check=False).returncode
+        if code:
+            return code
+    return 0
 
 
 def with_needs(jobs: dict[str, Job], names: Sequence[str]) -> dict[str, Job]:
