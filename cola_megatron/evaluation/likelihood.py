@@ -41,18 +41,31 @@ def held_out_texts(source: Path, data: Path | None, limit: int | None) -> Texts:
     Raises:
         ConfigError: `source` has no checkpoint that can be read, or names no data. ShardError: the data cannot be read.
     """
+    shards = held_out_shards(source, data, "--data FOLDER or --file FILE")
+    count = len(shards) if limit is None else min(limit, len(shards))
+    return Texts([sample.tokens.tolist() for sample in held_out_samples(shards).read(0, count)], None)
+
+
+def held_out_shards(source: Path, data: Path | None, cure: str = "--data FOLDER") -> TokenShards:
+    """The held-out split of a prepared folder, by default of the data that a run was trained on.
+
+    Args:
+        cure: what to give where `source` names no data.
+
+    Raises:
+        ConfigError: `source` has no checkpoint that can be read, or names no data. UserError: the data have another
+            tokenizer. ShardError: they cannot be read.
+    """
     folder: str | Path | None = data
     if folder is None:
         try:
             folder = read_config(require_checkpoint(source)).data.path
         except CheckpointError:
-            raise ConfigError(f"{source} is no run with data of its own: give --data FOLDER or --file FILE") from None
+            raise ConfigError(f"{source} is no run with data of its own: give {cure}") from None
     if folder is None:
-        raise ConfigError(f"{source} names no data: give --data FOLDER or --file FILE")
+        raise ConfigError(f"{source} names no data: give {cure}")
     require_same_tokenizer(open_model(source).tokenizer, folder)
-    shards = TokenShards(folder, "held_out")
-    count = len(shards) if limit is None else min(limit, len(shards))
-    return Texts([sample.tokens.tolist() for sample in held_out_samples(shards).read(0, count)], None)
+    return TokenShards(folder, "held_out")
 
 
 def texts_of_file(file: Path, field: str, context_field: str | None, limit: int | None) -> Texts:
