@@ -125,8 +125,8 @@ def last_word_task(
     if not items:
         raise EvaluationError(
             f"{held_out.folder}: no passage of {rule.context_tokens} tokens, or half as many, before a word of "
-            f"at least {rule.letters} letters, in {len(held_out):,} held-out sequences of {held_out.sequence_length} tokens: "
-            "give fewer --context-tokens"
+            f"at least {rule.letters} letters, in {len(held_out):,} "
+            f"held-out sequences of {held_out.sequence_length} tokens: give fewer --context-tokens"
         )
     counts = None if training is None else count(_beginning(training, training_tokens), items, rule)
     counted = 0 if training is None else min(training_tokens, training.tokens)
