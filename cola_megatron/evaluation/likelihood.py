@@ -20,12 +20,17 @@ from cola_megatron.conversion.open_model import open_model
 from cola_megatron.data import TokenShards, held_out_samples, require_same_tokenizer
 from cola_megatron.evaluation.errors import EvaluationError
 from cola_megatron.evaluation.files import read_rows
-from cola_megatron.evaluation.statistics import Interval, ratio_interval
-from cola_megatron.inference.likelihood_terms import Progress, TextLikelihood
+from cola_megatron.evaluation.statistics import Figure, Interval, ratio_interval, ratio_standard_error
+from cola_megatron.inference.likelihood_terms import Kind, Progress, TextLikelihood
 from cola_megatron.inference.robustness import RobustnessCurve
 from cola_megatron.parallel import ProcessGroups
 
 Result = TypeVar("Result")
+
+
+_KINDS: tuple[Kind, ...] = ("exact", "bound", "estimate")
+"""From the strongest."""
+_HEADLINES = {"exact": "-log p, exact", "bound": "-log p, upper bound", "estimate": "-log p, estimate"}
 
 
 class Texts(NamedTuple):
@@ -133,6 +138,10 @@ class LikelihoodSummary:
 
     texts: int
     tokens: int
+    nats_per_token: Figure
+    """-ELBO per token: one figure that every family has."""
+    kind: Kind
+    """What it is: -log p itself, an upper bound of it, or an estimate; of several texts the weakest."""
     figures: dict[str, Interval]
     """Nats per token: `elbo`, and what else the family knows."""
     words: Mapping[str, str]
@@ -145,6 +154,7 @@ class LikelihoodSummary:
     def as_json(self) -> dict[str, Any]:
         """Every figure; limits that are not known, and figures too large, are null."""
         found: dict[str, Any] = {"texts": self.texts, "tokens": self.tokens}
+        found["nats_per_token"] = {**self.nats_per_token.as_json(), "kind": self.kind}
         for name, figure in {
             **self.figures,
             "perplexity": self.perplexity,
@@ -161,6 +171,7 @@ class LikelihoodSummary:
         """A table, headings first."""
         rows = [
             ["nats per token", "", "95% interval"],
+            [_HEADLINES[self.kind], *_cells(self.nats_per_token.interval)],
             *([words, *_cells(self.figures[name])] for name, words in self.words.items()),
             ["perplexity per token", *_cells(self.perplexity, ".4g")],
         ]
@@ -179,7 +190,10 @@ def summarize(results: Sequence[TextLikelihood]) -> LikelihoodSummary:
         bits = [-result.elbo / math.log(2) for result in results]
         bits_per_byte = ratio_interval(bits, text_bytes)
     perplexity = Interval(*(_exponential(-nats) for nats in (elbo.value, elbo.high, elbo.low)))
-    return LikelihoodSummary(len(results), sum(tokens), figures, words, perplexity, bits_per_byte)
+    losses = [-result.elbo for result in results]
+    headline = Figure(ratio_interval(losses, tokens), ratio_standard_error(losses, tokens))
+    kind = max((result.kind for result in results), key=_KINDS.index)
+    return LikelihoodSummary(len(results), sum(tokens), headline, kind, figures, words, perplexity, bits_per_byte)
 
 
 def curve_rows(curve: RobustnessCurve) -> list[list[str]]:

@@ -9,12 +9,16 @@ Shapes: K samples of the posterior, N blocks.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
 Progress = Callable[[int, int], None]
 """(how many texts are done, how many there are)."""
+
+
+Kind = Literal["exact", "bound", "estimate"]
+"""What an `elbo` is: log p itself, a lower bound of it in expectation, or neither."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,10 @@ class TextLikelihood(Protocol):
     @property
     def elbo(self) -> float:
         """log p, a bound of it or an estimate, whatever the family has."""
+
+    @property
+    def kind(self) -> Kind:
+        """What `elbo` is."""
 
     def as_json(self) -> dict[str, Any]:
         """Everything that is known."""
@@ -132,6 +140,11 @@ class Likelihood:
     def elbo(self) -> float:
         """reconstruction + prior - posterior."""
         return float(self.log_weights_K.mean())
+
+    @property
+    def kind(self) -> Kind:
+        """A bound up to the solver's error; with a context an estimate."""
+        return "bound" if self.context is None else "estimate"
 
     @property
     def iwae(self) -> float:

@@ -19,7 +19,7 @@ import torch
 
 from cola_megatron.families.masked_diffusion.copies import Copies
 from cola_megatron.families.masked_diffusion.settings import BoundSettings
-from cola_megatron.inference.likelihood_terms import Progress
+from cola_megatron.inference.likelihood_terms import Kind, Progress
 from cola_megatron.inference.scored_texts import ScoredText
 from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.models.transformer import Transformer
@@ -50,6 +50,11 @@ class BoundedLikelihood:
     def elbo_error(self) -> float:
         """Standard error of `elbo` as if the draws were independent, which is more than it is; 0 for a single value."""
         return float(self.bound_K.std()) / math.sqrt(len(self.bound_K)) if len(self.bound_K) > 1 else 0.0
+
+    @property
+    def kind(self) -> Kind:
+        """A bound, also after a context, which is never masked."""
+        return "bound"
 
     @property
     def perplexity(self) -> float:
