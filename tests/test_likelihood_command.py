@@ -77,6 +77,7 @@ def test_every_family_states_nats_per_token(name, kind, corpus, tmp_path):
     found = json.loads(cola("eval", "likelihood", config.run_folder, "--limit", 4, *samples, "--json"))
     headline = found["nats_per_token"]
     assert headline["kind"] == kind and headline["value"] == -found["elbo"]["value"]
+    assert (headline["draw_error"] == 0) == (kind == "exact")
     assert headline["standard_error"] > 0 and headline["low"] == -found["elbo"]["high"]
 
 

@@ -140,6 +140,8 @@ class LikelihoodSummary:
     tokens: int
     nats_per_token: Figure
     """-ELBO per token: one figure that every family has."""
+    draw_error: float
+    """The part of its standard error that other draws for the same texts would move; NaN where each has one draw."""
     kind: Kind
     """What it is: -log p itself, an upper bound of it, or an estimate; of several texts the weakest."""
     figures: dict[str, Interval]
@@ -154,7 +156,8 @@ class LikelihoodSummary:
     def as_json(self) -> dict[str, Any]:
         """Every figure; limits that are not known, and figures too large, are null."""
         found: dict[str, Any] = {"texts": self.texts, "tokens": self.tokens}
-        found["nats_per_token"] = {**self.nats_per_token.as_json(), "kind": self.kind}
+        draw_error = self.draw_error if math.isfinite(self.draw_error) else None
+        found["nats_per_token"] = {**self.nats_per_token.as_json(), "draw_error": draw_error, "kind": self.kind}
         for name, figure in {
             **self.figures,
             "perplexity": self.perplexity,
@@ -193,7 +196,10 @@ def summarize(results: Sequence[TextLikelihood]) -> LikelihoodSummary:
     losses = [-result.elbo for result in results]
     headline = Figure(ratio_interval(losses, tokens), ratio_standard_error(losses, tokens))
     kind = max((result.kind for result in results), key=_KINDS.index)
-    return LikelihoodSummary(len(results), sum(tokens), headline, kind, figures, words, perplexity, bits_per_byte)
+    drawn = math.sqrt(sum(result.elbo_error**2 for result in results)) / sum(tokens)
+    return LikelihoodSummary(
+        len(results), sum(tokens), headline, drawn, kind, figures, words, perplexity, bits_per_byte
+    )
 
 
 def curve_rows(curve: RobustnessCurve) -> list[list[str]]:

@@ -66,6 +66,10 @@ class TextLikelihood(Protocol):
         """log p, a bound of it or an estimate, whatever the family has."""
 
     @property
+    def elbo_error(self) -> float:
+        """Standard error of `elbo` over the draws for this text; 0 where nothing is drawn, NaN for a single draw."""
+
+    @property
     def kind(self) -> Kind:
         """What `elbo` is."""
 
@@ -154,7 +158,8 @@ class Likelihood:
     @property
     def elbo_error(self) -> float:
         """Standard error of `elbo` over the samples; NaN for one sample."""
-        return float(self.log_weights_K.std()) / math.sqrt(len(self.log_weights_K))
+        draws = len(self.log_weights_K)
+        return float(self.log_weights_K.std()) / math.sqrt(draws) if draws > 1 else math.nan
 
     @property
     def perplexity(self) -> float:

@@ -43,6 +43,11 @@ class ExactLikelihood:
         return self.log_likelihood
 
     @property
+    def elbo_error(self) -> float:
+        """Nothing is drawn."""
+        return 0.0
+
+    @property
     def kind(self) -> Kind:
         """log p itself."""
         return "exact"
