@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cola_megatron.errors import UserError
 from cola_megatron.evaluation.results import read_results
 from cola_megatron.evaluation.statistics import mean_interval
 from cola_megatron.evaluation.tasks import tasks_named
@@ -58,24 +59,43 @@ def task_names(measures: MeasuresConfig) -> list[str]:
 
 
 def measures_in(output: Path) -> Mapping[str, Measure]:
-    """The figures in the files of a point."""
+    """The figures in the files of a point.
+
+    Raises:
+        UserError: a file is something else.
+    """
     found: dict[str, Measure] = {}
-    likelihood, last_word = read_object(output / LIKELIHOOD), read_object(output / LAST_WORD)
-    if likelihood:
-        found["nats_per_token"] = _likelihood(likelihood)
-    if last_word:
-        found["last_word"] = _last_word(last_word)
+    for name, read in ((LIKELIHOOD, _likelihood), (LAST_WORD, _last_word)):
+        document = read_object(output / name)
+        if not document:
+            continue
+        try:
+            found |= read(document)
+        except (KeyError, TypeError):
+            raise UserError(
+                f"{output / name}: not what this version writes; remove it, and `cola sweep resume` measures again"
+            ) from None
     if (output / TASKS).is_dir() and any((output / TASKS).glob("*.json")):
         found |= _tasks(output / TASKS)
     return found
 
 
-def _likelihood(document: Mapping[str, Any]) -> Measure:
-    return {"value": document["nats_per_token"], "error": document["standard_error"], "kind": document["kind"]}
+def _likelihood(document: Mapping[str, Any]) -> dict[str, Measure]:
+    figure = document["nats_per_token"]
+    texts = {"texts": document["texts"], "draw_error": figure["draw_error"]}
+    own = {"value": figure["value"], "error": figure["standard_error"], "kind": figure["kind"], **texts}
+    return {"nats_per_token": own}
 
 
-def _last_word(document: Mapping[str, Any]) -> Measure:
-    return {"value": document["accuracy"], "error": document["standard_error"], "items": document["items_asked"]}
+def _last_word(document: Mapping[str, Any]) -> dict[str, Measure]:
+    """The model's, and what counting would have got right."""
+    shares = {"last_word": document["accuracy"]}
+    shares |= {f"last_word_{name}": figure for name, figure in document["baselines"].items()}
+    items = document["n"]
+    return {
+        name: {"value": figure["value"], "error": figure["standard_error"], "items": items}
+        for name, figure in shares.items()
+    }
 
 
 def _tasks(folder: Path) -> dict[str, Measure]:

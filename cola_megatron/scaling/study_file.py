@@ -25,6 +25,7 @@ from cola_megatron.config.changes import Change
 from cola_megatron.config.facts import OURS
 from cola_megatron.config.types import NonNegativeInt, PositiveFloat, PositiveInt
 from cola_megatron.config.yaml_files import read_yaml
+from cola_megatron.scaling.rules import Batch, LearningRate
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Overrides = dict[str, Any]
@@ -168,6 +169,10 @@ class StudyConfig(Section):
     axes: Annotated[dict[Name, AxisConfig], OURS] = Field(default_factory=dict)
     """What is varied beside size, budget and seed."""
     budgets: BudgetsConfig
+    learning_rate: Annotated[LearningRate | None, OURS] = None
+    """A rule that sets it for every run from its size and length (docs/scaling.md lists them); null: the config's."""
+    batch: Annotated[Batch | None, OURS] = None
+    """A rule for the global batch, likewise."""
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1), OURS] = Field(default_factory=lambda: [66])
     """`seed` of the runs; the order of the data is that of the config for all of them."""
     data: DataOfStudy = DataOfStudy()
