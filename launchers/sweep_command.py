@@ -29,6 +29,49 @@ PROCESSES = typer.Option(1, min=1, help="Processes of each run.")
 AS_JSON = typer.Option(False, "--json", help="As JSON.")
 
 
+@app.command("plan")
+def plan(
+    source: str = SOURCE,
+    scale: str = SCALE,
+    data: str = DATA,
+    benchmarks: Path = BENCHMARKS,
+    gpus: int = typer.Option(None, min=1, help="GPUs of each run: adds its layout and its GPU-hours."),
+    gpu: str = typer.Option("h100", help="A GPU of the table in docs/planning.md: a100, h100, h200, b200, ..."),
+    gpus_per_node: int = typer.Option(8, min=1, help="GPUs that share NVLink."),
+    runs: bool = typer.Option(False, "--runs", help="A line for each run as well."),
+    as_json: bool = AS_JSON,
+) -> None:
+    """What a study will take: runs, tokens, FLOPs by column, layouts and GPU-hours of each arm. Nothing is written.
+
+    Example: `cola sweep plan rq4 --gpus 64`
+    """
+    from cola_megatron.config import ConfigError
+    from cola_megatron.evaluation.results import format_table
+    from cola_megatron.planning.hardware import GPUS
+    from cola_megatron.planning.plan import Cluster
+    from cola_megatron.scaling.study_expansion import expand
+    from cola_megatron.scaling.study_file import load_study
+    from launchers.sweep_files import study_file
+    from launchers.sweep_plan import rows_of, shares_of, steps_done
+
+    study = load_study(study_file(source), scale, data, benchmarks)
+    if gpu not in GPUS:
+        raise ConfigError(f"--gpu {gpu}: not in the table of {', '.join(GPUS)}; docs/planning.md says how to add one")
+    cluster = None if gpus is None else Cluster(gpus, GPUS[gpu], GPUS[gpu].memory_bytes, gpus_per_node)
+    expanded = expand(study, Path("STUDY"))
+    shares = shares_of(study, expanded, cluster)
+    if as_json:
+        print_json({"study": study.name, "scale": study.scale, "arms": [share.as_json() for share in shares]})
+        return
+    print(f"{study.title or study.name}, scale {study.scale}: {study.question}")
+    print(f"{len(expanded.runs)} runs, {len(expanded.points)} points")
+    if runs:
+        table = [["run", "role", "steps", "starts from"]]
+        table += [[run.name, run.role, f"{steps_done(run):,}", *(run.needs or ("",))] for run in expanded.runs.values()]
+        print(format_table(table))
+    print(format_table(list(rows_of(shares, None if cluster is None else cluster.gpu.name))))
+
+
 @app.command("run")
 def run(
     source: str = SOURCE,

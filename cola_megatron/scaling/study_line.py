@@ -143,7 +143,7 @@ class StudyLine:
             **warmup,
             "training.steps": last,
             "training.schedule.decay_from": last,
-            "training.schedule.decay_steps": last + 1,
+            "training.schedule.decay_steps": last,
             "training.checkpoint.at": sorted(forks.values()),
         }
         trunk = self._run("trunk", self._named(f"trunk-s{self.seed}"), {**base, **constant}, first)
