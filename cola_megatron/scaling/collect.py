@@ -122,7 +122,9 @@ class _Row:
                 return state, f"{name}: {state}{self._said(name, state)}"
         missing = opened.missing_measures(point)
         if missing:
-            return "measured in part", f"not measured: {', '.join(missing)} {unreadable}".strip()
+            return "measured in part", f"not measured: {', '.join(missing)}"
+        if unreadable:
+            return "damaged", unreadable
         return "finished", None
 
     def _said(self, name: str, state: str) -> str:

@@ -73,7 +73,7 @@ class StudyFolder:
         for path in sorted(folder.glob(f"{RUNS}/*/{OF_RUN}")):
             tree = read_object(path).get("study")
             if tree:
-                trees.setdefault(json.dumps(tree, sort_keys=True), path)
+                trees.setdefault(json.dumps(tree), path)
         if not trees:
             raise ConfigError(f"{folder}: no run there says which study it is of ({RUNS}/*/{OF_RUN})")
         if len(trees) > 1:
