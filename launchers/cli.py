@@ -22,6 +22,7 @@ from launchers import (
     report_command,
     status_command,
     submit_command,
+    sweep_command,
     sync_command,
     train_command,
 )
@@ -44,6 +45,7 @@ app.add_typer(submit_command.app, name="submit")
 app.command("status")(status_command.status)
 app.command("cancel")(status_command.cancel)
 app.command("sync")(sync_command.sync)
+app.add_typer(sweep_command.app, name="sweep")
 app.add_typer(convert_command.app, name="convert")
 app.command("generate")(generate_command.generate)
 app.add_typer(eval_command.app, name="eval")

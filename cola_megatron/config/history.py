@@ -34,4 +34,6 @@ CHANGES: tuple[Change, ...] = (
     Added("training.attention_chunk", 0),  # schema 9
     Added("training.start_from", None),  # schema 10
     Added("model.family", "cola"),  # schema 11
+    Added("training.schedule.decay_from", None),  # schema 12
+    Added("training.checkpoint.at", []),  # schema 13
 )

@@ -40,6 +40,15 @@ class Kind(NamedTuple):
     steps: int
 
 
+class BackboneShape(NamedTuple):
+    """What rules for hyperparameters ask beside the number of parameters."""
+
+    width: int
+    """Hidden size."""
+    depth: int
+    """Blocks."""
+
+
 class Measurement(ABC):
     """A held-out measurement: a chain of steps over the networks of training, so that any layout runs it."""
 
@@ -138,6 +147,10 @@ class Family(ABC, Generic[Config]):
     def backbone_parameters(self, config: Config) -> int | None:
         """N of the nominal 6 N D: without embeddings and head; None: a stage that has no place on that axis."""
         return sum(part.parameters for part in self.parts(config) if part.is_block)
+
+    @abstractmethod
+    def backbone_shape(self, config: Config) -> BackboneShape:
+        """Width and depth of the network whose parameters `backbone_parameters` counts."""
 
     def flops_by_purpose(self, config: Config, steps: int) -> dict[str, float]:
         """The model FLOPs of so many steps by what they are spent on; they add up to them."""

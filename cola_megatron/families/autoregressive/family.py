@@ -9,7 +9,7 @@ from cola_megatron.config.autoregressive import AutoregressiveConfig
 from cola_megatron.costs.part import Part, causal_pairs
 from cola_megatron.families.autoregressive.page import PAGE
 from cola_megatron.families.autoregressive.settings import AutoregressiveSettings, ExactLikelihoodSettings
-from cola_megatron.families.family import Family, Mode
+from cola_megatron.families.family import BackboneShape, Family, Mode
 from cola_megatron.families.transformer_costs import TransformerCosts
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ class AutoregressiveFamily(Family[AutoregressiveConfig]):
         masks = config.training.micro_batch_size if config.data.document_attention else 0
         transformer = config.model.transformer
         return TransformerCosts(config, transformer, length, causal_pairs(length, 1), masks=masks).parts()
+
+    def backbone_shape(self, config: AutoregressiveConfig) -> BackboneShape:
+        """The transformer's."""
+        return BackboneShape(config.model.transformer.hidden_size, config.model.transformer.num_layers)
 
     def measurement(self, config: AutoregressiveConfig, extras: Collection[str] = ()) -> NextTokenMeasurement:
         """See `measurement.NextTokenMeasurement`."""

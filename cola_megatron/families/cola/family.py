@@ -9,7 +9,7 @@ from cola_megatron.config import ColaConfig, ColaModelConfig, DiTConfig
 from cola_megatron.costs.part import Part
 from cola_megatron.families.cola.page import PAGE
 from cola_megatron.families.cola.parts import chain_parts
-from cola_megatron.families.family import Family, Kind, Mode
+from cola_megatron.families.family import BackboneShape, Family, Kind, Mode
 from cola_megatron.inference.settings import FlowSettings, LikelihoodSettings
 from cola_megatron.interop.differences import Unequal
 
@@ -106,6 +106,13 @@ class ColaFamily(Family[ColaConfig]):
         if config.stage == 1:
             return None
         return sum(part.parameters for part in self.parts(config) if part.network == "dit")
+
+    def backbone_shape(self, config: ColaConfig) -> BackboneShape:
+        """The prior's; of stage 1, the VAE's, encoder and decoder one behind the other."""
+        vae, dit = config.model.vae, config.model.dit
+        if config.stage == 1:
+            return BackboneShape(vae.hidden_size, vae.encoder_layers + vae.decoder_layers)
+        return BackboneShape(dit.hidden_size, dit.num_layers)
 
     def flops_by_purpose(self, config: ColaConfig, steps: int) -> dict[str, float]:
         """The prior, the VAE on each view, and the reference."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cola_megatron.config.masked_diffusion import MaskedDiffusionConfig, MaskedDiffusionModelConfig
 from cola_megatron.costs.part import Part, pairs_in_products, two_copy_pairs
-from cola_megatron.families.family import Family, Mode
+from cola_megatron.families.family import BackboneShape, Family, Mode
 from cola_megatron.families.masked_diffusion.page import PAGE
 from cola_megatron.families.masked_diffusion.settings import BoundSettings, MaskedDiffusionSettings
 from cola_megatron.families.transformer_costs import TransformerCosts
@@ -69,6 +69,10 @@ class MaskedDiffusionFamily(Family[MaskedDiffusionConfig]):
             pairs_in_products=pairs_in_products(length, block, chunk) if by_blocks else None,
             masks=config.training.micro_batch_size if per_sample else int(by_blocks),
         ).parts()
+
+    def backbone_shape(self, config: MaskedDiffusionConfig) -> BackboneShape:
+        """The transformer's."""
+        return BackboneShape(config.model.transformer.hidden_size, config.model.transformer.num_layers)
 
     def measurement(self, config: MaskedDiffusionConfig, extras: Collection[str] = ()) -> MaskedDiffusionMeasurement:
         """See `measurement.MaskedDiffusionMeasurement`."""

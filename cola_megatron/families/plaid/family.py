@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cola_megatron.config.plaid import PlaidConfig
 from cola_megatron.costs.part import Part
-from cola_megatron.families.family import Family, Mode
+from cola_megatron.families.family import BackboneShape, Family, Mode
 from cola_megatron.families.plaid.page import PAGE
 from cola_megatron.families.plaid.parts import chain_parts
 from cola_megatron.families.plaid.settings import BoundSettings, PlaidSettings
@@ -64,6 +64,10 @@ class PlaidFamily(Family[PlaidConfig]):
     def parts(self, config: PlaidConfig, mode: Mode | None = None) -> tuple[Part, ...]:
         """See `parts.chain_parts`."""
         return chain_parts(config)
+
+    def backbone_shape(self, config: PlaidConfig) -> BackboneShape:
+        """The transformer's."""
+        return BackboneShape(config.model.transformer.hidden_size, config.model.transformer.num_layers)
 
     def measurement(self, config: PlaidConfig, extras: Collection[str] = ()) -> PlaidMeasurement:
         """See `measurement.PlaidMeasurement`; there are no extras."""
