@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from statistics import fmean
 
@@ -14,30 +15,42 @@ from cola_megatron.scaling.rows import Results
 from cola_megatron.scaling.separable import Floats
 from cola_megatron.scaling.study_fits import StudyFits
 from cola_megatron.scaling.study_tables import Grid
-from cola_megatron.scaling.words import listed, name, number, span
+from cola_megatron.scaling.words import listed, name, number, shortened, span
 
 
 def fits_table(fits: StudyFits) -> Grid:
     """Every curve and surface: numbers with intervals, the held-out check, and why there is none."""
-    lines = [tuple(_fit_line(fit)) for fit in fits.curves]
-    for fit in fits.surfaces:
-        surface = fit.surface
-        numbers = fit.cannot
+    lines = [tuple(_fit_line(fit)) for fit in fits.curves if fit.curve is not None]
+    # One line for all series that have no curve for one reason.
+    without: dict[tuple[str, str, str], list[CurveFit]] = defaultdict(list)
+    for fit in fits.curves:
+        if fit.curve is None:
+            without[fit.quantity, fit.column, fit.cannot].append(fit)
+    for (quantity, column, cannot), group in without.items():
+        titles, runs = shortened([fit.series.title for fit in group]), sum(len(fit.rows) for fit in group)
+        lines.append((titles, quantity, f"{column} FLOPs", str(runs), cannot, "-", "-", "-"))
+    for of_surface in fits.surfaces:
+        surface = of_surface.surface
+        numbers = of_surface.cannot
         if surface is not None:
             named = (("E", surface.E), ("alpha", surface.alpha), ("beta", surface.beta), ("a", surface.a))
             numbers = "; ".join(f"{key} {number(value)} {span(*surface.intervals[key])}" for key, value in named)
-        held = f"{fit.check.inside} of {len(fit.check.runs)} inside" if fit.check else fit.no_check
+        held = (
+            f"{of_surface.check.inside} of {len(of_surface.check.runs)} inside"
+            if of_surface.check
+            else of_surface.no_check
+        )
         deviation = "-" if surface is None else _percent(surface.residuals)
         lines.append(
             (
-                fit.series.title,
+                of_surface.series.title,
                 "surface",
-                f"N {fit.definition}",
-                str(len(fit.rows)),
+                f"N {of_surface.definition}",
+                str(len(of_surface.rows)),
                 numbers,
                 deviation,
                 held,
-                "; ".join(fit.notes) or "-",
+                "; ".join(of_surface.notes) or "-",
             )
         )
     header = ("series", "fit", "against", "runs", "numbers with 95% intervals", "residuals", "largest budget", "notes")
@@ -54,10 +67,7 @@ def _fit_line(fit: CurveFit) -> Iterator[str]:
     yield f"{fit.column} FLOPs"
     yield str(len(fit.rows))
     curve = fit.curve
-    if curve is None:
-        yield fit.cannot
-        yield "-"
-    else:
+    if curve is not None:
         names = ("E", "alpha") if isinstance(curve, LossCurve) else ("ceiling", "C_half", "rate")
         yield "; ".join(f"{key} {number(getattr(curve, key))} {span(*curve.intervals[key])}" for key in names)
         is_loss = isinstance(curve, LossCurve)
