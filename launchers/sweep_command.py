@@ -205,8 +205,8 @@ def collect(folder: Path = FOLDER, as_json: bool = AS_JSON) -> None:
 
     Example: `cola sweep collect studies/rq4`
     """
-    from cola_megatron.scaling.collect import RESULTS
     from cola_megatron.scaling.collect import collect as read
+    from cola_megatron.scaling.results import RESULTS
     from cola_megatron.scaling.study_folder import StudyFolder
 
     document = read(StudyFolder.open(folder))

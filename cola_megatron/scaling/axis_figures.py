@@ -15,7 +15,7 @@ from cola_megatron.reporting.compare_figures import COLOURS, LINE_STYLES, MARKER
 from cola_megatron.reporting.figure_style import WIDTH_INCHES, NothingToPlot, styled
 from cola_megatron.scaling.axis_cells import AxisComparison, Cell
 from cola_megatron.scaling.rows import Results
-from cola_megatron.scaling.words import LOSS_TITLES, flops, name, unit
+from cola_megatron.scaling.words import LOSS_TITLES, name, unit
 
 MOST_LINES, MOST_PANELS = 7, 4
 
@@ -65,7 +65,7 @@ def over_axes(results: Results, comparison: AxisComparison) -> Figure:
     for axes in grid[::columns]:
         axes.set_ylabel(unit(comparison.measure, True).capitalize() if is_loss else "Share right")
     what = LOSS_TITLES.get(comparison.measure, name(comparison.measure)) if is_loss else name(comparison.measure)
-    title = f"{what[0].upper()}{what[1:]} at {flops(comparison.budget)}"
+    title = f"{what[0].upper()}{what[1:]} at {results.budget_in_words(comparison.budget)}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
     handles = {
         str(line.get_label()): line for axes in grid for line in axes.lines if not str(line.get_label()).startswith("_")

@@ -5,6 +5,7 @@ docs/scaling.md describes the columns. Nothing is computed here but costs: what 
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from cola_megatron.config import RunConfig
@@ -16,10 +17,10 @@ from cola_megatron.records.goodput import read_attempts
 from cola_megatron.records.json_files import write_json
 from cola_megatron.reporting.run_records import Run, read_run
 from cola_megatron.scaling.measured import Measure, measures_in
+from cola_megatron.scaling.results import RESULTS, read_results, write_table
 from cola_megatron.scaling.study_folder import StudyFolder
 from cola_megatron.scaling.study_runs import Point, fork_step
 
-RESULTS = "results.json"
 _ERROR = "_standard_error"
 
 
@@ -29,6 +30,7 @@ def collect(opened: StudyFolder) -> dict[str, Any]:
     lost = [{"point": row["point"], "why": row["error"]} for row in rows if row["state"] != "finished"]
     document = {"study": _study(opened), "rows": rows, "lost": lost}
     write_json(opened.folder / RESULTS, document)
+    write_table(opened.folder, read_results(opened.folder))
     return document
 
 
@@ -54,7 +56,20 @@ def _study(opened: StudyFolder) -> dict[str, Any]:
             name: {"title": axis.title or name, "labels": list(axis.settings)} for name, axis in study.axes.items()
         },
         "published": [point.model_dump(mode="json") for point in study.published],
+        "spent": _spent(opened),
     }
+
+
+def _spent(opened: StudyFolder) -> dict[str, float]:
+    """Device-hours by role, each run once."""
+    hours = {"stage_one": 0.0, "trunk": 0.0, "run": 0.0}
+    for run in opened.expanded.runs.values():
+        folder = opened.run_folder(run.name)
+        attempts = read_attempts(folder)
+        if attempts:
+            with contextlib.suppress(UserError):  # the point that needs it says so
+                hours[run.role] += (read_run(folder).cost().seconds or 0.0) * attempts[-1].get("processes", 1) / 3600
+    return hours
 
 
 class _Row:

@@ -168,9 +168,10 @@ def _axis_sentence(results: Results, each: AxisComparison) -> Iterator[Conclusio
     mean = each.best.mean
     ends = f" {span(mean.low, mean.high)}" if math.isfinite(mean.low) else ""
     beaten, others = each.beaten, len(each.against)
+    budget = results.budget_in_words(each.budget)
     yield Conclusion(
-        f"At {flops(each.budget)} {each.best.title} has the {extreme} {what}{arm}, {number(mean.value)}{ends}; "
-        f"the intervals set it apart from {len(beaten)} of the {others} other settings.",
+        f"At {budget} {each.best.title} has the {extreme} {what}{arm}, {number(mean.value)}{ends}; the intervals "
+        f"set it apart from {len(beaten)} of the {others} other settings.",
         bool(beaten),
     )
     equal = [cell.title for cell, value in each.against if value is not None and cell not in beaten]
@@ -186,7 +187,7 @@ def _axis_sentence(results: Results, each: AxisComparison) -> Iterator[Conclusio
     if each.spread.deviation is None:
         known = math.isfinite(mean.low)
         yield Conclusion(
-            f"No setting was run with two seeds at {flops(each.budget)}: intervals of {what} are "
+            f"No setting was run with two seeds at {budget}: intervals of {what} are "
             + ("those of the measurement alone, and runs differ by more." if known else "not known."),
             False,
         )

@@ -1,16 +1,30 @@
-"""Reads `results.json` of a study, which `cola sweep collect` writes, into typed rows."""
+"""`results.json` of a study, which `cola sweep collect` writes, as typed rows, and as `results.csv`."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 from cola_megatron.errors import UserError
-from cola_megatron.scaling.rows import COLUMNS, Arm, Axis, Lost, Measure, Published, Results, Row, Sample
+from cola_megatron.records.json_files import write_whole
+from cola_megatron.scaling.rows import (
+    BUDGET_COLUMNS,
+    Arm,
+    Axis,
+    Lost,
+    Measure,
+    Published,
+    Results,
+    Row,
+    Sample,
+    table,
+)
 
-RESULTS = "results.json"
+RESULTS, TABLE = "results.json", "results.csv"
 
 
 class DamagedResults(UserError):
@@ -36,6 +50,18 @@ def read_results(folder: Path) -> Results:
         raise DamagedResults(f"{path}: {error}; `cola sweep collect {folder}` writes it anew") from None
 
 
+def write_table(folder: Path, results: Results) -> Path:
+    """Writes every row of the table as FOLDER/results.csv and returns its path."""
+    rows = table(results)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["point"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path = folder / TABLE
+    write_whole(path, buffer.getvalue())
+    return path
+
+
 def results_of(found: Any) -> Results:
     """The same from the file's content."""
     study = _object(_object(found, "the file").get("study"), "study")
@@ -57,8 +83,9 @@ def results_of(found: Any) -> Results:
         if row.arm not in arms:
             raise _Wrong(f"{row.point}: its arm {row.arm!r} is none of the study's ({', '.join(arms)})")
     column = _text(study, "budget_column", "study", "model")
-    if column not in COLUMNS:
-        raise _Wrong(f"study.budget_column: {column!r} is none of {', '.join(COLUMNS)}")
+    if column not in BUDGET_COLUMNS:
+        raise _Wrong(f"study.budget_column: {column!r} is none of {', '.join(BUDGET_COLUMNS)}")
+    spent = _object(study.get("spent", {}), "study.spent")
     return Results(
         name=_text(study, "name", "study"),
         title=_text(study, "title", "study", study.get("name")),
@@ -76,6 +103,7 @@ def results_of(found: Any) -> Results:
             Lost(_text(each, "point", "lost"), _text(each, "why", "lost", ""))
             for each in _list(found.get("lost", []), "lost")
         ),
+        spent={role: _number(spent, role, "study.spent") or 0.0 for role in spent},
     )
 
 

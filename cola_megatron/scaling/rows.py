@@ -6,7 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cola_megatron.scaling.words import flops, number
+
 COLUMNS = ("nominal", "model", "hardware")
+BUDGET_COLUMNS = (*COLUMNS, "tokens", "steps")
 """Of compute, in the order in which they are shown."""
 FINISHED = "finished"
 
@@ -140,6 +143,8 @@ class Results:
     published: tuple[Published, ...]
     rows: tuple[Row, ...]
     lost: tuple[Lost, ...]
+    spent: Mapping[str, float] = field(default_factory=dict)
+    """Device-hours of all its runs, each once, by role: stage_one, trunk, run."""
 
     def finished(self) -> tuple[Row, ...]:
         """Rows that fits and figures have: finished ones, in the study's order whatever the order of the file."""
@@ -152,14 +157,15 @@ class Results:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of compute that finished rows have, that of the budgets first."""
+        """Columns of compute that finished rows have, that of the budgets first, or model FLOPs."""
         found = [column for column in COLUMNS if any(row.charged(column) for row in self.finished())]
-        return tuple(sorted(found, key=lambda column: column != self.budget_column))
+        first = self.budget_column if self.budget_column in COLUMNS else "model"
+        return tuple(sorted(found, key=lambda column: column != first))
 
     @property
     def main_column(self) -> str:
         """The column by which budgets were given, else the first that finished rows have."""
-        return (*self.columns, self.budget_column)[0]
+        return (*self.columns, self.budget_column if self.budget_column in COLUMNS else "model")[0]
 
     @property
     def is_axis_study(self) -> bool:
@@ -175,6 +181,10 @@ class Results:
             if row.state != FINISHED and row.point not in named
         ]
         return (*self.lost, *others)
+
+    def budget_in_words(self, budget: float) -> str:
+        """With its unit, which is that of the column that budgets are given in."""
+        return flops(budget) if self.budget_column in COLUMNS else f"{number(budget)} {self.budget_column}"
 
     def budget_of(self, row: Row) -> float:
         """The budget that a row was planned for, else what it cost in the budget column; 0 where neither is known."""

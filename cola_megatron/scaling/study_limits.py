@@ -32,9 +32,8 @@ def limits(results: Results, fits: StudyFits) -> Iterator[Conclusion]:
     yield from _kinds(results, fits)
     budgets = budget_steps(results, results.finished())
     if len(budgets) == 1:
-        yield Conclusion(
-            f"All points are of one budget, {flops(budgets[0][0])}: how they change with compute is not shown.", False
-        )
+        budget = results.budget_in_words(budgets[0][0])
+        yield Conclusion(f"All points are of one budget, {budget}: how they change with compute is not shown.", False)
     for quantity in QUANTITIES if len(budgets) > 1 else ():
         reasons: dict[str, list[str]] = defaultdict(list)
         bounds: dict[str, list[str]] = defaultdict(list)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
 from cola_megatron.records.json_files import write_whole
@@ -11,14 +9,14 @@ from cola_megatron.reporting.templates import page_environment
 from cola_megatron.scaling import fit_tables, study_tables
 from cola_megatron.scaling.conclusions import conclusions
 from cola_megatron.scaling.fits_file import save_fits
-from cola_megatron.scaling.results import read_results
-from cola_megatron.scaling.rows import Results, table
+from cola_megatron.scaling.results import read_results, write_table
+from cola_megatron.scaling.rows import Results
 from cola_megatron.scaling.study_fits import StudyFits, fit_study
 from cola_megatron.scaling.study_pictures import draw, write_figures
 from cola_megatron.scaling.study_samples import side_by_side
 from cola_megatron.scaling.words import flops, listed
 
-PAGE, TABLE = "report.html", "results.csv"
+PAGE = "report.html"
 TEMPLATE = "study.html.j2"
 
 
@@ -68,16 +66,4 @@ def write_report(folder: Path, results: Results | None = None, fits: StudyFits |
     path = folder / PAGE
     # Texts that a model wrote may hold what is no UTF-8.
     write_whole(path, page.encode("utf-8", errors="replace").decode("utf-8"))
-    return path
-
-
-def write_table(folder: Path, results: Results) -> Path:
-    """Writes every row of the table as FOLDER/results.csv and returns its path."""
-    rows = table(results)
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["point"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    path = folder / TABLE
-    write_whole(path, buffer.getvalue())
     return path

@@ -36,7 +36,10 @@ def what_was_run(results: Results) -> list[tuple[str, str]]:
     for axis in results.axes.values():
         found.append((axis.title, listed(axis.labels)))
     budgets = [number(budget) for budget, _ in budget_steps(results, results.rows) if budget]
-    found.append(("budgets", f"{listed(budgets)} FLOPs, counted in the column {results.budget_column}"))
+    counted = f"FLOPs, counted in the column {results.budget_column}"
+    found.append(
+        ("budgets", f"{listed(budgets)} {counted if results.budget_column in COLUMNS else results.budget_column}")
+    )
     seeds = sorted({row.seed for row in results.rows if row.seed is not None})
     found.append(("seeds", f"{len(seeds)} ({listed([str(seed) for seed in seeds])})"))
     sizes: dict[tuple[str, str], Row] = {}
@@ -155,7 +158,7 @@ def cost_table(results: Results) -> Grid:
     caption = (
         f"Means over the points of a budget, {column} FLOPs. Stage 1 is trained once for each seed, shared by the "
         "points of that seed, and charged to each of them in full, as each would need it. Device-hours are those of "
-        f"the runs in the table, {number(_hours(results))} in all; those of stage 1 and of trunks are in their own runs"
+        f"the run to its point, its trunk's included; the study took {_hours(results)}"
     )
     header = ("arm", "budget", "points", "own FLOPs", "stage 1", "charged", "stage 1 of it", "device-hours", "MFU")
     return Grid(caption, header, tuple(lines))
@@ -167,10 +170,11 @@ def _by_arm_and_budget(results: Results) -> Iterator[tuple[str, float, list[Row]
             yield arm, budget, rows
 
 
-def _hours(results: Results) -> float:
-    """Of each run once, at its latest point."""
-    by_run = _by_run(results.finished())
-    return sum(max((row.device_hours or 0.0) for row in rows) for rows in by_run.values())
+def _hours(results: Results) -> str:
+    """Of every run of the study once, by what it was."""
+    words = {"stage_one": "stage 1", "trunk": "trunks", "run": "runs"}
+    parts = [f"{number(results.spent[role])} in {word}" for role, word in words.items() if results.spent.get(role)]
+    return f"{number(sum(results.spent.values()))} in all" + (f": {listed(parts)}" if len(parts) > 1 else "")
 
 
 def published_table(results: Results) -> Grid:
