@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from cola_megatron.config import ConfigError, RunConfig
+from cola_megatron.config.parametrization import without_parametrization
 from cola_megatron.costs.part import Part
 from cola_megatron.families.page import Page
 from cola_megatron.inference.settings import CommonSettings
@@ -203,9 +204,9 @@ class Family(ABC, Generic[Config]):
     def compare_sources(self, first: ModelSource, second: ModelSource) -> tuple[list[Unequal], list[Unequal]]:
         """What differs between two models of the family beside their tensors: what makes another model; and remarks.
 
-        By default the keys of the model section, and of what their formats keep.
+        By default the keys of the model section but for how it learns, and of what their formats keep.
         """
-        trees = [source.config.model_dump(mode="json") for source in (first, second)]
+        trees = [without_parametrization(source.config.model_dump(mode="json")) for source in (first, second)]
         kept = [source.imported or {} for source in (first, second)]
         remarks = unequal("", *kept) if all(kept) else ()
         return list(unequal("model.", *trees)), list(remarks)
