@@ -13,6 +13,7 @@ from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.config.parametrization import without_parametrization
 from cola_megatron.costs.part import Part
 from cola_megatron.families.page import Page
+from cola_megatron.families.sizes import Coordinate
 from cola_megatron.inference.settings import CommonSettings
 from cola_megatron.interop.differences import Unequal, unequal
 
@@ -148,6 +149,28 @@ class Family(ABC, Generic[Config]):
                 purpose = part.label.split(".")[-1]
                 found[purpose] = found.get(purpose, 0.0) + count * config.training.global_batch_size * part.flops
         return {purpose: flops for purpose, flops in found.items() if flops}
+
+    # ---- other sizes ----
+
+    @abstractmethod
+    def size(self, config: Config) -> tuple[int, int]:
+        """Width and depth of the main network."""
+
+    @abstractmethod
+    def scaled(self, config: Config, width: int, depth: int) -> Config:
+        """The config with its main network at this width and depth; others, heads and feed-forward in proportion.
+
+        Raises:
+            ConfigError: the width is no whole number of heads.
+        """
+
+    @abstractmethod
+    def with_parametrization(self, config: Config, kind: str) -> Config:
+        """Under `standard`, `mup` or `completep`, with the config's own sizes as the base."""
+
+    @abstractmethod
+    def coordinates(self, config: Config) -> Sequence[Coordinate]:
+        """What of a forward pass must keep its size whatever width and depth are, in the order of the pass."""
 
     # ---- held-out ----
 
