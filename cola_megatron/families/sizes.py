@@ -23,7 +23,8 @@ class Coordinate(NamedTuple):
     name: str
     """In words."""
     modules: str
-    """Dotted name of the module whose output it is; `*` for every block, of which the mean square is taken."""
+    """Dotted name of the module whose output it is; `*` for every block, `1*` for every block but the first: the
+    mean square over them is taken."""
     stack: str
     """Dotted name of the module with the `blocks` that are its depth."""
     of_branch: bool = False

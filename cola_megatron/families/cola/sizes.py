@@ -61,11 +61,16 @@ def with_parametrization(config: ColaConfig, kind: str) -> ColaConfig:
 
 def coordinates(config: ColaConfig) -> tuple[Coordinate, ...]:
     """Of encoder and decoder, and in stage 2 of the prior."""
-    branch = "ffn_norm" if config.model.vae.post_norm else "ffn"
+    post_norm = config.model.vae.post_norm
+    branch = "ffn_norm" if post_norm else "ffn"
+    # In the post-norm form attention reads the stream as it is, which before the first block has not been normed yet.
+    behind = "1*" if post_norm else "*"
 
     def stack(name: str) -> tuple[Coordinate, ...]:
         return (
-            Coordinate(f"{name} attention branch", f"vae.{name}.blocks.*.attention", f"vae.{name}", of_branch=True),
+            Coordinate(
+                f"{name} attention branch", f"vae.{name}.blocks.{behind}.attention", f"vae.{name}", of_branch=True
+            ),
             Coordinate(f"{name} feed-forward branch", f"vae.{name}.blocks.*.{branch}", f"vae.{name}", of_branch=True),
             Coordinate(f"{name} residual stream", f"vae.{name}.blocks.-1", f"vae.{name}"),
         )
