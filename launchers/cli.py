@@ -22,6 +22,7 @@ from launchers import (
     report_command,
     status_command,
     submit_command,
+    sweep_command,
     sync_command,
     train_command,
 )
@@ -50,6 +51,7 @@ app.add_typer(eval_command.app, name="eval")
 app.command("report")(report_command.report)
 app.command("compare")(compare_command.compare)
 app.command("plan")(plan_command.plan)
+app.add_typer(sweep_command.app, name="sweep")
 app.command("doctor")(doctor_command.doctor)
 
 
