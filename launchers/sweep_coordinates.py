@@ -136,7 +136,7 @@ def _verdict(slope: "Slope") -> str:
     from cola_megatron.scaling.coordinates import RANDOM_PART
 
     if slope.change is None or slope.rms is None:
-        return "does not change"
+        return "no slope"
     if slope.holds:
         return "holds"
     return "vanishes" if slope.change - slope.wanted < -RANDOM_PART else "grows"

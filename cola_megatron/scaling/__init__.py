@@ -3,15 +3,18 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cola_megatron.scaling.coordinates import CoordinateCheck, check_coordinates
     from cola_megatron.scaling.isoflop import isoflop_profiles
     from cola_megatron.scaling.loss_surface import LossSurface, fit_loss_surface
     from cola_megatron.scaling.prediction_check import Points, check_prediction
     from cola_megatron.scaling.score_curve import ScoreCurve, fit_score_curve
 
 __all__ = [
+    "CoordinateCheck",
     "LossSurface",
     "Points",
     "ScoreCurve",
+    "check_coordinates",
     "check_prediction",
     "fit_loss_surface",
     "fit_score_curve",
@@ -19,6 +22,8 @@ __all__ = [
 ]
 
 _MODULES = {
+    "check_coordinates": "coordinates",
+    "CoordinateCheck": "coordinates",
     "isoflop_profiles": "isoflop",
     "LossSurface": "loss_surface",
     "fit_loss_surface": "loss_surface",

@@ -62,7 +62,7 @@ class Slope:
     coordinate: str
     axis: Axis
     change: float | None
-    """Of the change since step 0; None: it did not change, or all sizes have it at one depth."""
+    """Of the change since step 0; None: it did not change, or fewer than two sizes have it."""
     rms: float | None
     """Of the size itself; None likewise."""
     wanted: float
