@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 from typer.core import TyperGroup
 
-from launchers import eval_benchmarks, eval_likelihood
+from launchers import eval_benchmarks, eval_last_word, eval_likelihood
 from launchers.output import print_json, print_table
 
 
@@ -31,6 +31,7 @@ app.command("score")(eval_benchmarks.score)
 app.command("run")(eval_benchmarks.run)
 app.command("table")(eval_benchmarks.table)
 app.command("lm-eval")(eval_benchmarks.lm_eval)
+app.command("last-word")(eval_last_word.last_word)
 app.command("likelihood")(eval_likelihood.likelihood)
 app.command("robustness")(eval_likelihood.robustness)
 

@@ -30,7 +30,7 @@ def plan(
     `cola plan paper-2b training.global_batch_size=2048 --gpus 128 --gpu h200 --eflops 2000`
     """
     from cola_megatron.config import ConfigError, load_config
-    from cola_megatron.planning.budget import budget
+    from cola_megatron.planning.compute import cost_of, steps_for
     from cola_megatron.planning.hardware import GIB, GPUS, efficiency_with
     from cola_megatron.planning.plan import CHOICES, Cluster
     from cola_megatron.planning.plan import plan as rank
@@ -47,12 +47,19 @@ def plan(
         value = lengths[name]
         if value is not None and not 0 < value < 1e9:
             raise ConfigError(f"{name} {value}: must be above 0 and below 1e9")
+    steps = config.training.steps
+    if tokens is not None:
+        steps = steps_for(config, "tokens", tokens)
+    elif eflops is not None:
+        steps = steps_for(config, "model", eflops * 1e18)
+    elif nominal_eflops is not None:
+        steps = steps_for(config, "nominal", nominal_eflops * 1e18)
     efficiency = efficiency_with([*(assume or []), *([] if mfu is None else [f"mfu={mfu}"])])
     memory = GPUS[gpu].memory_bytes if gpu_memory is None else gpu_memory * GIB
     cluster = Cluster(gpus, GPUS[gpu], memory, gpus_per_node, efficiency)
     held = [key for key in (override.partition("=")[0] for override in overrides or []) if key in CHOICES]
     layouts, refused = rank(config, cluster, held)
-    run = budget(config, tokens, eflops, nominal_eflops)
+    run = cost_of(config, steps)
     if as_json:
         print_json(as_tree(config, cluster, run, layouts[:top], refused))
     else:

@@ -6,7 +6,7 @@ from typing import Any
 
 from cola_megatron.config import RunConfig
 from cola_megatron.families import family_of
-from cola_megatron.planning.budget import Budget
+from cola_megatron.planning.compute import Cost, compute_of
 from cola_megatron.planning.flops import training_flops_per_sample
 from cola_megatron.planning.hardware import GIB
 from cola_megatron.planning.plan import Cluster, Layout, batch_limit
@@ -14,7 +14,7 @@ from launchers.output import print_table
 
 
 def print_plan(
-    config: RunConfig, cluster: Cluster, run: Budget, layouts: Sequence[Layout], refused: int, top: int
+    config: RunConfig, cluster: Cluster, run: Cost, layouts: Sequence[Layout], refused: int, top: int
 ) -> None:
     """The table and the best layout, on stdout."""
     family = family_of(config)
@@ -39,12 +39,10 @@ def print_plan(
     limit = batch_limit(config, cluster)
     if limit is not None:
         print(f"  {limit}")
-    _print_details(layouts[0])
+    _print_details(layouts[0], run)
 
 
-def as_tree(
-    config: RunConfig, cluster: Cluster, run: Budget, layouts: Sequence[Layout], refused: int
-) -> dict[str, Any]:
+def as_tree(config: RunConfig, cluster: Cluster, run: Cost, layouts: Sequence[Layout], refused: int) -> dict[str, Any]:
     """Everything that is known, in bytes, seconds and FLOPs."""
     return {
         "config": config.name,
@@ -58,7 +56,7 @@ def as_tree(
     }
 
 
-def _layout_tree(layout: Layout, run: Budget) -> dict[str, Any]:
+def _layout_tree(layout: Layout, run: Cost) -> dict[str, Any]:
     parallel, training = layout.config.parallel, layout.config.training
     times = [time for time, _ in layout.times]
     return {
@@ -79,6 +77,7 @@ def _layout_tree(layout: Layout, run: Budget) -> dict[str, Any]:
         "peak_bytes": layout.peak,
         "step_seconds": layout.step_seconds,
         "step_flops": layout.step_flops,
+        "hardware_flops": _hardware_flops(layout, run),
         "time": asdict(times[0]),
         "time_of_a_frozen_step": asdict(times[1]) if len(times) > 1 else None,
         "tokens_per_second": layout.tokens_per_second,
@@ -88,18 +87,18 @@ def _layout_tree(layout: Layout, run: Budget) -> dict[str, Any]:
     }
 
 
-def _length_rows(run: Budget) -> list[tuple[str, str]]:
+def _length_rows(run: Cost) -> list[tuple[str, str]]:
     rows = [
         ("steps, tokens", f"{run.steps:,}, {run.tokens:,}"),
-        ("model EFLOPs", f"{run.model_flops / 1e18:,.4g}"),
+        ("model EFLOPs", f"{run.compute['model'] / 1e18:,.4g}"),
         *((f"  {name}", f"{flops / 1e18:,.4g}") for name, flops in run.parts.items()),
     ]
-    if run.nominal_flops is not None:
-        rows.append(("nominal EFLOPs", f"{run.nominal_flops / 1e18:,.4g} (6 N D, the axis of the paper's figures)"))
+    if nominal := run.compute["nominal"]:
+        rows.append(("nominal EFLOPs", f"{nominal / 1e18:,.4g} (6 N D, the axis of the paper's figures)"))
     return rows
 
 
-def _row(layout: Layout, run: Budget) -> dict[str, str]:
+def _row(layout: Layout, run: Cost) -> dict[str, str]:
     parallel, training = layout.config.parallel, layout.config.training
     return {
         "TP": str(parallel.tensor_parallel_size),
@@ -119,7 +118,7 @@ def _row(layout: Layout, run: Budget) -> dict[str, str]:
     }
 
 
-def _print_details(layout: Layout) -> None:
+def _print_details(layout: Layout, run: Cost) -> None:
     print("\nThe first in detail")
     first, _ = layout.times[0]
     seconds = {
@@ -135,6 +134,7 @@ def _print_details(layout: Layout) -> None:
         [
             ("overrides", " ".join(layout.overrides)),
             ("FLOPs of a sample", f"{training_flops_per_sample(layout.config):.4g}"),
+            ("hardware EFLOPs", f"{_hardware_flops(layout, run) / 1e18:,.4g} (with what is computed again or dropped)"),
             ("micro-batches", f"{layout.micro_batches} of {layout.config.training.micro_batch_size}"),
             ("seconds of a step", ", ".join(f"{name} {value:.3g}" for name, value in seconds.items() if value)),
             ("GiB a rank sends", ", ".join(f"{name} {size / GIB:.3g}" for name, size in sent.items() if size) or "0"),
@@ -163,7 +163,12 @@ def _stage_row(layout: Layout, stage: int) -> dict[str, str]:
     return {"stage": str(stage), **{name: f"{size / GIB:.2f}" for name, size in sizes.items()}}
 
 
-def _days(layout: Layout, run: Budget) -> float:
+def _hardware_flops(layout: Layout, run: Cost) -> float:
+    """Of the whole run; it depends on whether the layout recomputes."""
+    return compute_of(layout.config, run.steps)["hardware"]
+
+
+def _days(layout: Layout, run: Cost) -> float:
     return run.steps * layout.step_seconds / 86_400
 
 
@@ -172,7 +177,7 @@ def _rounded(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"
 
 
-def _gpu_hours(layout: Layout, run: Budget) -> float:
+def _gpu_hours(layout: Layout, run: Cost) -> float:
     return run.steps * layout.step_seconds / 3_600 * layout.cluster.gpus
 
 

@@ -1,8 +1,264 @@
-"""`cola sweep`: studies over sizes and settings."""
+"""`cola sweep`: a scaling study, from its file to its figure."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
+from launchers import submit_command
+from launchers.output import print_json, print_table
 from launchers.sweep_coordinates import coordinates
 
-app = typer.Typer(help="Studies over sizes and settings.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from cola_megatron.scaling.study_folder import StudyFolder
+    from launchers.sweep_run import Outcome
+
+app = typer.Typer(
+    help="A scaling study from one file: plan, run here or submit, then its table, fits and report.",
+    epilog="Example: cola sweep run rq4 --scale tiny --output studies/rq4",
+    no_args_is_help=True,
+)
+
 app.command("coordinates")(coordinates)
+
+SOURCE = typer.Argument(..., metavar="STUDY", help="A study file, or one that ships with the package: rq1, rq4, ...")
+FOLDER = typer.Argument(..., help="Folder of a study.")
+SCALE = typer.Option(None, help="One of the file's scales; by default the published setting.")
+DATA = typer.Option(None, help="Prepared data, in place of the file's.")
+BENCHMARKS = typer.Option(None, help="Folder of the tasks' items, in place of the file's.")
+AT_ONCE = typer.Option(None, min=1, help="Jobs at a time; by default one for each GPU, or for each core.")
+MEMORY = typer.Option(None, min=0.1, help="GiB for all of them; by default nine tenths of what is free.")
+PROCESSES = typer.Option(1, min=1, help="Processes of each run.")
+AS_JSON = typer.Option(False, "--json", help="As JSON.")
+
+
+@app.command("plan")
+def plan(
+    source: str = SOURCE,
+    scale: str = SCALE,
+    data: str = DATA,
+    benchmarks: Path = BENCHMARKS,
+    gpus: int = typer.Option(None, min=1, help="GPUs of each run: adds its layout and its GPU-hours."),
+    gpu: str = typer.Option("h100", help="A GPU of the table in docs/planning.md: a100, h100, h200, b200, ..."),
+    gpus_per_node: int = typer.Option(8, min=1, help="GPUs that share NVLink."),
+    runs: bool = typer.Option(False, "--runs", help="A line for each run as well."),
+    as_json: bool = AS_JSON,
+) -> None:
+    """What a study will take: runs, tokens, FLOPs by column, layouts and GPU-hours of each arm. Nothing is written.
+
+    Example: `cola sweep plan rq4 --gpus 64`
+    """
+    from cola_megatron.config import ConfigError
+    from cola_megatron.evaluation.results import format_table
+    from cola_megatron.planning.hardware import GPUS
+    from cola_megatron.planning.plan import Cluster
+    from cola_megatron.scaling.study_expansion import expand
+    from cola_megatron.scaling.study_file import load_study
+    from launchers.sweep_files import study_file
+    from launchers.sweep_plan import rows_of, shares_of, steps_done
+
+    study = load_study(study_file(source), scale, data, benchmarks)
+    if gpu not in GPUS:
+        raise ConfigError(f"--gpu {gpu}: not in the table of {', '.join(GPUS)}; docs/planning.md says how to add one")
+    cluster = None if gpus is None else Cluster(gpus, GPUS[gpu], GPUS[gpu].memory_bytes, gpus_per_node)
+    expanded = expand(study, Path("STUDY"))
+    shares = shares_of(study, expanded, cluster)
+    if as_json:
+        print_json({"study": study.name, "scale": study.scale, "arms": [share.as_json() for share in shares]})
+        return
+    print(f"{study.title or study.name}, scale {study.scale}: {study.question}")
+    print(f"{len(expanded.runs)} runs, {len(expanded.points)} points")
+    if runs:
+        table = [["run", "role", "steps", "starts from"]]
+        table += [[run.name, run.role, f"{steps_done(run):,}", *(run.needs or ("",))] for run in expanded.runs.values()]
+        print(format_table(table))
+    print(format_table(list(rows_of(shares, None if cluster is None else cluster.gpu.name))))
+
+
+@app.command("run")
+def run(
+    source: str = SOURCE,
+    output: Path = typer.Option(..., help="Folder of the study; the same command goes on where it was stopped."),
+    scale: str = SCALE,
+    data: str = DATA,
+    benchmarks: Path = BENCHMARKS,
+    at_once: int = AT_ONCE,
+    memory: float = MEMORY,
+    processes: int = PROCESSES,
+    as_json: bool = AS_JSON,
+) -> None:
+    """Train, measure, collect, fit and report a study on this machine.
+
+    Finished runs are passed over, those that were stopped go on. A run that fails holds up those that start from it
+    and no other.
+
+    Example: `cola sweep run rq4 --scale tiny --output studies/rq4`
+    """
+    from cola_megatron.scaling.study_file import load_study
+    from cola_megatron.scaling.study_folder import StudyFolder
+    from launchers.sweep_files import study_file
+
+    study = load_study(study_file(source), scale, data, benchmarks)
+    _go_on(StudyFolder.begin(output, study), [], at_once, memory, processes, as_json)
+
+
+@app.command("submit")
+def submit(
+    source: str = SOURCE,
+    output: Path = typer.Option(..., help="Folder of the study, on a file system that all nodes share."),
+    scale: str = SCALE,
+    data: str = DATA,
+    benchmarks: Path = BENCHMARKS,
+    nodes: int = submit_command.NODES,
+    processes: int = submit_command.PROCESSES,
+    concurrency: int = typer.Option(None, min=1, help="Runs that train at once."),
+    site: str = submit_command.SITE,
+    settings: list[str] = submit_command.SETTINGS,
+    partition: str = submit_command.PARTITION,
+    account: str = submit_command.ACCOUNT,
+    time: str = submit_command.TIME,
+    dry_run: bool = submit_command.DRY_RUN,
+    as_json: bool = AS_JSON,
+) -> None:
+    """Hand a study to Slurm: its data, an array for each kind of run, one of measurements, and the report.
+
+    Given again when all of it has left the queue, it submits what has not finished.
+
+    Example: `cola sweep submit rq4 --output /shared/rq4 --nodes 8 --site our-cluster.yaml --data /shared/olmo2_512`
+    """
+    from cola_megatron.scaling.study_file import load_study
+    from cola_megatron.scaling.study_folder import StudyFolder
+    from launchers.slurm.submission import shape_of
+    from launchers.sweep_files import study_file
+    from launchers.sweep_slurm import StudyOnSlurm
+
+    study = load_study(study_file(source), scale, data, benchmarks)
+    chosen = submit_command.chosen_site(site, settings, partition, account, time)
+    shape = shape_of(chosen, nodes, processes)
+    if dry_run:
+        print(StudyOnSlurm(StudyFolder(output, study), chosen, shape, concurrency).dry_run(), end="")
+        return
+    parts = StudyOnSlurm(StudyFolder.begin(output, study), chosen, shape, concurrency).submit()
+    if as_json:
+        print_json({part.name: {"job": part.job, "elements": part.elements, "log": part.log} for part in parts})
+        return
+    print_table([(part.name, f"job {part.job}, {part.elements} elements, {part.log}") for part in parts])
+    print_table([("state", f"cola sweep status {output}"), ("end it", f"cola cancel {output}")])
+
+
+@app.command("measure", hidden=True)
+def measure(
+    folder: Path = FOLDER,
+    number: int = typer.Argument(..., min=0, help="Of the point, as in results.json."),
+) -> None:
+    """Measure one point of a study; what `cola sweep submit` runs on a node."""
+    from cola_megatron.scaling.study_folder import StudyFolder
+    from launchers.sweep_jobs import measure_point
+
+    raise typer.Exit(measure_point(StudyFolder.open(folder), number))
+
+
+@app.command("resume")
+def resume(
+    folder: Path = FOLDER,
+    only: list[str] = typer.Option([], help="Only this run and what it needs; repeatable."),
+    at_once: int = AT_ONCE,
+    memory: float = MEMORY,
+    processes: int = PROCESSES,
+    as_json: bool = AS_JSON,
+) -> None:
+    """Go on with what has not finished; with `--only`, with those runs alone.
+
+    Example: `cola sweep resume studies/rq4 --only cola-1e12-s66`
+    """
+    from cola_megatron.scaling.study_folder import StudyFolder
+
+    _go_on(StudyFolder.open(folder), only, at_once, memory, processes, as_json)
+
+
+@app.command("status")
+def status(
+    folder: Path = FOLDER,
+    rebuild_index: bool = typer.Option(False, "--rebuild-index", help="Make index.json anew from the runs."),
+    as_json: bool = AS_JSON,
+) -> None:
+    """One line for each run and each point: what has become of it, and the last error of what failed.
+
+    Example: `cola sweep status studies/rq4`
+    """
+    from cola_megatron.scaling.study_folder import StudyFolder
+    from launchers.sweep_status import status_rows
+
+    opened = StudyFolder.rebuild(folder) if rebuild_index else StudyFolder.open(folder)
+    rows = status_rows(opened)
+    if as_json:
+        print_json(rows)
+        return
+    shown = [(row["name"], row["role"], row["state"], row["progress"], row["note"]) for row in rows]
+    widths = [max(len(each[column]) for each in shown) for column in range(4)]
+    for each in shown:
+        print("  ".join(cell.ljust(width) for cell, width in zip(each, [*widths, 0], strict=True)).rstrip())
+    finished = sum(row["state"] == "finished" for row in rows)
+    print(f"{finished} of {len(rows)} finished")
+
+
+@app.command("collect")
+def collect(folder: Path = FOLDER, as_json: bool = AS_JSON) -> None:
+    """Read what the runs left into results.json and results.csv.
+
+    Example: `cola sweep collect studies/rq4`
+    """
+    from cola_megatron.scaling.collect import RESULTS
+    from cola_megatron.scaling.collect import collect as read
+    from cola_megatron.scaling.study_folder import StudyFolder
+
+    document = read(StudyFolder.open(folder))
+    if as_json:
+        print_json(document)
+        return
+    rows, lost = document["rows"], document["lost"]
+    for each in lost:
+        print(f"{each['point']}: {each['why']}")
+    print_table([("points", f"{len(rows) - len(lost)} of {len(rows)}"), ("table", str(folder / RESULTS))])
+
+
+def _go_on(
+    opened: "StudyFolder",
+    only: list[str],
+    at_once: int | None,
+    memory: float | None,
+    processes: int,
+    as_json: bool,
+) -> None:
+    from cola_megatron.errors import ExitCode
+    from cola_megatron.records.run_folder import lock_run_folder
+    from launchers.sweep_jobs import jobs_of, with_needs
+    from launchers.sweep_machine import machine
+    from launchers.sweep_run import LocalScheduler
+
+    jobs = jobs_of(opened, processes)
+    if only:
+        jobs = with_needs(jobs, only)
+    with lock_run_folder(opened.folder):
+        outcome = LocalScheduler(jobs, machine(at_once, memory)).run()
+        _conclude(opened, outcome, as_json)
+    if outcome.stopped:
+        raise typer.Exit(ExitCode.STOPPED)
+    if outcome.failed:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+def _conclude(opened: "StudyFolder", outcome: "Outcome", as_json: bool) -> None:
+    """Table, and where all is there that can be, fits and report."""
+    from cola_megatron.scaling.collect import collect as read
+
+    document = read(opened)
+    if as_json:
+        print_json({"done": outcome.done, "failed": outcome.failed, "waiting": outcome.waiting})
+        return
+    for name, said in outcome.failed.items():
+        print(f"{name} failed: {said}; `cola sweep resume {opened.folder} --only {name}` tries it again")
+    if outcome.waiting:
+        print(f"not begun: {', '.join(outcome.waiting)}")
+    rows, lost = document["rows"], document["lost"]
+    print(f"{len(rows) - len(lost)} of {len(rows)} points are complete")

@@ -187,6 +187,18 @@ def test_a_roll_back_leaves_out_the_batches_from_the_checkpoint_on(tiny, ranks: 
     assert sorted(expected) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_branch_leaves_out_what_its_trunk_left_out(tiny) -> None:
+    overrides = ["training.divergence.not_finite=roll_back", "training.checkpoint.every=2", "training.steps=6"]
+    trunk = tiny(1, *overrides, "name=trunk", "training.checkpoint.keep_last=9")
+    poisoned_train(trunk, [3], math.nan)
+    for step in (2, 4):
+        checkpoint = trunk.run_folder / "checkpoints" / f"step_{step:08d}"
+        branch = tiny(1, *overrides, f"name=branch{step}", f"training.start_from={checkpoint}")
+        poisoned_train(branch, [3], math.nan)
+        assert losses(branch) == {number: loss for number, loss in losses(trunk).items() if number > step}
+        assert read_roll_backs(branch.run_folder) == read_roll_backs(trunk.run_folder)
+
+
 def test_roll_backs_are_bounded_and_begin_anew_without_a_checkpoint(tiny) -> None:
     policy = ["training.divergence.not_finite=roll_back", "training.divergence.max_roll_backs=2"]
     config = tiny(1, *policy)

@@ -11,6 +11,7 @@ from cola_megatron.errors import UserError
 from cola_megatron.training.loop import train
 from tests.support import TINY
 from tests.test_cli import cola
+from tests.test_families import small
 
 
 def run_of(corpus: Path, runs: Path, *overrides: str) -> Path:
@@ -43,6 +44,9 @@ def test_the_likelihood_of_held_out_sequences(trained, tmp_path):
     total = sum(item["elbo"] for item in items)
     assert found["elbo"]["value"] == pytest.approx(total / 96)
     assert found["elbo"]["low"] < found["elbo"]["value"] < found["elbo"]["high"]
+    headline = found["nats_per_token"]
+    assert headline["kind"] == "bound" and headline["value"] == pytest.approx(-total / 96)
+    assert headline["high"] - headline["value"] == pytest.approx(1.96 * headline["standard_error"], rel=1e-3)
     assert found["perplexity"]["value"] == pytest.approx(math.exp(-total / 96))
     written = sum(item["text_bytes"] for item in items)
     assert found["bits_per_byte"]["value"] == pytest.approx(-total / written / math.log(2))
@@ -50,8 +54,31 @@ def test_the_likelihood_of_held_out_sequences(trained, tmp_path):
     assert terms["reconstruction"] + terms["prior"] - terms["posterior"] == pytest.approx(found["elbo"]["value"])
     table = cola(*command)
     assert "3 texts, 96 tokens" in table
-    for row in ("reconstruction", "prior", "posterior", "ELBO", "IWAE", "perplexity per token", "bits per byte"):
+    for row in (
+        "-log p, upper bound",
+        "reconstruction",
+        "prior",
+        "posterior",
+        "ELBO",
+        "IWAE",
+        "perplexity per token",
+        "bits per byte",
+    ):
         assert row in table
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("autoregressive", "exact"), ("masked_diffusion", "bound"), ("plaid", "bound")]
+)
+def test_every_family_states_nats_per_token(name, kind, corpus, tmp_path):
+    config = small(name, corpus, tmp_path, "training.steps=1", "training.evaluation.samples=4")
+    train(config, progress=False)
+    samples = [] if kind == "exact" else ["--samples", 2]
+    found = json.loads(cola("eval", "likelihood", config.run_folder, "--limit", 4, *samples, "--json"))
+    headline = found["nats_per_token"]
+    assert headline["kind"] == kind and headline["value"] == -found["elbo"]["value"]
+    assert (headline["draw_error"] == 0) == (kind == "exact")
+    assert headline["standard_error"] > 0 and headline["low"] == -found["elbo"]["high"]
 
 
 def test_the_likelihood_of_a_file(trained, tmp_path):
@@ -61,7 +88,8 @@ def test_the_likelihood_of_a_file(trained, tmp_path):
     lines.write_text("the prior writes\n\nnoise\n")
     quick = ["--steps", 2, "--samples", 1, "--json"]
     command = ["eval", "likelihood", trained, "--file", rows, "--field", "answer"]
-    assert json.loads(cola(*command, "--context-field", "question", *quick))["texts"] == 2
+    conditional = json.loads(cola(*command, "--context-field", "question", *quick))
+    assert (conditional["texts"], conditional["nats_per_token"]["kind"]) == (2, "estimate")  # one text has a context
     assert json.loads(cola("eval", "likelihood", trained, "--file", lines, "--limit", 1, *quick))["texts"] == 1
     assert json.loads(cola(*command, "--limit", 1, *quick))["elbo"]["low"] is None  # one text shows no spread
     with pytest.raises(UserError, match=r"pairs\.jsonl:1: no text under 'reply'; there are question, answer"):

@@ -150,7 +150,7 @@ def values_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if kind in (Union, types.UnionType):
         return " or ".join(values_of(part) for part in get_args(annotation))
     if kind is tuple:
-        return f"[{', '.join(values_of(part) for part in get_args(annotation))}]"
+        return f"[{', '.join('...' if part is Ellipsis else values_of(part) for part in get_args(annotation))}]"
     if annotation is type(None):
         return "`null`"
     if hasattr(annotation, "__metadata__"):  # Annotated inside a union, such as PositiveInt | None

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from cola_megatron.config import RunConfig
-from cola_megatron.costs.part import Part
+from cola_megatron.costs.part import ATTENTION_PASSES, MATRIX_PASSES, Part
 from cola_megatron.families import family_of
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.planning.hardware import GPUS, Efficiency
 from cola_megatron.planning.memory import micro_batches
 from cola_megatron.planning.split import pipeline_split
-from cola_megatron.planning.step_time import ATTENTION_PASSES, MATRIX_PASSES, optimizer_seconds, step_time
+from cola_megatron.planning.step_time import optimizer_seconds, step_time
 from cola_megatron.preflight.cluster import measure_all_reduce
 
 
@@ -103,7 +103,7 @@ def _floors_of(config: RunConfig, part: Part, rates: Rates) -> dict[str, Floor]:
     if not part.forward:
         return {}
     is_block = part.is_block
-    recomputed = is_block and part.backward and config.training.activation_checkpointing
+    recomputed = part.runs_again(config)
     matrix_passes, attention_passes = (
         (passes if part.backward else 1.0) + recomputed for passes in (MATRIX_PASSES, ATTENTION_PASSES)
     )

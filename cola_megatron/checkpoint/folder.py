@@ -92,7 +92,7 @@ def set_aside(run_folder: Path) -> list[Path]:
 def prune(run_folder: Path, kept: CheckpointConfig) -> None:
     """Removes the checkpoints that are not to be kept."""
     for old in step_folders(run_folder)[: -kept.keep_last]:
-        if kept.keep_every is None or step_of(old) % kept.keep_every:
+        if not kept.is_kept(step_of(old)):
             _remove(old)
 
 

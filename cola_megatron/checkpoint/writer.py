@@ -203,7 +203,7 @@ class CheckpointWriter:
             self._save = None
             raise CheckpointError(
                 f"{save.final}: the checkpoint could not be written ({str(error).splitlines()[0]}); the one before "
-                "stays good: see that the disk has space (training.checkpoint.keep_last and keep_every say how many "
+                "stays good: see that the disk has space (training.checkpoint.keep_last, keep_every and at say which "
                 "checkpoints stay), and run again"
             ) from error
 

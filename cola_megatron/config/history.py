@@ -44,5 +44,7 @@ CHANGES: tuple[Change, ...] = (
     Added("training.attention_chunk", 0),  # schema 9
     Added("training.start_from", None),  # schema 10
     Added("model.family", "cola"),  # schema 11
-    _standard_parametrization,  # schema 12
+    Added("training.schedule.decay_from", None),  # schema 12
+    Added("training.checkpoint.at", []),  # schema 13
+    _standard_parametrization,  # schema 14
 )

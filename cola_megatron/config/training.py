@@ -28,14 +28,22 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Linear warm-up, then a decay to the final learning rate at `decay_steps`, constant after."""
+    """Linear warm-up, the peak, then a decay to the final learning rate at `decay_steps`, constant after.
+
+    With `decay_from` it is the schedule of warm-up, stable phase and decay (WSD), whose stable phase several runs of
+    different lengths can share: docs/scaling.md.
+    """
 
     initial_learning_rate: Annotated[NonNegativeFloat, PUBLISHED] = 1e-6
     """Where the warm-up starts."""
     warmup_steps: Annotated[NonNegativeInt, PUBLISHED] = 5_000
     """Length of the warm-up; must be below `decay_steps`."""
-    decay: Annotated[Literal["cosine", "linear"], PUBLISHED] = "cosine"
-    """Course of the decay."""
+    decay: Annotated[Literal["cosine", "linear", "1-sqrt"], PUBLISHED] = "cosine"
+    """Course of the decay; `1-sqrt` is 1 - sqrt(share of the decay that is over), which after a stable phase came out
+    best in arXiv:2405.18392."""
+    decay_from: Annotated[NonNegativeInt | None, OURS] = None
+    """Step at which the decay begins: the rate is at its peak from the warm-up until then. From `warmup_steps` to
+    `decay_steps`; null: where the warm-up ends."""
     decay_steps: Annotated[PositiveInt, PUBLISHED] = 1_000_000
     """Step at which the decay ends: the horizon of the schedule, not of the run."""
     final_learning_rate: Annotated[NonNegativeFloat, PUBLISHED] = 1e-5
@@ -45,6 +53,11 @@ class ScheduleConfig(Section):
     def _consistent(self) -> "ScheduleConfig":
         if self.warmup_steps >= self.decay_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be below decay_steps={self.decay_steps}")
+        if self.decay_from is not None and not self.warmup_steps <= self.decay_from <= self.decay_steps:
+            raise ValueError(
+                f"decay_from={self.decay_from} must lie within warmup_steps={self.warmup_steps} and "
+                f"decay_steps={self.decay_steps}"
+            )
         return self
 
 
@@ -69,9 +82,20 @@ class CheckpointConfig(Section):
     """Newest checkpoints that are kept."""
     keep_every: Annotated[PositiveInt | None, OURS] = None
     """Checkpoints whose step is a multiple of this are kept for ever."""
+    at: Annotated[tuple[PositiveInt, ...], OURS] = ()
+    """Steps that get a checkpoint beside those of `every`, and keep it for ever: where other runs go on from here. A
+    step that is over gets none."""
     asynchronous: Annotated[bool, OURS] = True
     """Training goes on while a checkpoint is written. Needs host memory for a copy: 12 bytes for every parameter that
     this rank writes. false: it waits until the checkpoint is complete."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether there is a checkpoint after `step` steps, wherever the run ends."""
+        return step % self.every == 0 or step in self.at
+
+    def is_kept(self, step: int) -> bool:
+        """Whether it stays when it is no longer among the newest."""
+        return step in self.at or (self.keep_every is not None and step % self.keep_every == 0)
 
 
 class DivergenceConfig(Section):

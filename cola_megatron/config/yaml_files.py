@@ -66,8 +66,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[Any, int] = {}
         for key_node, _ in node.value:
+            if key_node.tag == _MERGE:
+                continue  # what it brings in may be said otherwise here
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-            if isinstance(key, str | int | float) and key_node.tag != _MERGE:
+            if isinstance(key, str | int | float):
                 if key in lines:
                     raise ConfigError(f"{key} stands twice, in lines {lines[key]} and {line}: join the two")
                 lines[key] = line

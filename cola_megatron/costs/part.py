@@ -7,6 +7,8 @@ from cola_megatron.config import RunConfig
 from cola_megatron.costs.traffic import Traffic
 
 FLOAT32 = 4
+MATRIX_PASSES, ATTENTION_PASSES = 3.0, 3.5
+"""Products forward and backward against forward alone; fused attention computes its scores once more."""
 
 
 def compute_bytes(config: RunConfig) -> int:
@@ -69,6 +71,8 @@ class Part:
     """False: forward only, without gradients."""
     extra_forwards: float = 0.0
     """Forward passes without gradients beside that one, for the average sample."""
+    recomputes: bool = False
+    """Its backward pass runs the forward pass again, whatever `training.activation_checkpointing` says."""
     computed_pairs: float = 1.0
     """Attention pairs that the kernel computes over those that the mask keeps: with a mask tensor it skips none."""
     largest_matrix: float = 0.0
@@ -100,7 +104,20 @@ class Part:
     @property
     def flops(self) -> float:
         """Training FLOPs of one sample: two per multiply-add, backward twice the forward."""
-        return 2.0 * self.macs * ((3.0 if self.backward else 1.0) + self.extra_forwards)
+        return 2.0 * self.macs * ((MATRIX_PASSES if self.backward else 1.0) + self.extra_forwards)
+
+    def runs_again(self, config: RunConfig) -> bool:
+        """Whether the backward pass runs the forward pass once more."""
+        checkpointed = config.training.activation_checkpointing and self.activations.recomputable
+        return self.backward and (self.recomputes or checkpointed)
+
+    def hardware_flops(self, config: RunConfig) -> float:
+        """FLOPs of one sample in training with what is computed again, and all pairs that the kernels compute."""
+        if not self.forward:
+            return 0.0
+        forwards = 1.0 + self.extra_forwards + self.runs_again(config)
+        matrix, attention = (self.backward * (passes - 1.0) + forwards for passes in (MATRIX_PASSES, ATTENTION_PASSES))
+        return 2.0 * (self.matrix_macs * matrix + self.attention_macs * self.computed_pairs * attention)
 
 
 def causal_pairs(length: int, block_size: int) -> float:

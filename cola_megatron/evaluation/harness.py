@@ -8,10 +8,11 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from cola_megatron.evaluation.decoding import cut_at
+from cola_megatron.evaluation.decoding import Decoding, cut_at
 from cola_megatron.evaluation.items import Item
 from cola_megatron.evaluation.model import EvaluationModel, sample_id
 from cola_megatron.evaluation.records import (
+    Record,
     append_records,
     as_stored,
     check_settings,
@@ -21,7 +22,7 @@ from cola_megatron.evaluation.records import (
     start_settings,
 )
 from cola_megatron.evaluation.results import TaskResult
-from cola_megatron.evaluation.scoring import score
+from cola_megatron.evaluation.scoring import Rule, score
 from cola_megatron.evaluation.tasks import Task
 from cola_megatron.inference.noise import share_noise
 from cola_megatron.parallel import ProcessGroups
@@ -78,17 +79,10 @@ def evaluate_task(
         unit="item",
         disable=not (progress and groups.is_main),
     ) as bar:
-        for batch in batches_by_length(left, [len(item.prompt) for item in left], batch_size):
-            texts = model.generate(
-                [item.prompt for item in batch], [sample_id(item.id) for item in batch], task.decoding
-            )
-            records = []
-            for item, text in zip(batch, texts, strict=True):
-                text = cut_at(text, task.decoding.stop)
-                records.append(make_record(item, text, score(task.rule, text, item.truths, item.options)))
+        for records in answers(model, task.rule, task.decoding, left, batch_size):
             if writes:
                 append_records(path, records)
-            bar.update(len(batch))
+            bar.update(len(records))
     groups.barrier()
     if not groups.is_main:
         return None
@@ -96,6 +90,19 @@ def evaluate_task(
     result = TaskResult(task.name, model.name, settings, [done[item.id] for item in items])
     result.write(output)
     return result
+
+
+def answers(
+    model: EvaluationModel, rule: Rule, decoding: Decoding, items: Sequence[Item], batch_size: int
+) -> Iterator[list[Record]]:
+    """What a model writes to items and whether it is right, batch by batch, the longest prompts first."""
+    for batch in batches_by_length(items, [len(item.prompt) for item in items], batch_size):
+        texts = model.generate([item.prompt for item in batch], [sample_id(item.id) for item in batch], decoding)
+        records = []
+        for item, text in zip(batch, texts, strict=True):
+            text = cut_at(text, decoding.stop)
+            records.append(make_record(item, text, score(rule, text, item.truths, item.options)))
+        yield records
 
 
 def batches_by_length(values: Sequence[T], lengths: Sequence[int], size: int) -> Iterator[list[T]]:

@@ -20,12 +20,17 @@ from cola_megatron.conversion.open_model import open_model
 from cola_megatron.data import TokenShards, held_out_samples, require_same_tokenizer
 from cola_megatron.evaluation.errors import EvaluationError
 from cola_megatron.evaluation.files import read_rows
-from cola_megatron.evaluation.statistics import Interval, ratio_interval
-from cola_megatron.inference.likelihood_terms import Progress, TextLikelihood
+from cola_megatron.evaluation.statistics import Figure, Interval, ratio_interval, ratio_standard_error
+from cola_megatron.inference.likelihood_terms import Kind, Progress, TextLikelihood
 from cola_megatron.inference.robustness import RobustnessCurve
 from cola_megatron.parallel import ProcessGroups
 
 Result = TypeVar("Result")
+
+
+_KINDS: tuple[Kind, ...] = ("exact", "bound", "estimate")
+"""From the strongest."""
+_HEADLINES = {"exact": "-log p, exact", "bound": "-log p, upper bound", "estimate": "-log p, estimate"}
 
 
 class Texts(NamedTuple):
@@ -41,18 +46,31 @@ def held_out_texts(source: Path, data: Path | None, limit: int | None) -> Texts:
     Raises:
         ConfigError: `source` has no checkpoint that can be read, or names no data. ShardError: the data cannot be read.
     """
+    shards = held_out_shards(source, data, "--data FOLDER or --file FILE")
+    count = len(shards) if limit is None else min(limit, len(shards))
+    return Texts([sample.tokens.tolist() for sample in held_out_samples(shards).read(0, count)], None)
+
+
+def held_out_shards(source: Path, data: Path | None, cure: str = "--data FOLDER") -> TokenShards:
+    """The held-out split of a prepared folder, by default of the data that a run was trained on.
+
+    Args:
+        cure: what to give where `source` names no data.
+
+    Raises:
+        ConfigError: `source` has no checkpoint that can be read, or names no data. UserError: the data have another
+            tokenizer. ShardError: they cannot be read.
+    """
     folder: str | Path | None = data
     if folder is None:
         try:
             folder = read_config(require_checkpoint(source)).data.path
         except CheckpointError:
-            raise ConfigError(f"{source} is no run with data of its own: give --data FOLDER or --file FILE") from None
+            raise ConfigError(f"{source} is no run with data of its own: give {cure}") from None
     if folder is None:
-        raise ConfigError(f"{source} names no data: give --data FOLDER or --file FILE")
+        raise ConfigError(f"{source} names no data: give {cure}")
     require_same_tokenizer(open_model(source).tokenizer, folder)
-    shards = TokenShards(folder, "held_out")
-    count = len(shards) if limit is None else min(limit, len(shards))
-    return Texts([sample.tokens.tolist() for sample in held_out_samples(shards).read(0, count)], None)
+    return TokenShards(folder, "held_out")
 
 
 def texts_of_file(file: Path, field: str, context_field: str | None, limit: int | None) -> Texts:
@@ -120,6 +138,12 @@ class LikelihoodSummary:
 
     texts: int
     tokens: int
+    nats_per_token: Figure
+    """-ELBO per token: one figure that every family has."""
+    draw_error: float
+    """The part of its standard error that other draws for the same texts would move; NaN where each has one draw."""
+    kind: Kind
+    """What it is: -log p itself, an upper bound of it, or an estimate; of several texts the weakest."""
     figures: dict[str, Interval]
     """Nats per token: `elbo`, and what else the family knows."""
     words: Mapping[str, str]
@@ -132,6 +156,8 @@ class LikelihoodSummary:
     def as_json(self) -> dict[str, Any]:
         """Every figure; limits that are not known, and figures too large, are null."""
         found: dict[str, Any] = {"texts": self.texts, "tokens": self.tokens}
+        draw_error = self.draw_error if math.isfinite(self.draw_error) else None
+        found["nats_per_token"] = {**self.nats_per_token.as_json(), "draw_error": draw_error, "kind": self.kind}
         for name, figure in {
             **self.figures,
             "perplexity": self.perplexity,
@@ -148,6 +174,7 @@ class LikelihoodSummary:
         """A table, headings first."""
         rows = [
             ["nats per token", "", "95% interval"],
+            [_HEADLINES[self.kind], *_cells(self.nats_per_token.interval)],
             *([words, *_cells(self.figures[name])] for name, words in self.words.items()),
             ["perplexity per token", *_cells(self.perplexity, ".4g")],
         ]
@@ -166,7 +193,13 @@ def summarize(results: Sequence[TextLikelihood]) -> LikelihoodSummary:
         bits = [-result.elbo / math.log(2) for result in results]
         bits_per_byte = ratio_interval(bits, text_bytes)
     perplexity = Interval(*(_exponential(-nats) for nats in (elbo.value, elbo.high, elbo.low)))
-    return LikelihoodSummary(len(results), sum(tokens), figures, words, perplexity, bits_per_byte)
+    losses = [-result.elbo for result in results]
+    headline = Figure(ratio_interval(losses, tokens), ratio_standard_error(losses, tokens))
+    kind = max((result.kind for result in results), key=_KINDS.index)
+    drawn = math.sqrt(sum(result.elbo_error**2 for result in results)) / sum(tokens)
+    return LikelihoodSummary(
+        len(results), sum(tokens), headline, drawn, kind, figures, words, perplexity, bits_per_byte
+    )
 
 
 def curve_rows(curve: RobustnessCurve) -> list[list[str]]:

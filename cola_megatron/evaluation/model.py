@@ -68,6 +68,11 @@ class GeneratorModel:
         # The last greedy text: (context, tokens asked for, text). The options of one question share their context.
         self._greedy = ("", 0, "")
 
+    @property
+    def block_tokens(self) -> int:
+        """Tokens that are generated at once; 1 for a generator that does not say."""
+        return getattr(self.generator, "block_tokens", 1)
+
     def describe(self) -> dict[str, Any]:
         """The family, a fingerprint of the weights, their precision, and the settings."""
         asked_for = asdict(Decoding())

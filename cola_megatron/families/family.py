@@ -42,6 +42,15 @@ class Kind(NamedTuple):
     steps: int
 
 
+class BackboneShape(NamedTuple):
+    """What rules for hyperparameters ask beside the number of parameters."""
+
+    width: int
+    """Hidden size."""
+    depth: int
+    """Blocks."""
+
+
 class Measurement(ABC):
     """A held-out measurement: a chain of steps over the networks of training, so that any layout runs it."""
 
@@ -141,6 +150,10 @@ class Family(ABC, Generic[Config]):
         """N of the nominal 6 N D: without embeddings and head; None: a stage that has no place on that axis."""
         return sum(part.parameters for part in self.parts(config) if part.is_block)
 
+    @abstractmethod
+    def backbone_shape(self, config: Config) -> BackboneShape:
+        """Width and depth of the network whose parameters `backbone_parameters` counts."""
+
     def flops_by_purpose(self, config: Config, steps: int) -> dict[str, float]:
         """The model FLOPs of so many steps by what they are spent on; they add up to them."""
         found: dict[str, float] = {}
@@ -152,9 +165,10 @@ class Family(ABC, Generic[Config]):
 
     # ---- other sizes ----
 
-    @abstractmethod
     def size(self, config: Config) -> tuple[int, int]:
-        """Width and depth of the main network."""
+        """Width and depth that `scaled` speaks of: by default those of the backbone."""
+        shape = self.backbone_shape(config)
+        return shape.width, shape.depth
 
     @abstractmethod
     def scaled(self, config: Config, width: int, depth: int) -> Config:

@@ -9,12 +9,16 @@ Shapes: K samples of the posterior, N blocks.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
 Progress = Callable[[int, int], None]
 """(how many texts are done, how many there are)."""
+
+
+Kind = Literal["exact", "bound", "estimate"]
+"""What an `elbo` is: log p itself, a lower bound of it in expectation, or neither."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,14 @@ class TextLikelihood(Protocol):
     @property
     def elbo(self) -> float:
         """log p, a bound of it or an estimate, whatever the family has."""
+
+    @property
+    def elbo_error(self) -> float:
+        """Standard error of `elbo` over the draws for this text; 0 where nothing is drawn, NaN for a single draw."""
+
+    @property
+    def kind(self) -> Kind:
+        """What `elbo` is."""
 
     def as_json(self) -> dict[str, Any]:
         """Everything that is known."""
@@ -134,6 +146,11 @@ class Likelihood:
         return float(self.log_weights_K.mean())
 
     @property
+    def kind(self) -> Kind:
+        """A bound up to the solver's error; with a context an estimate."""
+        return "bound" if self.context is None else "estimate"
+
+    @property
     def iwae(self) -> float:
         """log mean_k w_k, less that of the context."""
         return self.joint.iwae - (self.context.iwae if self.context else 0.0)
@@ -141,7 +158,8 @@ class Likelihood:
     @property
     def elbo_error(self) -> float:
         """Standard error of `elbo` over the samples; NaN for one sample."""
-        return float(self.log_weights_K.std()) / math.sqrt(len(self.log_weights_K))
+        draws = len(self.log_weights_K)
+        return float(self.log_weights_K.std()) / math.sqrt(draws) if draws > 1 else math.nan
 
     @property
     def perplexity(self) -> float:

@@ -1,7 +1,8 @@
 """FLOPs of training, counted from the config: two per multiply-add, backward twice the forward.
 
-Counted are the matrices, the attention scores that the masks keep, and nothing elementwise. Recomputation is not
-counted: it is a way of running, not of the model.
+`training_flops` counts the matrices, the attention scores that the masks keep, and nothing elementwise. Recomputation
+is not in it: it is a way of running, not of the model. `hardware_flops_by_step` has it, and the pairs that are computed
+and dropped.
 
 The parts of its family are the one place where a model's parameters and multiply-adds are written down; `stage_costs`
 makes of them the costs by which a pipeline is balanced.
@@ -17,6 +18,7 @@ from cola_megatron.planning.hardware import GPUS, Efficiency
 TYPICAL_MFU = 0.35
 
 __all__ = [
+    "hardware_flops_by_step",
     "paper_nominal_flops",
     "parameter_step_cost",
     "stage_costs",
@@ -43,13 +45,23 @@ def training_flops(config: RunConfig, steps: int) -> float:
 
 def training_flops_by_step(config: RunConfig) -> Callable[[int], float]:
     """`training_flops` of a config as a function of the steps, for many of them: the parts are counted once."""
+    return _by_step(config, lambda mode: training_flops_per_sample(config, mode))
+
+
+def hardware_flops_by_step(config: RunConfig) -> Callable[[int], float]:
+    """FLOPs that the devices do in the first steps, recomputation and dropped attention pairs included."""
+    parts = family_of(config).parts
+    return _by_step(config, lambda mode: sum(part.hardware_flops(config) for part in parts(config, mode)))
+
+
+def _by_step(config: RunConfig, of_sample: Callable[[Mode], float]) -> Callable[[int], float]:
     family = family_of(config)
     of_kind: dict[tuple[tuple[str, bool], ...], float] = {}
 
     def per_sample(mode: Mode) -> float:
         key = tuple(sorted(mode.items()))
         if key not in of_kind:
-            of_kind[key] = training_flops_per_sample(config, mode)
+            of_kind[key] = of_sample(mode)
         return of_kind[key]
 
     def flops(steps: int) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cola_megatron.config import RunConfig
-from cola_megatron.costs.part import Part
+from cola_megatron.costs.part import ATTENTION_PASSES, MATRIX_PASSES, Part
 from cola_megatron.costs.traffic import Traffic
 from cola_megatron.families import Mode, family_of
 from cola_megatron.planning.communication import (
@@ -21,8 +21,8 @@ from cola_megatron.planning.communication import (
 from cola_megatron.planning.hardware import GPU, Efficiency
 from cola_megatron.planning.memory import micro_batches
 
-# Forward and backward against forward alone: matrix products, attention (which computes its scores once more), bytes.
-MATRIX_PASSES, ATTENTION_PASSES, BYTE_PASSES = 3.0, 3.5, 3.0
+BYTE_PASSES = 3.0
+"""Bytes moved forward and backward against forward alone."""
 
 # Kernels that one transformer block starts, forward and backward: counted are 134 of the DiT's, and 3,800 of 40 blocks
 # that are compiled.
@@ -116,12 +116,10 @@ def computation_seconds(config: RunConfig, part: Part, gpu: GPU, efficiency: Eff
     if not part.forward:
         return 0.0
     peak = gpu.bf16_flops if config.training.precision == "bf16" else gpu.fp32_flops
-    recomputes = config.training.activation_checkpointing and part.is_block
     samples, ranks = config.training.micro_batch_size, config.parallel.tensor_parallel_size
 
     def passes(forward_and_backward: float) -> float:
-        recomputed = 1.0 if recomputes and part.backward else 0.0
-        return (forward_and_backward if part.backward else 1.0) + recomputed + part.extra_forwards
+        return (forward_and_backward if part.backward else 1.0) + part.runs_again(config) + part.extra_forwards
 
     if efficiency.mfu is not None:
         return 2 * samples / ranks * part.macs * passes(MATRIX_PASSES) / (peak * efficiency.mfu)

@@ -47,7 +47,7 @@ class Accounts:
         return {"restarts": self.restarts, "lost_steps": self.lost_steps, "goodput": goodput}
 
 
-def begin_attempt(run_folder: Path, from_step: int, world_size: int) -> Accounts:
+def begin_attempt(run_folder: Path, from_step: int, world_size: int, device: str = "cpu") -> Accounts:
     """Notes a start in attempts.jsonl, before progress.json is written anew; the main process calls it."""
     earlier = repair_lines(run_folder / ATTEMPTS, _is_attempt)
     progress = read_progress(run_folder)
@@ -63,6 +63,7 @@ def begin_attempt(run_folder: Path, from_step: int, world_size: int) -> Accounts
         "requeues": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
         "nodes": os.environ.get("SLURM_JOB_NODELIST", socket.gethostname()),
         "processes": world_size,
+        "device": device,
     }
     with (run_folder / ATTEMPTS).open("a") as file:
         file.write(as_lines([entry]))

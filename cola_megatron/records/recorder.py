@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from cola_megatron.config import RunConfig
@@ -86,7 +87,8 @@ def open_recorder(config: RunConfig, start: int, groups: ProcessGroups, show: bo
     recorder: RunRecorder = _NoRecorder()
     if groups.is_main:
         record_start(config)
-        accounts = begin_attempt(config.run_folder, start, groups.world_size)
+        device = torch.cuda.get_device_name(groups.device) if groups.device.type == "cuda" else "cpu"
+        accounts = begin_attempt(config.run_folder, start, groups.world_size, device)
         recorder = RunRecorder(config, start, MetricsLog(config, start), accounts, show)
     groups.barrier()
     with contextlib.closing(recorder):

@@ -56,8 +56,19 @@ def read_roll_backs(run_folder: Path) -> list[RollBack]:
 
 def add_roll_back(run_folder: Path, at: int, to: int) -> None:
     """Notes a return from bad step `at` to the checkpoint after `to` steps; on the disk when it returns."""
+    _write(run_folder, [*read_roll_backs(run_folder), RollBack(at, to, at - to)])
+
+
+def inherit_roll_backs(run_folder: Path, checkpoint: Path, step: int) -> None:
+    """Notes what the run of a checkpoint left out until its step, so that a new run that goes on from there reads what
+    that run reads next, and nothing twice. Nothing where the new run has roll backs of its own already."""
+    known = [back for back in read_roll_backs(checkpoint.absolute().parent.parent) if back.to <= step]
+    if known and not (run_folder / ROLL_BACKS).exists():
+        _write(run_folder, known)
+
+
+def _write(run_folder: Path, known: Sequence[RollBack]) -> None:
     path = run_folder / ROLL_BACKS
-    known = [*read_roll_backs(run_folder), RollBack(at, to, at - to)]
     unfinished = path.with_suffix(".writing")
     with unfinished.open("w") as file:
         json.dump([asdict(each) for each in known], file, indent=1)

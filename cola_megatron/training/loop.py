@@ -37,6 +37,7 @@ from cola_megatron.training.bad_steps import (
     BAD_STEPS,
     add_roll_back,
     batch_of,
+    inherit_roll_backs,
     read_roll_backs,
     record_bad_step,
 )
@@ -103,6 +104,7 @@ def _train(
         from_main(groups, functools.partial(keep_tokenizer, config, checkpoint, train_shards))
         if forked and checkpoint is not None:
             from_main(groups, functools.partial(record_fork, config, checkpoint))
+            from_main(groups, functools.partial(inherit_roll_backs, config.run_folder, checkpoint, start))
         # From here on the folder is written to: all that could refuse this start has had its say.
         hang.progress()
         with open_recorder(config, start, groups, progress) as recorder:
@@ -184,7 +186,7 @@ class _Run:
                 self._one_step(batches)
                 if self.bad_step is not None:
                     break
-                if self.step % training.checkpoint.every == 0 or self.step >= training.steps:
+                if training.checkpoint.is_due(self.step) or self.step >= training.steps:
                     self._save()
                 consensus.reach()
                 if stop.requested():

@@ -1,7 +1,7 @@
 """AdamW groups and the learning-rate schedule."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 import torch.distributed as dist
@@ -84,14 +84,26 @@ def as_many_on_every_stage(parameter_groups: list[dict], groups: ProcessGroups) 
 
 
 def learning_rate(training: TrainingConfig, step: int) -> float:
-    """Linear warm-up from the initial rate, decay to the final one at `decay_steps`, constant after."""
+    """Of a step, from 0: linear warm-up from the initial rate, the peak, decay to the final rate, constant after."""
     schedule, peak = training.schedule, training.optimizer.learning_rate
     if step < schedule.warmup_steps:
         share = (step + 1) / schedule.warmup_steps
         return schedule.initial_learning_rate + share * (peak - schedule.initial_learning_rate)
-    progress = min(1.0, (step - schedule.warmup_steps) / (schedule.decay_steps - schedule.warmup_steps))
-    left = 1.0 - progress if schedule.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    begin = schedule.warmup_steps if schedule.decay_from is None else schedule.decay_from
+    if step < begin:
+        return peak
+    if step >= schedule.decay_steps:
+        return schedule.final_learning_rate
+    left = _SHARE_LEFT[schedule.decay]((step - begin) / (schedule.decay_steps - begin))
     return schedule.final_learning_rate + (peak - schedule.final_learning_rate) * left
+
+
+_SHARE_LEFT: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1.0 - progress,
+    "1-sqrt": lambda progress: 1.0 - math.sqrt(progress),
+}
+"""Of the way from the peak to the final rate, what is left when so much of the decay is over."""
 
 
 def set_learning_rates(groups: list[dict], rate: float, idle: Collection[str]) -> None:

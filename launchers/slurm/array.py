@@ -50,9 +50,9 @@ class ArraySubmission:
         """What `sbatch --test-only` says; raises SlurmError."""
         return commands.test_only(str(self.folder / SCRIPT))
 
-    def submit(self, after: list[str] | tuple[str, ...] = ()) -> str:
+    def submit(self, after: list[str] | tuple[str, ...] = (), whatever_becomes: bool = False) -> str:
         """Hands the array to Slurm and notes the ids of its elements in their folders; raises SlurmError."""
-        job = commands.submit(self.folder / SCRIPT, self.folder / JOB, after, self.signal_seconds)
+        job = commands.submit(self.folder / SCRIPT, self.folder / JOB, after, self.signal_seconds, whatever_becomes)
         try:
             for number, folder in enumerate(self.element_folders):
                 (folder / JOB).write_text(f"{job}_{number}\n")

@@ -107,18 +107,22 @@ def test_only(script: str) -> str:
     return " ".join(done.stderr.split()).removeprefix("sbatch: ")
 
 
-def submit(script: Path, note: Path, after: Sequence[str] = (), longer_than: int = 0) -> str:
+def submit(
+    script: Path, note: Path, after: Sequence[str] = (), longer_than: int = 0, whatever_becomes: bool = False
+) -> str:
     """Submits a batch script that waits for other jobs; returns its job id.
 
     Args:
         note: takes the id in a line of its own, before anything else can go wrong.
         longer_than: seconds that the time limit has to exceed.
+        whatever_becomes: it begins when those it waits for have ended, well or not.
 
     Raises:
         SlurmError: Slurm refuses it, or would let it wait for ever; nothing is left in the queue.
         OSError: the id cannot be noted; nothing is left in the queue.
     """
-    dependency = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
+    kind = "afterany" if whatever_becomes else "afterok"
+    dependency = [f"--dependency={kind}:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
     said = run(["sbatch", "--parsable", *dependency, str(script)], environment_for(script))
     # Some clusters greet their users here.
     found = [line for line in map(JOB_ID.fullmatch, said.splitlines()) if line is not None]

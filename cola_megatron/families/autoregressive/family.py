@@ -9,7 +9,7 @@ from cola_megatron.config.autoregressive import AutoregressiveConfig
 from cola_megatron.costs.part import Part, causal_pairs
 from cola_megatron.families.autoregressive.page import PAGE
 from cola_megatron.families.autoregressive.settings import AutoregressiveSettings, ExactLikelihoodSettings
-from cola_megatron.families.family import Family, Mode
+from cola_megatron.families.family import BackboneShape, Family, Mode
 from cola_megatron.families.sizes import (
     TRANSFORMER_COORDINATES,
     Coordinate,
@@ -66,10 +66,6 @@ class AutoregressiveFamily(Family[AutoregressiveConfig]):
         transformer = config.model.transformer
         return TransformerCosts(config, transformer, length, causal_pairs(length, 1), masks=masks).parts()
 
-    def size(self, config: AutoregressiveConfig) -> tuple[int, int]:
-        """Of the transformer."""
-        return config.model.transformer.hidden_size, config.model.transformer.num_layers
-
     def scaled(self, config: AutoregressiveConfig, width: int, depth: int) -> AutoregressiveConfig:
         """The transformer."""
         return with_networks(config, transformer=scaled_transformer(config.model.transformer, width, depth))
@@ -82,6 +78,10 @@ class AutoregressiveFamily(Family[AutoregressiveConfig]):
     def coordinates(self, config: AutoregressiveConfig) -> Sequence[Coordinate]:
         """Of the transformer, and its input."""
         return (Coordinate("token embedding", "transformer.embedding", "transformer"), *TRANSFORMER_COORDINATES)
+
+    def backbone_shape(self, config: AutoregressiveConfig) -> BackboneShape:
+        """The transformer's."""
+        return BackboneShape(config.model.transformer.hidden_size, config.model.transformer.num_layers)
 
     def measurement(self, config: AutoregressiveConfig, extras: Collection[str] = ()) -> NextTokenMeasurement:
         """See `measurement.NextTokenMeasurement`."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch.nn import functional as F
 
-from cola_megatron.inference.likelihood_terms import Progress
+from cola_megatron.inference.likelihood_terms import Kind, Progress
 from cola_megatron.inference.scored_texts import ScoredText
 from cola_megatron.layers.masks import AttentionMask
 from cola_megatron.models.transformer import Transformer
@@ -41,6 +41,16 @@ class ExactLikelihood:
     def elbo(self) -> float:
         """The bound that other families give; here it is exact."""
         return self.log_likelihood
+
+    @property
+    def elbo_error(self) -> float:
+        """Nothing is drawn."""
+        return 0.0
+
+    @property
+    def kind(self) -> Kind:
+        """log p itself."""
+        return "exact"
 
     @property
     def perplexity(self) -> float:

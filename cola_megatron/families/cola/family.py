@@ -10,7 +10,7 @@ from cola_megatron.costs.part import Part
 from cola_megatron.families.cola import sizes
 from cola_megatron.families.cola.page import PAGE
 from cola_megatron.families.cola.parts import chain_parts
-from cola_megatron.families.family import Family, Kind, Mode
+from cola_megatron.families.family import BackboneShape, Family, Kind, Mode
 from cola_megatron.families.sizes import Coordinate
 from cola_megatron.inference.settings import FlowSettings, LikelihoodSettings
 from cola_megatron.interop.differences import Unequal
@@ -109,6 +109,13 @@ class ColaFamily(Family[ColaConfig]):
             return None
         return sum(part.parameters for part in self.parts(config) if part.network == "dit")
 
+    def backbone_shape(self, config: ColaConfig) -> BackboneShape:
+        """The prior's; of stage 1, the VAE's, encoder and decoder one behind the other."""
+        vae, dit = config.model.vae, config.model.dit
+        if config.stage == 1:
+            return BackboneShape(vae.hidden_size, vae.encoder_layers + vae.decoder_layers)
+        return BackboneShape(dit.hidden_size, dit.num_layers)
+
     def flops_by_purpose(self, config: ColaConfig, steps: int) -> dict[str, float]:
         """The prior, the VAE on each view, and the reference."""
         found = dict.fromkeys(
@@ -129,7 +136,7 @@ class ColaFamily(Family[ColaConfig]):
         return {name: flops for name, flops in found.items() if flops}
 
     def size(self, config: ColaConfig) -> tuple[int, int]:
-        """Of the prior."""
+        """The prior's, in both stages: the VAE follows it."""
         return config.model.dit.hidden_size, config.model.dit.num_layers
 
     def scaled(self, config: ColaConfig, width: int, depth: int) -> ColaConfig:

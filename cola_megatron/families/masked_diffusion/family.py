@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cola_megatron.config.masked_diffusion import MaskedDiffusionConfig, MaskedDiffusionModelConfig
 from cola_megatron.costs.part import Part, pairs_in_products, two_copy_pairs
-from cola_megatron.families.family import Family, Mode
+from cola_megatron.families.family import BackboneShape, Family, Mode
 from cola_megatron.families.masked_diffusion.page import PAGE
 from cola_megatron.families.masked_diffusion.settings import BoundSettings, MaskedDiffusionSettings
 from cola_megatron.families.sizes import (
@@ -77,10 +77,6 @@ class MaskedDiffusionFamily(Family[MaskedDiffusionConfig]):
             masks=config.training.micro_batch_size if per_sample else int(by_blocks),
         ).parts()
 
-    def size(self, config: MaskedDiffusionConfig) -> tuple[int, int]:
-        """Of the transformer."""
-        return config.model.transformer.hidden_size, config.model.transformer.num_layers
-
     def scaled(self, config: MaskedDiffusionConfig, width: int, depth: int) -> MaskedDiffusionConfig:
         """The transformer."""
         return with_networks(config, transformer=scaled_transformer(config.model.transformer, width, depth))
@@ -93,6 +89,10 @@ class MaskedDiffusionFamily(Family[MaskedDiffusionConfig]):
     def coordinates(self, config: MaskedDiffusionConfig) -> Sequence[Coordinate]:
         """Of the transformer, and its input."""
         return (Coordinate("token embedding", "transformer.embedding", "transformer"), *TRANSFORMER_COORDINATES)
+
+    def backbone_shape(self, config: MaskedDiffusionConfig) -> BackboneShape:
+        """The transformer's."""
+        return BackboneShape(config.model.transformer.hidden_size, config.model.transformer.num_layers)
 
     def measurement(self, config: MaskedDiffusionConfig, extras: Collection[str] = ()) -> MaskedDiffusionMeasurement:
         """See `measurement.MaskedDiffusionMeasurement`."""

@@ -19,7 +19,7 @@ import torch
 
 from cola_megatron.families.masked_diffusion.copies import Copies
 from cola_megatron.families.masked_diffusion.settings import BoundSettings
-from cola_megatron.inference.likelihood_terms import Progress
+from cola_megatron.inference.likelihood_terms import Kind, Progress
 from cola_megatron.inference.scored_texts import ScoredText
 from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.models.transformer import Transformer
@@ -40,6 +40,8 @@ class BoundedLikelihood:
     """UTF-8; None: token ids without a tokenizer."""
     text_words: int | None
     """Parted by white space."""
+    exact: bool
+    """There was nothing to draw."""
 
     @property
     def elbo(self) -> float:
@@ -48,8 +50,16 @@ class BoundedLikelihood:
 
     @property
     def elbo_error(self) -> float:
-        """Standard error of `elbo` as if the draws were independent, which is more than it is; 0 for a single value."""
-        return float(self.bound_K.std()) / math.sqrt(len(self.bound_K)) if len(self.bound_K) > 1 else 0.0
+        """Standard error of `elbo` as if the draws were independent, which is more than it is; NaN for one draw."""
+        if self.exact:
+            return 0.0
+        draws = len(self.bound_K)
+        return float(self.bound_K.std()) / math.sqrt(draws) if draws > 1 else math.nan
+
+    @property
+    def kind(self) -> Kind:
+        """A bound, also after a context, which is never masked; exact where there was nothing to draw."""
+        return "exact" if self.exact else "bound"
 
     @property
     def perplexity(self) -> float:
@@ -121,15 +131,17 @@ def estimate(
     for text in texts:
         if denoiser.mask_id in (*text.context_ids, *text.token_ids):
             raise ValueError(f"a text holds token id {denoiser.mask_id}, which is [MASK] to this model")
-        bound_K = _bounds(denoiser, text, settings, batch_size)
-        found.append(BoundedLikelihood(bound_K, len(text.token_ids), text.text_bytes, text.text_words))
+        bound_K, exact = _bounds(denoiser, text, settings, batch_size)
+        found.append(BoundedLikelihood(bound_K, len(text.token_ids), text.text_bytes, text.text_words, exact))
         if progress is not None:
             progress(len(found), len(texts))
     return found
 
 
-def _bounds(denoiser: Denoiser, text: ScoredText, settings: BoundSettings, batch_size: int) -> torch.Tensor:
-    """Each draw's estimate of one text, (K,), float64."""
+def _bounds(
+    denoiser: Denoiser, text: ScoredText, settings: BoundSettings, batch_size: int
+) -> tuple[torch.Tensor, bool]:
+    """Each draw's estimate of one text, (K,), float64; and whether there was nothing to draw, and K is 1."""
     ids = [*text.context_ids, *text.token_ids]
     block_size = len(ids) if denoiser.block_size is None else denoiser.block_size
     blocks = -(-len(ids) // block_size)
@@ -139,7 +151,8 @@ def _bounds(denoiser: Denoiser, text: ScoredText, settings: BoundSettings, batch
     candidates_L[len(text.context_ids) : len(ids)] = True
     beyond_L = torch.arange(len(clean_L)) >= len(ids)
     candidates_N = candidates_L.unflatten(0, (blocks, -1)).sum(-1)
-    draws = settings.samples if candidates_N.max() > 1 else 1
+    exact = bool(candidates_N.max() <= 1)
+    draws = 1 if exact else settings.samples
     start_N = generator(settings.noise_seed, "masked likelihood level", text.sample_id % 2**54, 0).random(blocks)
     parts = []
     for first in range(0, draws, batch_size):
@@ -153,7 +166,7 @@ def _bounds(denoiser: Denoiser, text: ScoredText, settings: BoundSettings, batch
         nll_RL = denoiser.nll(clean_RL, clean_RL.masked_fill(masked_RL | beyond_L, denoiser.mask_id)).double().cpu()
         weight_RL = subset_weights(masked_RL, candidates_RL, blocks)
         parts.append(-torch.where(masked_RL, nll_RL * weight_RL, 0.0).sum(1))
-    return torch.cat(parts)
+    return torch.cat(parts), exact
 
 
 def _order(seed: int, sample_id: int, draw: int, length: int) -> np.ndarray[Any, np.dtype[np.float32]]:

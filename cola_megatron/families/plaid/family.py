@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cola_megatron.config.plaid import PlaidConfig
 from cola_megatron.costs.part import Part
-from cola_megatron.families.family import Family, Mode
+from cola_megatron.families.family import BackboneShape, Family, Mode
 from cola_megatron.families.plaid.page import PAGE
 from cola_megatron.families.plaid.parts import chain_parts
 from cola_megatron.families.plaid.settings import BoundSettings, PlaidSettings
@@ -72,10 +72,6 @@ class PlaidFamily(Family[PlaidConfig]):
         """See `parts.chain_parts`."""
         return chain_parts(config)
 
-    def size(self, config: PlaidConfig) -> tuple[int, int]:
-        """Of the transformer."""
-        return config.model.transformer.hidden_size, config.model.transformer.num_layers
-
     def scaled(self, config: PlaidConfig, width: int, depth: int) -> PlaidConfig:
         """The transformer."""
         return with_networks(config, transformer=scaled_transformer(config.model.transformer, width, depth))
@@ -88,6 +84,10 @@ class PlaidFamily(Family[PlaidConfig]):
     def coordinates(self, config: PlaidConfig) -> Sequence[Coordinate]:
         """Of the transformer, and its input."""
         return (Coordinate("noisy input", "plaid.input", "transformer"), *TRANSFORMER_COORDINATES)
+
+    def backbone_shape(self, config: PlaidConfig) -> BackboneShape:
+        """The transformer's."""
+        return BackboneShape(config.model.transformer.hidden_size, config.model.transformer.num_layers)
 
     def measurement(self, config: PlaidConfig, extras: Collection[str] = ()) -> PlaidMeasurement:
         """See `measurement.PlaidMeasurement`; there are no extras."""

@@ -23,7 +23,7 @@ import torch
 from cola_megatron.families.plaid.categorical import embeddings_of
 from cola_megatron.families.plaid.denoiser import Denoiser
 from cola_megatron.families.plaid.settings import BoundSettings
-from cola_megatron.inference.likelihood_terms import Progress
+from cola_megatron.inference.likelihood_terms import Kind, Progress
 from cola_megatron.inference.scored_texts import ScoredText, Text, TextBatch, batches
 from cola_megatron.objectives.plaid import diffusion_term, noisy_embeddings, prior_kl, squared_distance
 from cola_megatron.objectives.randomness import generator
@@ -94,6 +94,11 @@ class PlaidLikelihood:
     def diffusion(self) -> float:
         """Mean of the diffusion term."""
         return self._difference(lambda bound: float(bound.diffusion_K.mean()))
+
+    @property
+    def kind(self) -> Kind:
+        """A bound; with a context an estimate."""
+        return "bound" if self.context is None else "estimate"
 
     @property
     def perplexity(self) -> float:

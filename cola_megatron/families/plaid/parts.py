@@ -85,5 +85,6 @@ def _head(config: PlaidConfig, head: Part) -> Part:
     return replace(
         head,
         matrix_macs=head.matrix_macs + 2 * length * vocabulary * channels,
+        recomputes=bool(several),
         activations=Activations(normed + kept, 0.0, beside + (e + 2 * FLOAT32) * logits),
     )

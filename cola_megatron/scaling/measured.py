@@ -1,0 +1,117 @@
+"""What is measured of a point: the commands that do it, the files that they leave, and the figures in those."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cola_megatron.errors import UserError
+from cola_megatron.evaluation.results import read_results
+from cola_megatron.evaluation.statistics import mean_interval
+from cola_megatron.evaluation.tasks import tasks_named
+from cola_megatron.records.json_files import read_object
+from cola_megatron.scaling.study_file import MeasuresConfig, Overrides
+
+LIKELIHOOD, LAST_WORD, TASKS = "likelihood.json", "last_word.json", "tasks"
+Measure = dict[str, Any]
+"""{"value": ..., "error": standard error or None, ...}"""
+
+
+def wanted(measures: MeasuresConfig) -> list[str]:
+    """The files of a point that is measured, relative to its folder; raises ConfigError for an unknown task."""
+    files = [LIKELIHOOD] if measures.likelihood_texts else []
+    files += [LAST_WORD] if measures.last_word_items else []
+    return files + [f"{TASKS}/{task}.json" for task in task_names(measures)]
+
+
+def missing(measures: MeasuresConfig, output: Path) -> list[str]:
+    """Those that are not there; raises ConfigError as well."""
+    return [name for name in wanted(measures) if not (output / name).is_file()]
+
+
+def commands(
+    measures: MeasuresConfig, generation: Overrides, likelihood: Overrides, checkpoint: Path, output: Path
+) -> list[list[str]]:
+    """The words after `cola` that measure a checkpoint, without those whose files are there."""
+    left, found = missing(measures, output), []
+    if LIKELIHOOD in left:
+        words = ["eval", "likelihood", str(checkpoint), "--limit", str(measures.likelihood_texts)]
+        found.append([*words, *_settings(likelihood), "--output", str(output / LIKELIHOOD)])
+    if LAST_WORD in left:
+        words = ["eval", "last-word", str(checkpoint), "--limit", str(measures.last_word_items)]
+        found.append([*words, *_settings(generation), "--output", str(output / LAST_WORD)])
+    tasks = [task for task in task_names(measures) if f"{TASKS}/{task}.json" in left]
+    if tasks:
+        limit = [] if measures.items is None else ["--limit", str(measures.items)]
+        words = ["eval", "run", str(checkpoint), "--tasks", ",".join(tasks), "--data", str(measures.benchmarks)]
+        found.append([*words, *limit, *_settings(generation), "--output", str(output / TASKS)])
+    return found
+
+
+def _settings(given: Mapping[str, Any]) -> list[str]:
+    return [word for name, value in given.items() for word in ("--set", f"{name}={value}")]
+
+
+def task_names(measures: MeasuresConfig) -> list[str]:
+    """The published tasks that are asked; raises ConfigError for one that is unknown."""
+    return [task.name for task in tasks_named(",".join(measures.tasks))] if measures.tasks else []
+
+
+def measures_in(output: Path) -> Mapping[str, Measure]:
+    """The figures in the files of a point.
+
+    Raises:
+        UserError: a file is something else.
+    """
+    found: dict[str, Measure] = {}
+    for name, read in ((LIKELIHOOD, _likelihood), (LAST_WORD, _last_word)):
+        document = read_object(output / name)
+        if not document:
+            continue
+        try:
+            found |= read(document)
+        except (KeyError, TypeError):
+            raise UserError(
+                f"{output / name}: not what this version writes; remove it, and `cola sweep resume` measures again"
+            ) from None
+    if (output / TASKS).is_dir() and any((output / TASKS).glob("*.json")):
+        found |= _tasks(output / TASKS)
+    return found
+
+
+def _likelihood(document: Mapping[str, Any]) -> dict[str, Measure]:
+    figure = document["nats_per_token"]
+    texts = {"texts": document["texts"], "draw_error": figure["draw_error"]}
+    own = {"value": figure["value"], "error": figure["standard_error"], "kind": figure["kind"], **texts}
+    return {"nats_per_token": own}
+
+
+def _last_word(document: Mapping[str, Any]) -> dict[str, Measure]:
+    """The model's, and what counting would have got right."""
+    shares = {"last_word": document["accuracy"]}
+    shares |= {f"last_word_{name}": figure for name, figure in document["baselines"].items()}
+    items = document["n"]
+    return {
+        name: {"value": figure["value"], "error": figure["standard_error"], "items": items}
+        for name, figure in shares.items()
+    }
+
+
+def _tasks(folder: Path) -> dict[str, Measure]:
+    results = read_results(folder)
+    intervals = {task: result.interval for task, result in results.items()}
+    found: dict[str, Measure] = {
+        task: {"value": interval.value, "error": _error(interval.value, items), "items": items}
+        for task, interval in intervals.items()
+        if (items := len(results[task].items))
+    }
+    mean = mean_interval(list(intervals.values()))
+    error = sum((each["error"] or 0.0) ** 2 for each in found.values()) ** 0.5 / len(found)
+    return {**found, "task_average": {"value": mean.value, "error": error, "tasks": len(results)}}
+
+
+def _error(share: float, items: int) -> float:
+    """Of a share of so many items, half a right and half a wrong one added: not 0 where none was right."""
+    smoothed = (share * items + 1) / (items + 2)
+    return (smoothed * (1 - smoothed) / items) ** 0.5

@@ -1,0 +1,154 @@
+"""The jobs of a study and what each waits for, whoever runs them: this machine, or Slurm."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cola_megatron.config import ConfigError, RunConfig
+from cola_megatron.data.manifest import MANIFEST_NAME
+from cola_megatron.planning.memory import rank_memory
+from cola_megatron.planning.split import pipeline_split
+from cola_megatron.scaling.measured import commands
+from cola_megatron.scaling.study_folder import LOG, StudyFolder
+from cola_megatron.scaling.study_runs import DATA, Point, StudyRun
+
+PROCESS_BYTES = 1.2e9
+"""What a process of this package takes beside its model: Python, torch and the libraries."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to do: a process after another, each a `cola` command."""
+
+    name: str
+    kind: str
+    """data, train or measure."""
+    words: Callable[[], Sequence[Sequence[str]]]
+    """The commands that are left, asked when it begins."""
+    is_done: Callable[[], bool]
+    log: Path
+    needs: tuple[str, ...] = ()
+    memory: float = PROCESS_BYTES
+    """Bytes that it will take here, estimated."""
+    flops: float = 0.0
+    """What it is expected to take, to begin with the longest."""
+    run_folder: Path | None = None
+    """Of training."""
+    point: Point | None = field(default=None, compare=False)
+    """Of a measurement."""
+
+
+def jobs_of(opened: StudyFolder, processes: int = 1) -> dict[str, Job]:
+    """All jobs of a study, each after those that it needs.
+
+    Args:
+        processes: of each run that trains.
+
+    Raises:
+        ConfigError: the arms cannot share one data set, or a task is unknown.
+    """
+    jobs: dict[str, Job] = {}
+    first: tuple[str, ...] = ()
+    if opened.study.data.path is None:
+        jobs[DATA] = _preparation(opened)
+        first = (DATA,)
+    for run in opened.expanded.runs.values():
+        jobs[run.name] = _training(opened, run, first, processes)
+    for point in opened.expanded.points:
+        measure = _measurement(opened, point)
+        jobs[measure.name] = measure
+    return jobs
+
+
+def measure_point(opened: StudyFolder, number: int) -> int:
+    """Runs here the commands that are left of a point; returns the exit code of the first that fails, or 0.
+
+    Raises:
+        ConfigError: there is no such point.
+    """
+    points = opened.expanded.points
+    if number >= len(points):
+        raise ConfigError(f"point {number}: the study has points 0 to {len(points) - 1}")
+    for words in _measurement(opened, points[number]).words():
+        code = subprocess.run([sys.executable, "-m", "cola_megatron", *words], check=False).returncode
+        if code:
+            return code
+    return 0
+
+
+def with_needs(jobs: dict[str, Job], names: Sequence[str]) -> dict[str, Job]:
+    """These runs, their measurements, and all that they need; raises ConfigError for a run that the study has not."""
+    unknown = [name for name in names if name not in jobs]
+    if unknown:
+        raise ConfigError(f"{', '.join(unknown)}: the study has no such run; it has {', '.join(jobs)}")
+    wanted = set(names) | {name for name, job in jobs.items() if job.kind == "measure" and set(job.needs) & set(names)}
+    for name in reversed(jobs):  # what is needed stands before
+        if name in wanted:
+            wanted |= set(jobs[name].needs)
+    return {name: job for name, job in jobs.items() if name in wanted}
+
+
+def _preparation(opened: StudyFolder) -> Job:
+    configs = [run.config for run in opened.expanded.runs.values()]
+    shapes = {(config.model.vocab_size, config.data.sequence_length) for config in configs}
+    if len(shapes) > 1:
+        found = ", ".join(f"{vocabulary} words in sequences of {length}" for vocabulary, length in sorted(shapes))
+        raise ConfigError(f"the arms need different data ({found}): one study has one data set")
+    ((vocabulary, length),) = shapes
+    output, source = opened.folder / DATA, str(opened.study.data.source)
+    words = ["prep", "run", source, "--output", str(output)]
+    if not source.endswith((".yaml", ".yml")):
+        words += ["--sequence-length", str(length), "--vocab-size", str(vocabulary)]
+    return Job(
+        DATA,
+        "data",
+        lambda: [words],
+        lambda: (output / MANIFEST_NAME).is_file(),
+        opened.folder / "data.log",
+    )
+
+
+def _training(opened: StudyFolder, run: StudyRun, first: tuple[str, ...], processes: int) -> Job:
+    folder = opened.run_folder(run.name)
+    before = ["launch", "--nproc", str(processes)] if processes > 1 else []
+    training = run.config.training
+    return Job(
+        run.name,
+        "train",
+        lambda: [[*before, "train", str(opened.prepare(run))]],
+        lambda: opened.state_of(run.name) == "finished",
+        folder / LOG,
+        run.needs or first,
+        _memory(run.config, processes),
+        flops=float(training.steps * training.global_batch_size * run.config.data.sequence_length),
+        run_folder=folder,
+    )
+
+
+def _measurement(opened: StudyFolder, point: Point) -> Job:
+    study, output = opened.study, opened.measurements_of(point)
+    config = opened.expanded.runs[point.run].config
+    return Job(
+        f"measure-{point.name}",
+        "measure",
+        lambda: commands(
+            study.measures, point.generation, study.arms[point.arm].likelihood, opened.checkpoint_of(point), output
+        ),
+        lambda: not opened.missing_measures(point),
+        output / LOG,
+        (point.run,),
+        _memory(config, 1),
+        point=point,
+    )
+
+
+def _memory(config: RunConfig, processes: int) -> float:
+    """Of all processes, as one replica each where the model is not cut."""
+    parallel = config.parallel
+    replicas = max(1, processes // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size))
+    stages = rank_memory(config, replicas, pipeline_split(config, replicas))
+    return processes * (PROCESS_BYTES + max(stage.peak for stage in stages))

@@ -1,0 +1,306 @@
+"""A study file: what it expands into, what is refused, and its folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cola_megatron.config import ConfigError, dump_config
+from cola_megatron.planning.compute import compute_of
+from cola_megatron.records.json_files import write_json
+from cola_megatron.scaling.collect import collect
+from cola_megatron.scaling.study_expansion import expand
+from cola_megatron.scaling.study_file import load_study
+from cola_megatron.scaling.study_folder import INDEX, StudyFolder
+from launchers.sweep_files import study_file
+from launchers.sweep_jobs import jobs_of
+
+SHIPPED = ("rq1", "rq2", "rq3", "rq4")
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "arms": {
+        "cola": {
+            "config": "tiny",
+            "stage_one": {
+                "training.steps": 10,
+                "training.schedule.decay_steps": 10,
+                "training.schedule.warmup_steps": 1,
+            },
+        },
+        "ar": {"config": "tiny-autoregressive"},
+    },
+    "overrides": {"training.schedule.warmup_steps": 2, "training.micro_batch_size": 8},
+    "budgets": {"column": "steps", "amounts": [20, 40]},
+    "seeds": [1, 2],
+    "data": {"path": "data"},
+}
+
+
+def write(folder: Path, over: dict[str, Any] | None = None, base: dict[str, Any] = SMALL) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({**base, **(over or {})}, sort_keys=False))
+    return path
+
+
+def expanded(folder: Path, over: dict[str, Any] | None = None, scale: str | None = None):
+    return expand(load_study(write(folder, over), scale), folder / "out")
+
+
+# ---- expansion ------------------------------------------------------------------------------------------------------
+
+
+def test_every_arm_budget_and_seed_is_a_run_and_stage_one_is_shared_by_the_budgets(tmp_path):
+    found = expanded(tmp_path)
+    assert list(found.runs) == [
+        *("cola-stage1-s1", "cola-20-s1", "cola-40-s1", "cola-stage1-s2", "cola-20-s2", "cola-40-s2"),
+        *("ar-20-s1", "ar-40-s1", "ar-20-s2", "ar-40-s2"),
+    ]
+    run = found.runs["cola-40-s2"]
+    assert run.needs == ("cola-stage1-s2",)
+    assert run.config.training.stage_one == found.runs["cola-stage1-s2"].config.run_folder
+    assert (run.config.seed, run.config.training.steps, run.config.training.schedule.decay_steps) == (2, 40, 40)
+    assert run.config.run_folder == tmp_path / "out" / "runs" / "cola-40-s2"
+    point = next(point for point in found.points if point.name == "cola-40-s2")
+    assert (point.arm, point.seed, point.budget, point.step, point.stage_one) == ("cola", 2, 40, 40, "cola-stage1-s2")
+
+
+def test_branches_start_where_their_decay_begins(tmp_path):
+    budgets = {"column": "steps", "amounts": [20, 40], "runs": "branches", "decay_share": 0.25, "warmup_share": 0.1}
+    found = expanded(tmp_path, {"budgets": budgets, "seeds": [1]})
+    trunk, short, long = (found.runs[name].config.training for name in ("ar-trunk-s1", "ar-20-s1", "ar-40-s1"))
+    assert (trunk.steps, trunk.schedule.decay_from, trunk.checkpoint.at) == (30, 30, (15, 30))
+    assert (short.steps, short.schedule.decay_from, short.schedule.decay_steps) == (20, 15, 20)
+    assert str(short.start_from).endswith("ar-trunk-s1/checkpoints/step_00000015")
+    assert str(long.start_from).endswith("ar-trunk-s1/checkpoints/step_00000030")
+    assert {each.schedule.warmup_steps for each in (trunk, short, long)} == {2}
+    assert found.runs["cola-40-s1"].needs == ("cola-trunk-s1",)
+    assert found.runs["cola-trunk-s1"].needs == ("cola-stage1-s1",)
+
+
+def test_budgets_may_be_checkpoints_of_one_run(tmp_path):
+    found = expanded(
+        tmp_path, {"budgets": {"column": "steps", "amounts": [20, 40], "runs": "checkpoints"}, "seeds": [1]}
+    )
+    assert list(found.runs) == ["cola-stage1-s1", "cola-s1", "ar-s1"]
+    assert found.runs["ar-s1"].config.training.checkpoint.at == (20, 40)
+    assert [(point.run, point.step) for point in found.points if point.arm == "ar"] == [("ar-s1", 20), ("ar-s1", 40)]
+
+
+def test_a_budget_in_flops_pays_for_stage_one_unless_it_is_said_otherwise(tmp_path):
+    budgets = {"column": "model", "amounts": [1e13]}
+    paid = expanded(tmp_path, {"budgets": budgets})
+    free = expanded(tmp_path, {"budgets": {**budgets, "with_stage_one": False}})
+    run, first = paid.runs["cola-1e13-s1"].config, paid.runs["cola-stage1-s1"].config
+    spent = compute_of(first, first.training.steps)["model"]
+    assert compute_of(run, run.training.steps)["model"] + spent == pytest.approx(1e13, rel=0.01)
+    longer = free.runs["cola-1e13-s1"].config
+    assert compute_of(longer, longer.training.steps)["model"] == pytest.approx(1e13, rel=0.01)
+    assert longer.training.steps > run.training.steps
+
+
+def test_axes_make_a_grid_and_only_some_of_them_concern_stage_one(tmp_path):
+    axes = {
+        "dim": {
+            "varies": "both_stages",
+            "arms": ["cola"],
+            "settings": {
+                "8": {"model.vae.latent_dim": 8, "model.dit.latent_dim": 8},
+                "16": {"model.vae.latent_dim": 16, "model.dit.latent_dim": 16},
+            },
+        },
+        "loc": {
+            "arms": ["cola"],
+            "settings": {"0": {"objective.flow.time.loc": 0}, "1": {"objective.flow.time.loc": 1}},
+        },
+        "steps": {"varies": "generation", "arms": ["cola"], "settings": {"4": {"steps": 4}, "8": {"steps": 8}}},
+    }
+    found = expanded(tmp_path, {"axes": axes, "seeds": [1], "budgets": {"column": "steps", "amounts": [20]}})
+    assert [run.name for run in found.runs.values() if run.role == "stage_one"] == [
+        "cola-dim8-stage1-s1",
+        "cola-dim16-stage1-s1",
+    ]
+    assert [run.name for run in found.runs.values() if run.role == "run"] == [
+        *("cola-dim8-loc0-20-s1", "cola-dim8-loc1-20-s1", "cola-dim16-loc0-20-s1", "cola-dim16-loc1-20-s1"),
+        "ar-20-s1",
+    ]
+    points = [point for point in found.points if point.run == "cola-dim16-loc1-20-s1"]
+    assert [(point.settings["steps"], point.generation) for point in points] == [
+        ("4", {"steps": 4}),
+        ("8", {"steps": 8}),
+    ]
+    assert len({point.measured_as for point in points}) == 2
+
+
+def test_arms_that_share_a_stage_one_train_it_once(tmp_path):
+    arms = {**SMALL["arms"], "slow": {**SMALL["arms"]["cola"], "overrides": {}}}
+    axes = {"rate": {"arms": ["slow"], "settings": {"low": {"training.vae_update.learning_rate_ratio": 0.5}}}}
+    found = expanded(tmp_path, {"arms": arms, "axes": axes, "seeds": [1]})
+    assert [run.name for run in found.runs.values() if run.role == "stage_one"] == ["cola-stage1-s1"]
+    assert found.runs["slow-ratelow-20-s1"].needs == ("cola-stage1-s1",)
+
+
+def test_rules_set_rate_and_batch_of_every_run(tmp_path):
+    over = {
+        "learning_rate": {"rule": "power_law", "of": "tokens", "coefficient": 1e-3, "exponent": -0.5, "reference": 1e5},
+        "batch": {"rule": "power_law", "of": "tokens", "coefficient": 2048, "exponent": 0.5, "reference": 1e5},
+        "budgets": {"column": "tokens", "amounts": [1e5, 4e5]},
+        "seeds": [1],
+    }
+    found = expanded(tmp_path, {**over, "arms": {"ar": {"config": "tiny-autoregressive"}}})
+    short, long = (found.runs[name].config for name in ("ar-1e05-s1", "ar-4e05-s1"))
+    assert (short.training.global_batch_size, long.training.global_batch_size) == (16, 32)
+    assert short.training.optimizer.learning_rate == pytest.approx(2 * long.training.optimizer.learning_rate, rel=0.02)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_studies_expand_at_every_scale(name, tmp_path):
+    path = study_file(name)
+    scales = yaml.safe_load(path.read_text())["scales"]
+    assert "tiny" in scales
+    for scale in (None, *scales):
+        study = load_study(path, scale)
+        found = expand(study, tmp_path)
+        assert {point.arm for point in found.points} == set(study.arms)
+        jobs = jobs_of(StudyFolder(tmp_path, study))
+        assert all(need in jobs for job in jobs.values() for need in job.needs)
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"seeds": [1, 1]}, "one stands twice, which would be two equal runs"),
+        ({"arms": {"a": {"config": "tiny"}, "b": {"config": "tiny"}}}, "b-20-s1 and a-20-s1 are two equal runs"),
+        ({"axes": {"x": {"settings": {"1": {"objective.flow.tim.loc": 1}}}}}, "unknown key"),
+        ({"axes": {"x": {"settings": {"a": {}, "b": {}}}}}, "two equal runs"),
+        ({"axes": {"x": {"settings": {"a/b": {}, "a+b": {"data.seed": 1}}}}}, "two runs have the name"),
+        ({"budgets": {"column": "tokens", "amounts": [100]}}, "is below one step"),
+        ({"budgets": {"column": "tokens", "amounts": [10_000]}}, "from the nearest whole number of steps"),
+        ({"budgets": {"column": "steps", "amounts": [20, 20.1]}}, "two budgets are 20 steps each"),
+        ({"budgets": {"column": "model", "amounts": [1e10]}}, "stage 1 (cola-stage1-s1) alone takes"),
+        ({"axes": {"x": {"arms": ["llama"], "settings": {"1": {}}}}}, "axes.x names the arm llama"),
+        ({"data": {}}, "data needs one of path and source"),
+        ({"measures": {"tasks": ["lambada"]}}, "measures needs tasks and benchmarks together"),
+        ({"arms": {"a": {"config": "tinny"}}}, "a: tinny: neither a config file nor one of the presets"),
+        ({"budget": {}}, "unknown key; did you mean budgets?"),
+    ],
+)
+def test_what_makes_no_study_is_refused_in_one_line(over, message, tmp_path):
+    with pytest.raises(ConfigError) as refused:
+        expanded(tmp_path, over)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_an_unknown_scale_is_refused_with_those_there_are(tmp_path):
+    with pytest.raises(ConfigError, match="has no scale huge; its scales are published, tiny"):
+        expanded(tmp_path, {"scales": {"tiny": {}}}, "huge")
+
+
+def test_an_unknown_study_is_refused_with_those_there_are():
+    with pytest.raises(ConfigError, match="rq9: neither a study file nor one of the studies rq1, rq2"):
+        study_file("rq9")
+
+
+def test_a_scale_lies_over_the_rest_and_null_takes_out(tmp_path):
+    scales = {"half": {"arms": {"cola": None}, "budgets": {"amounts": [10]}, "overrides": {"seed": None}}}
+    study = load_study(write(tmp_path, {"scales": scales}), "half")
+    assert (list(study.arms), study.budgets.amounts, study.budgets.column) == (["ar"], [10], "steps")
+
+
+# ---- folder ---------------------------------------------------------------------------------------------------------
+
+
+def begun(tmp_path: Path, over: dict[str, Any] | None = None) -> StudyFolder:
+    return StudyFolder.begin(tmp_path / "out", load_study(write(tmp_path, over)))
+
+
+def finish(opened: StudyFolder, name: str) -> None:
+    opened.prepare(opened.expanded.runs[name])
+    (opened.run_folder(name) / "config.yaml").write_text(dump_config(opened.expanded.runs[name].config))
+    write_json(opened.run_folder(name) / "summary.json", {"finished": True})
+
+
+def test_a_folder_takes_more_runs_but_no_others(tmp_path):
+    finish(begun(tmp_path), "ar-20-s1")
+    assert "ar-80-s1" in begun(tmp_path, {"budgets": {"column": "steps", "amounts": [20, 80]}}).expanded.runs
+    with pytest.raises(ConfigError, match=r"ar-20-s1 was begun with training\.optimizer\.learning_rate=0\.002"):
+        begun(tmp_path, {"overrides": {**SMALL["overrides"], "training.optimizer.learning_rate": 1e-3}})
+    with pytest.raises(ConfigError, match="has a run ar-20-s1, and this study has none"):
+        begun(tmp_path, {"seeds": [3]})
+    with pytest.raises(ConfigError, match="is of the study small at scale published, not of other"):
+        begun(tmp_path, {"name": "other"})
+    assert StudyFolder.open(tmp_path / "out").study.seeds == [1, 2], "nothing was overwritten"
+
+
+def test_a_run_that_has_not_begun_may_still_change(tmp_path):
+    finish(begun(tmp_path), "ar-20-s1")
+    axes = {"rate": {"arms": ["cola"], "settings": {"low": {"training.optimizer.learning_rate": 1e-3}}}}
+    assert "cola-ratelow-20-s1" in begun(tmp_path, {"axes": axes}).expanded.runs
+
+
+def test_what_is_no_study_is_refused_and_left_alone(tmp_path):
+    with pytest.raises(ConfigError, match=r"is no study: it has no index\.json"):
+        StudyFolder.open(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="is not empty and no study"):
+        begun(tmp_path)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("content", ["{", "", "[]"])
+def test_a_lost_index_is_made_anew_from_the_runs(content, tmp_path):
+    opened = begun(tmp_path)
+    before = (opened.folder / INDEX).read_text()
+    with pytest.raises(ConfigError, match="no run there says which study it is of"):
+        StudyFolder.rebuild(opened.folder)
+    finish(opened, "ar-20-s1")
+    (opened.folder / INDEX).write_text(content)
+    with pytest.raises(ConfigError, match=r"cannot be read: `cola sweep status .* --rebuild-index`"):
+        StudyFolder.open(opened.folder)
+    StudyFolder.rebuild(opened.folder)
+    assert (opened.folder / INDEX).read_text() == before
+
+
+# ---- table ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_has_a_row_for_every_point_whatever_is_missing(tmp_path):
+    opened = begun(tmp_path)
+    finish(opened, "ar-20-s1")
+    finish(opened, "ar-40-s1")
+    point = next(point for point in opened.expanded.points if point.name == "ar-20-s1")
+    folder = opened.measurements_of(point)
+    folder.mkdir(parents=True)
+    figure = {"value": 4.5, "standard_error": 0.1, "draw_error": None, "kind": "exact"}
+    write_json(folder / "likelihood.json", {"texts": 64, "nats_per_token": figure})
+    (opened.run_folder("cola-stage1-s1")).mkdir(parents=True)
+    (opened.run_folder("cola-stage1-s1") / "log.txt").write_text("step 1\ncola: no space left\n")
+    document = collect(opened)
+    assert json.loads((opened.folder / "results.json").read_text())["rows"] == document["rows"]
+    rows = {row["point"]: row for row in document["rows"]}
+    assert len(rows) == 8
+    done = rows["ar-20-s1"]
+    assert (done["state"], done["error"], done["budget"], done["arm"]) == ("finished", None, 20, "ar")
+    assert done["measures"]["nats_per_token"]["value"] == 4.5
+    config = opened.expanded.runs["ar-20-s1"].config
+    assert done["compute"] == compute_of(config, 20) and done["tokens"] == 20 * 32 * 128
+    assert rows["ar-40-s1"]["error"] == "not measured: likelihood.json"
+    assert rows["cola-20-s1"]["error"] == "cola-stage1-s1: failed, cola: no space left"
+    assert rows["cola-20-s1"]["stage_one_compute"]["model"] > 0 == rows["ar-20-s1"]["stage_one_compute"]["model"]
+    assert rows["cola-20-s2"]["error"] == "cola-stage1-s2: not begun"
+    assert {each["point"] for each in document["lost"]} == rows.keys() - {"ar-20-s1"}
+
+
+def test_a_measurement_of_another_version_is_named(tmp_path):
+    opened = begun(tmp_path)
+    finish(opened, "ar-20-s1")
+    folder = opened.measurements_of(next(point for point in opened.expanded.points if point.name == "ar-20-s1"))
+    folder.mkdir(parents=True)
+    write_json(folder / "likelihood.json", {"elbo": 3})
+    with pytest.raises(Exception, match="not what this version writes; remove it"):
+        collect(opened)
