@@ -52,7 +52,6 @@ app.add_typer(eval_command.app, name="eval")
 app.command("report")(report_command.report)
 app.command("compare")(compare_command.compare)
 app.command("plan")(plan_command.plan)
-app.add_typer(sweep_command.app, name="sweep")
 app.command("doctor")(doctor_command.doctor)
 
 
