@@ -22,7 +22,7 @@ def coordinates(
     depths: str = typer.Option(None, help="Blocks, likewise. One number leaves that axis out."),
     steps: int = typer.Option(10, min=1, help="Steps of training at each size."),
     batch_size: int = typer.Option(8, min=1, help="Sequences in a step."),
-    learning_rate: float = typer.Option(None, help="From the first step on; by default a quarter of the peak."),
+    learning_rate: float = typer.Option(None, help="From the first step on; by default a tenth of the peak."),
     seeds: int = typer.Option(1, min=1, help="Starts of each size, whose results are averaged."),
     bound: float = typer.Option(0.25, min=0, help="By how much a slope may exceed the one that is wanted."),
     output: Path = typer.Option(None, help="Folder for coordinates.json and coordinates.png."),

@@ -29,6 +29,8 @@ class Coordinate(NamedTuple):
     """Dotted name of the module with the `blocks` that are its depth."""
     of_branch: bool = False
     """One of as many additions to the residual stream as there are blocks: each must be 1 / depth of a fixed size."""
+    before_norm: bool = False
+    """Nothing but a norm reads it: its changes count relative to its start."""
     is_update: bool = False
     """Not the output but what it adds to the module's first input."""
 
@@ -36,7 +38,7 @@ class Coordinate(NamedTuple):
 TRANSFORMER_COORDINATES = (
     Coordinate("attention branch", "transformer.blocks.*.attention", "transformer", of_branch=True),
     Coordinate("feed-forward branch", "transformer.blocks.*.ffn", "transformer", of_branch=True),
-    Coordinate("residual stream", "transformer.blocks.-1", "transformer"),
+    Coordinate("residual stream", "transformer.blocks.-1", "transformer", before_norm=True),
     Coordinate("logits", "transformer.head", "transformer"),
 )
 

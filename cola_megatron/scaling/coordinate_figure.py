@@ -50,9 +50,9 @@ def _draw(panel: Axes, traces: Sequence[Trace], axis: Axis, coordinates: Sequenc
     ticks: set[int] = set()
     for number, coordinate in enumerate(coordinates):
         name = coordinate.name
-        having = [trace for trace in traces if trace.change.get(name, [0.0])[-1] > 0]
-        sizes = [trace.width if axis == "width" else trace.blocks[name] for trace in having]
-        values = np.array([trace.change[name][-1] for trace in having])
+        having = [trace for trace in traces if trace.last_change(coordinate) > 0]
+        sizes = [trace.size_along(axis, coordinate) for trace in having]
+        values = np.array([trace.last_change(coordinate) for trace in having])
         ticks |= set(sizes)
         if len(set(sizes)) < 2:
             continue

@@ -37,7 +37,7 @@ BOUND = 0.25
 """By how much a slope may be above the one that is wanted; under `standard` it is above by 0.5 to 3."""
 RANDOM_PART = 0.5
 """By how much it may be below."""
-RATE_SHARE = 0.25
+RATE_SHARE = 0.1
 """Of the peak learning rate, which the check takes from the first step on, without a warm-up."""
 
 
@@ -53,6 +53,17 @@ class Trace:
     losses: list[float]
     blocks: dict[str, int]
     """For each coordinate the depth of its own network."""
+
+    def size_along(self, axis: Axis, coordinate: Coordinate) -> int:
+        """Width of the main network, or depth of the coordinate's own."""
+        return self.width if axis == "width" else self.blocks[coordinate.name]
+
+    def last_change(self, coordinate: Coordinate) -> float:
+        """Of the last step, relative to the start where only a norm reads it; 0 where this size has none of it."""
+        if coordinate.name not in self.change:
+            return 0.0
+        start = self.rms[coordinate.name][0] if coordinate.before_norm else 1.0
+        return self.change[coordinate.name][-1] / start
 
 
 @dataclass(frozen=True)
@@ -177,7 +188,7 @@ def _mean(runs: Sequence[Trace]) -> Trace:
 def _slope(coordinate: Coordinate, axis: Axis, traces: Sequence[Trace], bound: float) -> Slope:
     name = coordinate.name
     traces = [trace for trace in traces if name in trace.rms]  # one with a single block may have none of them
-    sizes = [trace.width if axis == "width" else trace.blocks[name] for trace in traces]
+    sizes = [trace.size_along(axis, coordinate) for trace in traces]
     wanted = -1.0 if axis == "depth" and coordinate.of_branch else 0.0
 
     def slope(values: Sequence[float]) -> float | None:
@@ -187,7 +198,10 @@ def _slope(coordinate: Coordinate, axis: Axis, traces: Sequence[Trace], bound: f
             return math.inf
         return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
-    change, rms = slope([trace.change[name][-1] for trace in traces]), slope([trace.rms[name][-1] for trace in traces])
+    change, rms = (
+        slope([trace.last_change(coordinate) for trace in traces]),
+        slope([trace.rms[name][-1] for trace in traces]),
+    )
     return Slope(name, axis, change, rms, wanted, bound)
 
 

@@ -93,6 +93,6 @@ def coordinates(config: ColaConfig) -> tuple[Coordinate, ...]:
         Coordinate("prior attention", "dit.blocks.*.attention", "dit"),
         Coordinate("prior feed-forward", "dit.blocks.*.ffn", "dit"),
         Coordinate("prior branches, gated", "dit.blocks.*", "dit", of_branch=True, is_update=True),
-        Coordinate("prior residual stream", "dit.blocks.-1", "dit"),
+        Coordinate("prior residual stream", "dit.blocks.-1", "dit", before_norm=True),
         Coordinate("velocity", "dit.output", "dit"),
     )
