@@ -99,7 +99,7 @@ def test_a_size_that_the_family_cannot_have_is_refused_before_training():
 
 def test_the_command_prints_draws_and_ends_with_its_verdict(tmp_path):
     pytest.importorskip("matplotlib")
-    words = ["tiny-autoregressive", *SMALL, *TRANSFORMER, "--widths", "32,64", "--depths", "4,8", "--steps", "3"]
+    words = ["tiny-autoregressive", *SMALL, *TRANSFORMER, "--widths", "32,64,128", "--depths", "4,8", "--steps", "3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     passed = cola(
         "sweep", "coordinates", *words, "--output", str(tmp_path / "check"), "--bound", "0.4", env=environment
@@ -107,7 +107,7 @@ def test_the_command_prints_draws_and_ends_with_its_verdict(tmp_path):
     assert passed.returncode == 0, passed.stderr
     assert "all slopes hold" in passed.stdout and passed.stdout.count("attention branch") == 2
     tree = json.loads((tmp_path / "check" / "coordinates.json").read_text())
-    assert tree["passes"] is True and [each["width"] for each in tree["traces"]["width"]] == [32, 64]
+    assert tree["passes"] is True and [each["width"] for each in tree["traces"]["width"]] == [32, 64, 128]
     assert (tmp_path / "check" / "coordinates.png").stat().st_size > 10_000
     failed = cola("sweep", "coordinates", *words, "--parametrization", "standard", "--json", env=environment)
     assert failed.returncode == 1 and json.loads(failed.stdout)["passes"] is False
