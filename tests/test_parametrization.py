@@ -21,6 +21,7 @@ from tests.test_families import PRESETS
 from tests.test_layouts import FP32_CURVE, FP32_GRADIENT, steps_under_layout
 
 COMPLETEP = [f"model.transformer.parametrization.{key}" for key in ("kind=completep", "base_width=8", "base_depth=1")]
+STANDARD = "model.transformer.parametrization.kind=standard"
 
 
 def small(family: str, *overrides: str) -> RunConfig:
@@ -240,4 +241,8 @@ def test_stop_and_resume_is_bit_identical_and_goes_on_in_another_layout(corpus, 
     for name, value in weights(config("elsewhere")).items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-4)
     with pytest.raises(Exception, match=r"parametrization\.kind was 'completep', now 'standard'"):
-        run(config("halves", "model.transformer.parametrization.kind=standard"))
+        run(config("halves", STANDARD))
+    # A new run may go on from its weights and moments under other rates, and says so.
+    forked = config("fork", f"training.start_from={tmp_path / 'runs' / 'straight'}", "training.steps=5", STANDARD)
+    run(forked)
+    assert len(curve(forked)) == 1 and "parametrization.kind" in (forked.run_folder / "start.json").read_text()
