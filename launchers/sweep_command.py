@@ -7,6 +7,7 @@ import typer
 
 from launchers import submit_command, sweep_results
 from launchers.output import print_json, print_table
+from launchers.sweep_coordinates import coordinates
 
 if TYPE_CHECKING:
     from cola_megatron.scaling.study_folder import StudyFolder
@@ -17,6 +18,8 @@ app = typer.Typer(
     epilog="Example: cola sweep run rq4 --scale tiny --output studies/rq4",
     no_args_is_help=True,
 )
+
+app.command("coordinates")(coordinates)
 
 SOURCE = typer.Argument(..., metavar="STUDY", help="A study file, or one that ships with the package: rq1, rq4, ...")
 FOLDER = typer.Argument(..., help="Folder of a study.")

@@ -9,6 +9,7 @@ from cola_megatron.layers.attention import product
 from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.layers.masks import AttentionMask, block_causal_mask
 from cola_megatron.layers.norms import RMSNorm
+from cola_megatron.layers.roles import FIXED
 from cola_megatron.models.transformer import Transformer
 from cola_megatron.parallel import gather_state_dict, initialize_parallel, initialize_parameters, sum_partial_gradients
 from tests.ranks import run_ranks
@@ -61,7 +62,7 @@ def test_sizes_that_do_not_fit_are_refused(change, message):
 
 
 def test_rms_norm_is_its_formula():
-    norm = RMSNorm(64, 1e-3, groups=initialize_parallel())
+    norm = RMSNorm(64, 1e-3, groups=initialize_parallel(), role=FIXED)
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         norm.weight.copy_(torch.randn(64, generator=random))
@@ -71,7 +72,7 @@ def test_rms_norm_is_its_formula():
 
 
 def test_rms_norm_of_bfloat16_is_computed_in_float32():
-    norm = RMSNorm(64, 1e-5, groups=initialize_parallel()).bfloat16()
+    norm = RMSNorm(64, 1e-5, groups=initialize_parallel(), role=FIXED).bfloat16()
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         norm.weight.copy_(torch.randn(64, generator=random))

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from cola_megatron.config import RunConfig
+from cola_megatron.config.parametrization import ParametrizationConfig
 from cola_megatron.families.cola.chain import Cola
 from cola_megatron.layers.embedding import VocabularyHead, token_cross_entropy
 from cola_megatron.layers.initializers import normal
+from cola_megatron.layers.roles import Roles
 from cola_megatron.parallel import initialize_parallel, initialize_parameters
 from tests.ranks import run_ranks
 from tests.support import perturbed, random_batch
@@ -16,7 +18,8 @@ LENGTH, BATCH, WIDTH = 11, 3, 24
 
 def head_of(vocab_size: int, bias: bool, dtype: torch.dtype, ranks: int = 1) -> VocabularyHead:
     groups = initialize_parallel(tensor_parallel_size=ranks)
-    head = VocabularyHead(WIDTH, vocab_size, groups=groups, bias=bias, initializer=normal(0.5))
+    role = Roles(ParametrizationConfig(), WIDTH, depth=1).readout
+    head = VocabularyHead(WIDTH, vocab_size, groups=groups, bias=bias, initializer=normal(0.5), role=role)
     initialize_parameters(head, 0, groups)
     return perturbed(head).to(dtype)
 

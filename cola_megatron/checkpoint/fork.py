@@ -45,7 +45,7 @@ def start_of_fork(config: RunConfig, groups: ProcessGroups) -> Start:
     other = [
         f"{key} ({old!r} there, {new!r} here)"
         for key, old, new in _differences(source, config)
-        if key == "stage" or key.startswith("model.")
+        if key == "stage" or (key.startswith("model.") and ".parametrization." not in key)
     ]
     if other:
         raise ConfigError(f"{given} is of another model: {', '.join(other)}")

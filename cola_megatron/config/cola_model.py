@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from cola_megatron.config.base import Section
 from cola_megatron.config.facts import OURS, PUBLISHED
 from cola_megatron.config.model import ModelConfig, require_divisor
+from cola_megatron.config.parametrization import ParametrizationConfig
 from cola_megatron.config.types import NOT_BOOL, Float, PositiveFloat, PositiveInt
 
 
@@ -60,6 +61,7 @@ class VAEConfig(Section):
     """Standard deviation of the starting weights."""
     init_cutoff_factor: Annotated[PositiveFloat, OURS] = 3.0
     """Weights start from a normal distribution cut at this many standard deviations."""
+    parametrization: ParametrizationConfig = ParametrizationConfig()
 
     @property
     def head_dim(self) -> int:
@@ -115,6 +117,7 @@ class DiTConfig(Section):
     cast as a whole computes with rounded ones."""
     time_embedding_dim: Annotated[int, Field(gt=0, multiple_of=2), NOT_BOOL, PUBLISHED] = 256
     """Channels of the sinusoid of the time."""
+    parametrization: ParametrizationConfig = ParametrizationConfig()
 
     @property
     def ffn_hidden_size(self) -> int:

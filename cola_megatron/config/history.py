@@ -21,7 +21,17 @@ Adding a key:
 3. `python -m tools.config_reference` writes docs/configuration.md.
 """
 
-from cola_megatron.config.changes import Added, Change, Removed, Renamed
+from cola_megatron.config.changes import Added, Change, Removed, Renamed, Tree
+
+
+def _standard_parametrization(tree: Tree) -> Tree:
+    """Every network of every family gets the section: an `Added` would make networks that a family does not have."""
+    model = tree.get("model", {})
+    for network in ("vae", "dit", "transformer"):
+        if isinstance(section := model.get(network), dict):
+            section.setdefault("parametrization", {"kind": "standard", "base_width": None, "base_depth": None})
+    return tree
+
 
 CHANGES: tuple[Change, ...] = (
     Added("training.schedule.decay", "cosine"),  # schema 2
@@ -36,4 +46,5 @@ CHANGES: tuple[Change, ...] = (
     Added("model.family", "cola"),  # schema 11
     Added("training.schedule.decay_from", None),  # schema 12
     Added("training.checkpoint.at", []),  # schema 13
+    _standard_parametrization,  # schema 14
 )

@@ -6,6 +6,7 @@ from pydantic import model_validator
 
 from cola_megatron.config.base import Section
 from cola_megatron.config.facts import OURS, PUBLISHED
+from cola_megatron.config.parametrization import ParametrizationConfig
 from cola_megatron.config.types import PositiveFloat, PositiveInt
 
 
@@ -35,6 +36,7 @@ class TransformerConfig(Section):
     """Standard deviation of the starting weights."""
     init_cutoff_factor: Annotated[PositiveFloat, OURS] = 3.0
     """Weights start from a normal distribution cut at this many standard deviations."""
+    parametrization: ParametrizationConfig = ParametrizationConfig()
 
     @property
     def head_dim(self) -> int:

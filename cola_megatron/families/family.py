@@ -10,8 +10,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from cola_megatron.config import ConfigError, RunConfig
+from cola_megatron.config.parametrization import without_parametrization
 from cola_megatron.costs.part import Part
 from cola_megatron.families.page import Page
+from cola_megatron.families.sizes import Coordinate
 from cola_megatron.inference.settings import CommonSettings
 from cola_megatron.interop.differences import Unequal, unequal
 
@@ -161,6 +163,29 @@ class Family(ABC, Generic[Config]):
                 found[purpose] = found.get(purpose, 0.0) + count * config.training.global_batch_size * part.flops
         return {purpose: flops for purpose, flops in found.items() if flops}
 
+    # ---- other sizes ----
+
+    def size(self, config: Config) -> tuple[int, int]:
+        """Width and depth that `scaled` speaks of: by default those of the backbone."""
+        shape = self.backbone_shape(config)
+        return shape.width, shape.depth
+
+    @abstractmethod
+    def scaled(self, config: Config, width: int, depth: int) -> Config:
+        """The config with its main network at this width and depth; others, heads and feed-forward in proportion.
+
+        Raises:
+            ConfigError: the width is no whole number of heads.
+        """
+
+    @abstractmethod
+    def with_parametrization(self, config: Config, kind: str) -> Config:
+        """Under `standard`, `mup` or `completep`, with the config's own sizes as the base."""
+
+    @abstractmethod
+    def coordinates(self, config: Config) -> Sequence[Coordinate]:
+        """What of a forward pass must keep its size whatever width and depth are, in the order of the pass."""
+
     # ---- held-out ----
 
     def measured_config(self, config: Config) -> Config:
@@ -216,9 +241,9 @@ class Family(ABC, Generic[Config]):
     def compare_sources(self, first: ModelSource, second: ModelSource) -> tuple[list[Unequal], list[Unequal]]:
         """What differs between two models of the family beside their tensors: what makes another model; and remarks.
 
-        By default the keys of the model section, and of what their formats keep.
+        By default the keys of the model section but for how it learns, and of what their formats keep.
         """
-        trees = [source.config.model_dump(mode="json") for source in (first, second)]
+        trees = [without_parametrization(source.config.model_dump(mode="json")) for source in (first, second)]
         kept = [source.imported or {} for source in (first, second)]
         remarks = unequal("", *kept) if all(kept) else ()
         return list(unequal("model.", *trees)), list(remarks)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from cola_megatron.layers.linear import ColumnLinear, RowLinear
 from cola_megatron.layers.masks import AttentionMask
 from cola_megatron.layers.norms import LayerNorm, ShardedLayerNorm
+from cola_megatron.layers.roles import Roles
 from cola_megatron.layers.rotary import RotaryTable
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.parameters import Initializer
@@ -134,6 +135,7 @@ class Attention(nn.Module):
         num_key_value_heads: heads of keys and values, each shared by as many query heads; None: as many as of queries.
         norm_whole_width: the query/key norm spans all heads (Text VAE); otherwise one head (DiT).
         rotate: how channels are paired.
+        ends_branch: the output projection ends the branch of the residual stream; False: a gate behind it does.
     """
 
     __call__: InContext
@@ -153,6 +155,8 @@ class Attention(nn.Module):
         norm_whole_width: bool,
         rotate: Callable[[torch.Tensor, Any], torch.Tensor],
         initializer: Initializer,
+        roles: Roles,
+        ends_branch: bool = True,
     ):
         super().__init__()
         self.head_dim, self.rotate, self.norm_whole_width = head_dim, rotate, norm_whole_width
@@ -160,18 +164,39 @@ class Attention(nn.Module):
         self.shared_by = num_heads // key_value_heads
         width, key_value_width = num_heads * head_dim, key_value_heads * head_dim
         self.qkv = ColumnLinear(
-            hidden_size, width + 2 * key_value_width, groups=groups, bias=qkv_bias, initializer=initializer
+            hidden_size,
+            width + 2 * key_value_width,
+            groups=groups,
+            bias=qkv_bias,
+            initializer=initializer,
+            role=roles.in_branch,
         )
-        self.output = RowLinear(width, hidden_size, groups=groups, bias=output_bias, initializer=initializer)
+        self.output = RowLinear(
+            width,
+            hidden_size,
+            groups=groups,
+            bias=output_bias,
+            initializer=initializer,
+            role=roles.last_of_branch(ends_branch),
+        )
         self.query_norm = self.key_norm = None
         if norm_eps is not None:
 
             def norm(width: int) -> Norm:
                 if norm_whole_width:
-                    return ShardedLayerNorm(width, norm_eps, groups=groups, affine=norm_affine)
+                    return ShardedLayerNorm(
+                        width, norm_eps, groups=groups, role=roles.vector_in_branch, affine=norm_affine
+                    )
                 # Whole on every rank, but each rank norms its own heads only.
                 several_ranks = groups.tensor_parallel_size > 1
-                return LayerNorm(head_dim, norm_eps, groups=groups, affine=norm_affine, partial_gradient=several_ranks)
+                return LayerNorm(
+                    head_dim,
+                    norm_eps,
+                    groups=groups,
+                    role=roles.vector_in_branch,
+                    affine=norm_affine,
+                    partial_gradient=several_ranks,
+                )
 
             self.query_norm, self.key_norm = norm(width), norm(key_value_width)
 

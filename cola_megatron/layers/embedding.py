@@ -11,7 +11,7 @@ from cola_megatron.layers.linear import ColumnLinear
 from cola_megatron.layers.vocabulary_loss import HeadShard, weighted_nll
 from cola_megatron.parallel import ProcessGroups, mark_parameter
 from cola_megatron.parallel.megatron import VocabParallelEmbedding, vocab_parallel_cross_entropy
-from cola_megatron.parallel.parameters import Initializer
+from cola_megatron.parallel.parameters import Initializer, Role
 
 
 def padded_vocab_size(vocab_size: int, groups: ProcessGroups) -> int:
@@ -25,7 +25,9 @@ class TokenEmbedding(VocabParallelEmbedding):
 
     __call__: OnTensor
 
-    def __init__(self, num_embeddings: int, hidden_size: int, *, groups: ProcessGroups, initializer: Initializer):
+    def __init__(
+        self, num_embeddings: int, hidden_size: int, *, groups: ProcessGroups, initializer: Initializer, role: Role
+    ):
         super().__init__(
             padded_vocab_size(num_embeddings, groups),
             hidden_size,
@@ -33,7 +35,7 @@ class TokenEmbedding(VocabParallelEmbedding):
             config=groups.layer_config,
             tp_group=groups.tensor_group,
         )
-        mark_parameter(self.weight, initializer, partition_dim=0, full_size=num_embeddings)
+        mark_parameter(self.weight, initializer, role, partition_dim=0, full_size=num_embeddings)
 
 
 class _HeadLinear(ColumnLinear):
@@ -54,7 +56,14 @@ class VocabularyHead(nn.Module):
     __call__: OnTensor
 
     def __init__(
-        self, hidden_size: int, vocab_size: int, *, groups: ProcessGroups, bias: bool, initializer: Initializer
+        self,
+        hidden_size: int,
+        vocab_size: int,
+        *,
+        groups: ProcessGroups,
+        bias: bool,
+        initializer: Initializer,
+        role: Role,
     ):
         super().__init__()
         self.groups = groups
@@ -65,6 +74,7 @@ class VocabularyHead(nn.Module):
             groups=groups,
             bias=bias,
             initializer=initializer,
+            role=role,
             replicated_input=True,
             full_output_size=vocab_size,
         )

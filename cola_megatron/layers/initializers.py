@@ -18,10 +18,19 @@ def normal(std: float) -> Initializer:
     return lambda whole, generator: whole.normal_(0.0, std, generator=generator)
 
 
-def xavier_uniform(whole: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Uniform in +-sqrt(6 / (fan_in + fan_out)) of the whole matrix (out, in), a fused projection counted whole."""
-    bound = math.sqrt(6.0 / (whole.shape[0] + whole.shape[1]))
-    return whole.uniform_(-bound, bound, generator=generator)
+def xavier_uniform(inputs_over: float = 1.0, outputs_over: float = 1.0) -> Initializer:
+    """Uniform in +-sqrt(6 / (fan_in + fan_out)) of the whole matrix (out, in), a fused projection counted whole.
+
+    Args:
+        inputs_over, outputs_over: how many times the inputs and outputs of the matrix are those that the bound is of: a
+            role multiplies what a network of the base width starts with.
+    """
+
+    def fill(whole: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        bound = math.sqrt(6.0 / (whole.shape[0] / outputs_over + whole.shape[1] / inputs_over))
+        return whole.uniform_(-bound, bound, generator=generator)
+
+    return fill
 
 
 def zeros(whole: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

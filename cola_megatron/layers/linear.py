@@ -13,7 +13,7 @@ from cola_megatron.layers import initializers
 from cola_megatron.layers.calls import OnTensor
 from cola_megatron.parallel import ProcessGroups, mark_parameter
 from cola_megatron.parallel.megatron import ColumnParallelLinear, RowParallelLinear
-from cola_megatron.parallel.parameters import Initializer
+from cola_megatron.parallel.parameters import Initializer, Role
 
 _ROW: Any = RowParallelLinear  # whose private method no stub knows
 
@@ -22,6 +22,7 @@ class ColumnLinear(ColumnParallelLinear):
     """y = x W^T + b with the output channels cut over the tensor-parallel ranks.
 
     Args:
+        role: the matrix's; the bias follows it.
         gather_output: every rank gets the whole output.
         replicated_input: the input is whole on every rank even under sequence parallelism.
         full_output_size: number of real output channels where `output_size` was padded to divide (vocabulary).
@@ -37,6 +38,7 @@ class ColumnLinear(ColumnParallelLinear):
         groups: ProcessGroups,
         bias: bool,
         initializer: Initializer,
+        role: Role,
         gather_output: bool = False,
         replicated_input: bool = False,
         full_output_size: int | None = None,
@@ -50,9 +52,9 @@ class ColumnLinear(ColumnParallelLinear):
             gather_output=gather_output,
             tp_group=groups.tensor_group,
         )
-        mark_parameter(self.weight, initializer, partition_dim=0, full_size=full_output_size)
+        mark_parameter(self.weight, initializer, role, partition_dim=0, full_size=full_output_size)
         if self.bias is not None:
-            mark_parameter(self.bias, initializers.zeros, partition_dim=0, full_size=full_output_size)
+            mark_parameter(self.bias, initializers.zeros, role.bias, partition_dim=0, full_size=full_output_size)
         _keep_extra_state_out_of_the_state_dict(self)
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
@@ -65,6 +67,7 @@ class RowLinear(RowParallelLinear):
     """y = x W^T + b with the input channels cut over the tensor-parallel ranks; the output is summed over them.
 
     Args:
+        role: the matrix's; the bias follows it.
         input_is_parallel: the input already holds this rank's channels only; otherwise it is whole and is cut here
             (then it must be whole under sequence parallelism too).
     """
@@ -79,6 +82,7 @@ class RowLinear(RowParallelLinear):
         groups: ProcessGroups,
         bias: bool,
         initializer: Initializer,
+        role: Role,
         input_is_parallel: bool = True,
     ):
         super().__init__(
@@ -91,11 +95,12 @@ class RowLinear(RowParallelLinear):
             skip_bias_add=False,
             tp_group=groups.tensor_group,
         )
-        mark_parameter(self.weight, initializer, partition_dim=1)
+        mark_parameter(self.weight, initializer, role, partition_dim=1)
         if self.bias is not None:
             mark_parameter(
                 self.bias,
                 initializers.zeros,
+                role.bias,
                 partial_gradient=input_is_parallel and groups.sequence_parallel,
             )
         _keep_extra_state_out_of_the_state_dict(self)

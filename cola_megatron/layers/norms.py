@@ -11,12 +11,14 @@ from cola_megatron.parallel.megatron import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
+from cola_megatron.parallel.parameters import Role
 
 
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) over the last dimension, optionally times weight plus bias.
 
     Args:
+        role: of weight and bias; None where there are none.
         partial_gradient: each tensor-parallel rank norms a different part of the input. By default that is so exactly
             under sequence parallelism.
     """
@@ -29,6 +31,7 @@ class LayerNorm(nn.Module):
         eps: float,
         *,
         groups: ProcessGroups,
+        role: Role | None,
         affine: bool = True,
         partial_gradient: bool | None = None,
     ):
@@ -39,8 +42,8 @@ class LayerNorm(nn.Module):
             partial_gradient = groups.sequence_parallel if partial_gradient is None else partial_gradient
             self.weight = nn.Parameter(torch.empty(size))
             self.bias = nn.Parameter(torch.empty(size))
-            mark_parameter(self.weight, initializers.ones, partial_gradient=partial_gradient)
-            mark_parameter(self.bias, initializers.zeros, partial_gradient=partial_gradient)
+            mark_parameter(self.weight, initializers.ones, role, partial_gradient=partial_gradient)
+            mark_parameter(self.bias, initializers.zeros, role, partial_gradient=partial_gradient)
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """Any shape that ends in `size`, unchanged; the kernel computes in float32 and rounds once, at the end."""
@@ -56,12 +59,14 @@ class RMSNorm(nn.Module):
 
     __call__: OnTensor
 
-    def __init__(self, size: int, eps: float, *, groups: ProcessGroups, partial_gradient: bool | None = None):
+    def __init__(
+        self, size: int, eps: float, *, groups: ProcessGroups, role: Role, partial_gradient: bool | None = None
+    ):
         super().__init__()
         self.size, self.eps = size, eps
         self.weight = nn.Parameter(torch.empty(size))
         partial_gradient = groups.sequence_parallel if partial_gradient is None else partial_gradient
-        mark_parameter(self.weight, initializers.ones, partial_gradient=partial_gradient)
+        mark_parameter(self.weight, initializers.ones, role, partial_gradient=partial_gradient)
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """Any shape that ends in `size`, unchanged; torch computes in float32 and rounds once, at the end."""
@@ -73,15 +78,15 @@ class ShardedLayerNorm(nn.Module):
 
     __call__: OnTensor
 
-    def __init__(self, size: int, eps: float, *, groups: ProcessGroups, affine: bool = True):
+    def __init__(self, size: int, eps: float, *, groups: ProcessGroups, role: Role | None, affine: bool = True):
         super().__init__()
         self.size, self.eps, self.groups = size, eps, groups
         self.weight = self.bias = None
         if affine:
             self.weight = nn.Parameter(torch.empty(size // groups.tensor_parallel_size))
             self.bias = nn.Parameter(torch.empty(size // groups.tensor_parallel_size))
-            mark_parameter(self.weight, initializers.ones, partition_dim=0)
-            mark_parameter(self.bias, initializers.zeros, partition_dim=0)
+            mark_parameter(self.weight, initializers.ones, role, partition_dim=0)
+            mark_parameter(self.bias, initializers.zeros, role, partition_dim=0)
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """(S, B, size / ranks) -> the same shape."""

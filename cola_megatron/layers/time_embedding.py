@@ -16,8 +16,10 @@ from torch.nn import functional as F
 from cola_megatron.layers import initializers
 from cola_megatron.layers.calls import OnTensor
 from cola_megatron.layers.linear import ColumnLinear
+from cola_megatron.layers.roles import Roles
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.megatron import copy_to_tensor_model_parallel_region
+from cola_megatron.parallel.parameters import Role
 
 
 class TimeRows(NamedTuple):
@@ -45,22 +47,24 @@ class TimeEmbedding(nn.Module):
 
     __call__: OnTensor
 
-    def __init__(self, sinusoid_dim: int, hidden_size: int, *, groups: ProcessGroups):
+    def __init__(self, sinusoid_dim: int, hidden_size: int, *, groups: ProcessGroups, roles: Roles):
         super().__init__()
         self.sinusoid_dim = sinusoid_dim
 
-        def linear(input_size: int) -> ColumnLinear:
+        def linear(input_size: int, role: Role) -> ColumnLinear:
             return ColumnLinear(
                 input_size,
                 hidden_size,
                 groups=groups,
                 bias=True,
                 initializer=initializers.normal(0.02),
+                role=role,
                 gather_output=True,
                 replicated_input=True,
             )
 
-        self.input, self.hidden, self.output = linear(sinusoid_dim), linear(hidden_size), linear(hidden_size)
+        self.input = linear(sinusoid_dim, roles.embedding)
+        self.hidden, self.output = linear(hidden_size, roles.hidden), linear(hidden_size, roles.hidden)
 
     def forward(self, times_T: torch.Tensor) -> torch.Tensor:
         """t in [0, 1], (T,) -> (T, 1, H)."""
@@ -76,7 +80,7 @@ class Modulation(nn.Module):
 
     __call__: OnTensor
 
-    def __init__(self, hidden_size: int, parts: int, *, groups: ProcessGroups):
+    def __init__(self, hidden_size: int, parts: int, *, groups: ProcessGroups, role: Role):
         super().__init__()
         self.parts, self.groups = parts, groups
         self.linear = ColumnLinear(
@@ -85,6 +89,7 @@ class Modulation(nn.Module):
             groups=groups,
             bias=True,
             initializer=initializers.zeros,
+            role=role,
             gather_output=True,
             replicated_input=True,
         )

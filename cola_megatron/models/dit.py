@@ -17,6 +17,7 @@ from cola_megatron.layers.linear import ColumnLinear, RowLinear
 from cola_megatron.layers.masks import AttentionMask, two_copies_in_chunks, two_copy_mask
 from cola_megatron.layers.mlp import GELUFeedForward
 from cola_megatron.layers.norms import LayerNorm
+from cola_megatron.layers.roles import Roles
 from cola_megatron.layers.rotary import rotary_table, rotate_interleaved
 from cola_megatron.layers.time_embedding import Modulation, TimeEmbedding, TimeRows
 from cola_megatron.parallel import ProcessGroups
@@ -45,15 +46,16 @@ class DiTBlock(nn.Module):
 
     Norms have no weight and bias. Attention norms queries and keys head by head and rotates interleaved pairs; the
     feed-forward is W_out gelu_tanh(W_in x). Modulations are computed once for each distinct time, as `tables`, and
-    looked up at each position.
+    looked up at each position. A gate is the last factor of its branch and starts at zero, so it carries what the depth
+    asks of a branch.
     """
 
-    def __init__(self, config: DiTConfig, groups: ProcessGroups):
+    def __init__(self, config: DiTConfig, groups: ProcessGroups, roles: Roles):
         super().__init__()
-        start = initializers.xavier_uniform
+        start = initializers.xavier_uniform(roles.width_ratio, roles.width_ratio)
 
         def norm() -> LayerNorm:
-            return LayerNorm(config.hidden_size, config.norm_eps, groups=groups, affine=False)
+            return LayerNorm(config.hidden_size, config.norm_eps, groups=groups, role=None, affine=False)
 
         self.attention_norm, self.ffn_norm = norm(), norm()
         self.attention = Attention(
@@ -67,12 +69,21 @@ class DiTBlock(nn.Module):
             norm_whole_width=False,
             rotate=rotate_interleaved,
             initializer=start,
+            roles=roles,
+            ends_branch=False,
         )
-        self.ffn = GELUFeedForward(config.hidden_size, config.ffn_hidden_size, groups=groups, initializer=start)
-        self.attention_shift_scale = Modulation(config.hidden_size, 2, groups=groups)
-        self.attention_gate = Modulation(config.hidden_size, 1, groups=groups)
-        self.ffn_shift_scale = Modulation(config.hidden_size, 2, groups=groups)
-        self.ffn_gate = Modulation(config.hidden_size, 1, groups=groups)
+        self.ffn = GELUFeedForward(
+            config.hidden_size,
+            config.ffn_hidden_size,
+            groups=groups,
+            initializer=start,
+            roles=roles,
+            ends_branch=False,
+        )
+        self.attention_shift_scale = Modulation(config.hidden_size, 2, groups=groups, role=roles.in_branch)
+        self.attention_gate = Modulation(config.hidden_size, 1, groups=groups, role=roles.ends_branch)
+        self.ffn_shift_scale = Modulation(config.hidden_size, 2, groups=groups, role=roles.in_branch)
+        self.ffn_gate = Modulation(config.hidden_size, 1, groups=groups, role=roles.ends_branch)
 
     def tables(self, silu_time_T1H: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The four modulations of every distinct time; they depend on nothing else."""
@@ -124,25 +135,28 @@ class DiT(nn.Module):
         self.config, self.groups = config, groups
         self.attention_chunk = 0
         """Queries of one attention product over both copies (`two_copies_in_chunks`); 0: all of them."""
+        roles = Roles(config.parametrization, config.hidden_size, config.num_layers)
         self.input = ColumnLinear(
             config.latent_dim,
             config.hidden_size,
             groups=groups,
             bias=True,
-            initializer=initializers.xavier_uniform,
+            initializer=initializers.xavier_uniform(outputs_over=roles.width_ratio),
+            role=roles.embedding,
             gather_output=True,
             replicated_input=True,
         )
-        self.time_embedding = TimeEmbedding(config.time_embedding_dim, config.hidden_size, groups=groups)
-        self.blocks = nn.ModuleList(DiTBlock(config, groups) for _ in range(config.num_layers))
-        self.output_norm = LayerNorm(config.hidden_size, config.norm_eps, groups=groups)
-        self.output_shift_scale = Modulation(config.hidden_size, 2, groups=groups)
+        self.time_embedding = TimeEmbedding(config.time_embedding_dim, config.hidden_size, groups=groups, roles=roles)
+        self.blocks = nn.ModuleList(DiTBlock(config, groups, roles) for _ in range(config.num_layers))
+        self.output_norm = LayerNorm(config.hidden_size, config.norm_eps, groups=groups, role=roles.vector)
+        self.output_shift_scale = Modulation(config.hidden_size, 2, groups=groups, role=roles.hidden)
         self.output = RowLinear(
             config.hidden_size,
             config.latent_dim,
             groups=groups,
             bias=True,
             initializer=initializers.zeros,
+            role=roles.readout,
             input_is_parallel=False,
         )
 

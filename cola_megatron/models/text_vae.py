@@ -15,22 +15,34 @@ from cola_megatron.layers.linear import ColumnLinear, RowLinear
 from cola_megatron.layers.masks import AttentionMask, block_causal_mask
 from cola_megatron.layers.mlp import SwiGLU, swiglu_groups
 from cola_megatron.layers.norms import LayerNorm
+from cola_megatron.layers.roles import Roles
 from cola_megatron.layers.rotary import rotary_table, rotate_half_split
 from cola_megatron.objectives.vae import Posterior
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.megatron import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+from cola_megatron.parallel.parameters import Role
 
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 
 
 class TextBlock(nn.Module):
-    """Transformer block of encoder and decoder."""
+    """Transformer block of encoder and decoder.
 
-    def __init__(self, config: VAEConfig, groups: ProcessGroups):
+    In the post-norm form the norm of the attention stands on the residual stream itself, and that of the feed-forward
+    ends its branch.
+    """
+
+    def __init__(self, config: VAEConfig, groups: ProcessGroups, roles: Roles):
         super().__init__()
         self.post_norm = config.post_norm
         start = truncated_normal(config.init_std, config.init_cutoff_factor)
-        self.attention_norm = LayerNorm(config.hidden_size, config.norm_eps, groups=groups, affine=config.norm_affine)
+        self.attention_norm = LayerNorm(
+            config.hidden_size,
+            config.norm_eps,
+            groups=groups,
+            role=roles.vector_on_stream if config.post_norm else roles.vector_in_branch,
+            affine=config.norm_affine,
+        )
         self.attention = Attention(
             config.hidden_size,
             config.num_attention_heads,
@@ -43,8 +55,14 @@ class TextBlock(nn.Module):
             norm_whole_width=True,
             rotate=rotate_half_split,
             initializer=start,
+            roles=roles,
         )
-        self.ffn_norm = LayerNorm(config.hidden_size, config.norm_eps, groups=groups)
+        self.ffn_norm = LayerNorm(
+            config.hidden_size,
+            config.norm_eps,
+            groups=groups,
+            role=roles.vector_ends_branch if config.post_norm else roles.vector_in_branch,
+        )
         self.ffn = SwiGLU(
             config.hidden_size,
             config.ffn_hidden_size,
@@ -52,6 +70,8 @@ class TextBlock(nn.Module):
             groups=groups,
             bias=config.bias,
             initializer=start,
+            roles=roles,
+            ends_branch=not config.post_norm,
         )
 
     def forward(self, x_SBH: torch.Tensor, context: AttentionContext) -> torch.Tensor:
@@ -69,7 +89,8 @@ class TextStack(nn.Module):
     def __init__(self, num_layers: int, config: VAEConfig, groups: ProcessGroups):
         super().__init__()
         self.config, self.groups = config, groups
-        self.blocks = nn.ModuleList(TextBlock(config, groups) for _ in range(num_layers))
+        self.roles = Roles(config.parametrization, config.hidden_size, num_layers)
+        self.blocks = nn.ModuleList(TextBlock(config, groups, self.roles) for _ in range(num_layers))
 
     def context(self, length: int, device: torch.device, documents_BS: torch.Tensor | None = None) -> AttentionContext:
         """Self-attention over whole sequences of `length` latents, or inside each of their documents."""
@@ -96,23 +117,32 @@ class TextEncoder(TextStack):
         super().__init__(config.encoder_layers, config, groups)
         start = truncated_normal(config.init_std, config.init_cutoff_factor)
         self.mask_token_id = vocab_size  # the extra row of the embedding
-        self.embedding = TokenEmbedding(vocab_size + 1, config.hidden_size, groups=groups, initializer=start)
+        self.embedding = TokenEmbedding(
+            vocab_size + 1, config.hidden_size, groups=groups, initializer=start, role=self.roles.embedding
+        )
         self.patch = ColumnLinear(
             config.patch_size * config.hidden_size,
             config.hidden_size,
             groups=groups,
             bias=True,
             initializer=start,
+            role=self.roles.hidden,
             gather_output=True,
             replicated_input=True,
         )
         outputs = 2 * config.latent_dim if config.variational else config.latent_dim
         self.head = RowLinear(
-            config.hidden_size, outputs, groups=groups, bias=config.bias, initializer=start, input_is_parallel=False
+            config.hidden_size,
+            outputs,
+            groups=groups,
+            bias=config.bias,
+            initializer=start,
+            role=self.roles.readout,
+            input_is_parallel=False,
         )
         has_norm = config.mean_norm or not config.variational
         self.mean_norm = (
-            LayerNorm(config.latent_dim, config.norm_eps, groups=groups, affine=False) if has_norm else None
+            LayerNorm(config.latent_dim, config.norm_eps, groups=groups, role=None, affine=False) if has_norm else None
         )
 
     def embed(self, tokens_BL: torch.Tensor) -> torch.Tensor:
@@ -152,21 +182,31 @@ class TextDecoder(TextStack):
         super().__init__(config.decoder_layers, config, groups)
         start = truncated_normal(config.init_std, config.init_cutoff_factor)
 
-        def linear(input_size: int, output_size: int, bias: bool) -> ColumnLinear:
+        def linear(input_size: int, output_size: int, bias: bool, role: Role) -> ColumnLinear:
             return ColumnLinear(
                 input_size,
                 output_size,
                 groups=groups,
                 bias=bias,
                 initializer=start,
+                role=role,
                 gather_output=True,
                 replicated_input=True,
             )
 
-        self.input = linear(config.latent_dim, config.hidden_size, config.bias)
-        self.unpatch = linear(config.hidden_size, config.patch_size * config.hidden_size, True)
-        self.norm = LayerNorm(config.hidden_size, config.norm_eps, groups=groups, partial_gradient=False)
-        self.head = VocabularyHead(config.hidden_size, vocab_size, groups=groups, bias=config.bias, initializer=start)
+        self.input = linear(config.latent_dim, config.hidden_size, config.bias, self.roles.embedding)
+        self.unpatch = linear(config.hidden_size, config.patch_size * config.hidden_size, True, self.roles.hidden)
+        self.norm = LayerNorm(
+            config.hidden_size, config.norm_eps, groups=groups, role=self.roles.vector, partial_gradient=False
+        )
+        self.head = VocabularyHead(
+            config.hidden_size,
+            vocab_size,
+            groups=groups,
+            bias=config.bias,
+            initializer=start,
+            role=self.roles.readout,
+        )
 
     def embed(self, z_SBC: torch.Tensor) -> torch.Tensor:
         """Latents (S, B, C) -> (S, B, H)."""

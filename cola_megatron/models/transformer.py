@@ -17,6 +17,7 @@ from cola_megatron.layers.initializers import truncated_normal
 from cola_megatron.layers.masks import AttentionMask
 from cola_megatron.layers.mlp import SwiGLU, swiglu_groups
 from cola_megatron.layers.norms import RMSNorm
+from cola_megatron.layers.roles import Roles
 from cola_megatron.layers.rotary import rotary_table, rotate_half_split
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.megatron import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
@@ -25,10 +26,10 @@ from cola_megatron.parallel.megatron import gather_from_sequence_parallel_region
 class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x))."""
 
-    def __init__(self, config: TransformerConfig, groups: ProcessGroups):
+    def __init__(self, config: TransformerConfig, groups: ProcessGroups, roles: Roles):
         super().__init__()
         start = truncated_normal(config.init_std, config.init_cutoff_factor)
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, groups=groups)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, groups=groups, role=roles.vector_in_branch)
         self.attention = Attention(
             config.hidden_size,
             config.num_attention_heads,
@@ -41,8 +42,9 @@ class TransformerBlock(nn.Module):
             norm_whole_width=False,
             rotate=rotate_half_split,
             initializer=start,
+            roles=roles,
         )
-        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps, groups=groups)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps, groups=groups, role=roles.vector_in_branch)
         inner_size = 2 * config.ffn_hidden_size  # value and gate
         self.ffn = SwiGLU(
             config.hidden_size,
@@ -51,6 +53,7 @@ class TransformerBlock(nn.Module):
             groups=groups,
             bias=False,
             initializer=start,
+            roles=roles,
         )
 
     def forward(self, x_SBH: torch.Tensor, context: AttentionContext) -> torch.Tensor:
@@ -79,12 +82,16 @@ class Transformer(nn.Module):
         super().__init__()
         self.vocab_size, self.config, self.groups = vocab_size, config, groups
         start = truncated_normal(config.init_std, config.init_cutoff_factor)
+        roles = Roles(config.parametrization, config.hidden_size, config.num_layers)
         if has_embedding:
-            rows = vocab_size + extra_rows
-            self.embedding = TokenEmbedding(rows, config.hidden_size, groups=groups, initializer=start)
-        self.blocks = nn.ModuleList(TransformerBlock(config, groups) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, groups=groups)
-        self.head = VocabularyHead(config.hidden_size, vocab_size, groups=groups, bias=False, initializer=start)
+            self.embedding = TokenEmbedding(
+                vocab_size + extra_rows, config.hidden_size, groups=groups, initializer=start, role=roles.embedding
+            )
+        self.blocks = nn.ModuleList(TransformerBlock(config, groups, roles) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, groups=groups, role=roles.vector)
+        self.head = VocabularyHead(
+            config.hidden_size, vocab_size, groups=groups, bias=False, initializer=start, role=roles.readout
+        )
 
     def embed(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """Token ids (B, L) -> (S, B, H)."""

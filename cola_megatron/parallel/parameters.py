@@ -1,7 +1,8 @@
 """Parameters under tensor parallelism: how they start, how whole tensors enter and leave the shards.
 
-A parameter says of itself how it is cut (`partition_dim`, or None when every rank holds it whole) and how it starts
-(`initializer`). From that alone every layout builds the same model.
+A parameter says of itself how it is cut (`partition_dim`, or None when every rank holds it whole), how it starts
+(`initializer`) and what it is to its network (`role`), from which follows how fast it learns. From that alone every
+layout builds the same model.
 """
 
 import hashlib
@@ -18,10 +19,29 @@ Initializer = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Role:
+    """What a parameter is to its network, and how start and learning differ from the standard ones for it.
+
+    `layers/roles.py` has the roles that there are.
+    """
+
+    name: str
+    start: float = 1.0
+    """Multiple of the standard starting values."""
+    rate: float = 1.0
+    """Multiple of the learning rate; weight decay is divided by it, so that their product stays."""
+    eps: float = 1.0
+    """Multiple of AdamW's epsilon."""
+    bias: "Role | None" = None
+    """Of a matrix: the role of the bias that belongs to it."""
+
+
+@dataclass(frozen=True)
 class ParameterMarks:
     """What `mark_parameter` notes on a parameter."""
 
     initializer: Initializer
+    role: Role
     partition_dim: int | None
     full_size: int | None
     partial_gradient: bool
@@ -30,21 +50,28 @@ class ParameterMarks:
 def mark_parameter(
     parameter: nn.Parameter,
     initializer: Initializer,
+    role: Role | None,
     partition_dim: int | None = None,
     full_size: int | None = None,
     partial_gradient: bool = False,
 ) -> None:
-    """Notes on a parameter how it starts and how tensor parallelism cuts it.
+    """Notes on a parameter how it starts, what it is, and how tensor parallelism cuts it.
 
     Args:
-        initializer: fills a whole float32 tensor in place with a generator.
+        initializer: fills a whole float32 tensor in place with a generator; the role's `start` multiplies it.
+        role: every parameter has one; None, of the bias of what has no bias, is refused.
         partition_dim: the dimension cut over the tensor-parallel ranks, None for a replicated parameter.
         full_size: size of `partition_dim` in the whole tensor where padding makes the shards' sum larger (vocabulary).
         partial_gradient: a replicated parameter whose gradient on one rank is a partial sum over the tensor-parallel
             ranks (each saw its own part of the sequence, or its own heads).
+
+    Raises:
+        TypeError: no role.
     """
+    if role is None:
+        raise TypeError(f"a parameter of shape {tuple(parameter.shape)} has no role: see layers/roles.py")
     vars(parameter).update(
-        marks=ParameterMarks(initializer, partition_dim, full_size, partial_gradient),
+        marks=ParameterMarks(initializer, role, partition_dim, full_size, partial_gradient),
         # What megatron-core sets and DeepSpeed reads, when it counts a parameter of several ranks once.
         tensor_model_parallel=partition_dim is not None,
         partition_dim=-1 if partition_dim is None else partition_dim,
@@ -105,7 +132,10 @@ def initialize_parameters(module: nn.Module, seed: int, groups: ProcessGroups) -
     for name, parameter in module.named_parameters():
         digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        whole = marks_of(parameter).initializer(torch.empty(full_shape(parameter, groups)), generator)
+        marks = marks_of(parameter)
+        whole = marks.initializer(torch.empty(full_shape(parameter, groups)), generator)
+        if marks.role.start != 1:
+            whole = whole.mul_(marks.role.start)
         parameter.copy_(shard_of(whole, parameter, groups))
 
 

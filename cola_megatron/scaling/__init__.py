@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cola_megatron.scaling.coordinates import CoordinateCheck, check_coordinates
     from cola_megatron.scaling.isoflop import isoflop_profiles
     from cola_megatron.scaling.loss_curve import LossCurve, fit_loss_curve
     from cola_megatron.scaling.loss_surface import LossSurface, fit_loss_surface
@@ -11,11 +12,13 @@ if TYPE_CHECKING:
     from cola_megatron.scaling.study import Study
 
 __all__ = [
+    "CoordinateCheck",
     "LossCurve",
     "LossSurface",
     "Points",
     "ScoreCurve",
     "Study",
+    "check_coordinates",
     "check_prediction",
     "fit_loss_curve",
     "fit_loss_surface",
@@ -24,6 +27,8 @@ __all__ = [
 ]
 
 _MODULES = {
+    "check_coordinates": "coordinates",
+    "CoordinateCheck": "coordinates",
     "isoflop_profiles": "isoflop",
     "LossCurve": "loss_curve",
     "fit_loss_curve": "loss_curve",

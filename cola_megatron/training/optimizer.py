@@ -9,23 +9,29 @@ import torch.distributed as dist
 from cola_megatron.config import ConfigError, RunConfig, TrainingConfig
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.parallel import ProcessGroups
+from cola_megatron.parallel.parameters import marks_of
 
 
 def parameter_groups(model: PipelinedModel, config: RunConfig) -> list[dict]:
-    """Groups by network and by decay (matrices, vectors); `learning_rate_ratio` is relative to the schedule's rate."""
+    """Groups by network, by decay (matrices, vectors) and by what a parameter's role says of rate and epsilon.
+
+    `learning_rate_ratio` is relative to the schedule's rate.
+    """
     optimizer, ratios = config.training.optimizer, model.learning_rate_ratios()
-    groups: dict[tuple[str, bool], dict] = {}
+    groups: dict[tuple[str, bool, float, float], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         network, decays = name.split(".")[0], len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+        role = marks_of(parameter).role
         group = groups.setdefault(
-            (network, decays),
+            (network, decays, role.rate, role.eps),
             {
                 "params": [],
                 "network": network,
-                "learning_rate_ratio": ratios.get(network, 1.0),
-                "weight_decay": optimizer.weight_decay if decays else 0.0,
+                "learning_rate_ratio": ratios.get(network, 1.0) * role.rate,
+                "weight_decay": optimizer.weight_decay / role.rate if decays else 0.0,
+                "eps": optimizer.eps * role.eps,
             },
         )
         group["params"].append(parameter)
@@ -44,7 +50,6 @@ def build_optimizer(model: PipelinedModel, config: RunConfig, groups: ProcessGro
         as_many_on_every_stage(parameter_groups(model, config), groups),
         lr=optimizer.learning_rate,
         betas=optimizer.betas,
-        eps=optimizer.eps,
         fused=on_cuda,
     )
 

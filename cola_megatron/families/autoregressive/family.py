@@ -10,6 +10,13 @@ from cola_megatron.costs.part import Part, causal_pairs
 from cola_megatron.families.autoregressive.page import PAGE
 from cola_megatron.families.autoregressive.settings import AutoregressiveSettings, ExactLikelihoodSettings
 from cola_megatron.families.family import BackboneShape, Family, Mode
+from cola_megatron.families.sizes import (
+    TRANSFORMER_COORDINATES,
+    Coordinate,
+    parametrized,
+    scaled_transformer,
+    with_networks,
+)
 from cola_megatron.families.transformer_costs import TransformerCosts
 
 if TYPE_CHECKING:
@@ -58,6 +65,19 @@ class AutoregressiveFamily(Family[AutoregressiveConfig]):
         masks = config.training.micro_batch_size if config.data.document_attention else 0
         transformer = config.model.transformer
         return TransformerCosts(config, transformer, length, causal_pairs(length, 1), masks=masks).parts()
+
+    def scaled(self, config: AutoregressiveConfig, width: int, depth: int) -> AutoregressiveConfig:
+        """The transformer."""
+        return with_networks(config, transformer=scaled_transformer(config.model.transformer, width, depth))
+
+    def with_parametrization(self, config: AutoregressiveConfig, kind: str) -> AutoregressiveConfig:
+        """Of the transformer."""
+        transformer = config.model.transformer
+        return with_networks(config, transformer=parametrized(transformer, kind, transformer.num_layers))
+
+    def coordinates(self, config: AutoregressiveConfig) -> Sequence[Coordinate]:
+        """Of the transformer, and its input."""
+        return (Coordinate("token embedding", "transformer.embedding", "transformer"), *TRANSFORMER_COORDINATES)
 
     def backbone_shape(self, config: AutoregressiveConfig) -> BackboneShape:
         """The transformer's."""

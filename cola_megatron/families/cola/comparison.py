@@ -1,5 +1,6 @@
 """What differs between two Cola DLMs beside their tensors."""
 
+from cola_megatron.config.parametrization import without_parametrization
 from cola_megatron.families.cola.published import FOLDERS, forms_of
 from cola_megatron.families.cola.published_configs import REMARKS
 from cola_megatron.interop.differences import Unequal, unequal
@@ -12,7 +13,7 @@ def compare_sources(first: ModelSource, second: ModelSource) -> tuple[list[Unequ
     Keys of config.json where both models have one, else of our model section; a prior that is not there has none.
     """
     both = all(any(name.startswith("dit.") for name in source.shapes) for source in (first, second))
-    trees = (source.config.model_dump(mode="json") for source in (first, second))
+    trees = (without_parametrization(source.config.model_dump(mode="json")) for source in (first, second))
     ours = [each for each in unequal("model.", *trees) if both or not each.name.startswith("model.dit.")]
     forms, others = forms_of(first.imported), forms_of(second.imported)
     if forms is None or others is None:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from cola_megatron.config import ColaConfig, ColaModelConfig, DiTConfig
 from cola_megatron.costs.part import Part
+from cola_megatron.families.cola import sizes
 from cola_megatron.families.cola.page import PAGE
 from cola_megatron.families.cola.parts import chain_parts
 from cola_megatron.families.family import BackboneShape, Family, Kind, Mode
+from cola_megatron.families.sizes import Coordinate
 from cola_megatron.inference.settings import FlowSettings, LikelihoodSettings
 from cola_megatron.interop.differences import Unequal
 
@@ -132,6 +134,22 @@ class ColaFamily(Family[ColaConfig]):
                     found["VAE on the text"] += batch * part.flops / own_views
                     found["VAE on the masked view"] += batch * part.flops * (own_views - 1) / own_views
         return {name: flops for name, flops in found.items() if flops}
+
+    def size(self, config: ColaConfig) -> tuple[int, int]:
+        """The prior's, in both stages: the VAE follows it."""
+        return config.model.dit.hidden_size, config.model.dit.num_layers
+
+    def scaled(self, config: ColaConfig, width: int, depth: int) -> ColaConfig:
+        """See `sizes.scaled`."""
+        return sizes.scaled(config, width, depth)
+
+    def with_parametrization(self, config: ColaConfig, kind: str) -> ColaConfig:
+        """See `sizes.with_parametrization`."""
+        return sizes.with_parametrization(config, kind)
+
+    def coordinates(self, config: ColaConfig) -> Sequence[Coordinate]:
+        """See `sizes.coordinates`."""
+        return sizes.coordinates(config)
 
     def measured_config(self, config: ColaConfig) -> ColaConfig:
         """Without the reference encoder."""

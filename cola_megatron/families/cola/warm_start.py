@@ -99,7 +99,7 @@ def _differing(section: str, ours: VAEConfig | DiTConfig, theirs: VAEConfig | Di
     return [
         f"{section}.{key}={getattr(ours, key)} (there {getattr(theirs, key)})"
         for key in type(ours).model_fields
-        if getattr(ours, key) != getattr(theirs, key)
+        if key != "parametrization" and getattr(ours, key) != getattr(theirs, key)
     ]
 
 

@@ -10,6 +10,13 @@ from cola_megatron.costs.part import Part, pairs_in_products, two_copy_pairs
 from cola_megatron.families.family import BackboneShape, Family, Mode
 from cola_megatron.families.masked_diffusion.page import PAGE
 from cola_megatron.families.masked_diffusion.settings import BoundSettings, MaskedDiffusionSettings
+from cola_megatron.families.sizes import (
+    TRANSFORMER_COORDINATES,
+    Coordinate,
+    parametrized,
+    scaled_transformer,
+    with_networks,
+)
 from cola_megatron.families.transformer_costs import TransformerCosts
 
 if TYPE_CHECKING:
@@ -69,6 +76,19 @@ class MaskedDiffusionFamily(Family[MaskedDiffusionConfig]):
             pairs_in_products=pairs_in_products(length, block, chunk) if by_blocks else None,
             masks=config.training.micro_batch_size if per_sample else int(by_blocks),
         ).parts()
+
+    def scaled(self, config: MaskedDiffusionConfig, width: int, depth: int) -> MaskedDiffusionConfig:
+        """The transformer."""
+        return with_networks(config, transformer=scaled_transformer(config.model.transformer, width, depth))
+
+    def with_parametrization(self, config: MaskedDiffusionConfig, kind: str) -> MaskedDiffusionConfig:
+        """Of the transformer."""
+        transformer = config.model.transformer
+        return with_networks(config, transformer=parametrized(transformer, kind, transformer.num_layers))
+
+    def coordinates(self, config: MaskedDiffusionConfig) -> Sequence[Coordinate]:
+        """Of the transformer, and its input."""
+        return (Coordinate("token embedding", "transformer.embedding", "transformer"), *TRANSFORMER_COORDINATES)
 
     def backbone_shape(self, config: MaskedDiffusionConfig) -> BackboneShape:
         """The transformer's."""

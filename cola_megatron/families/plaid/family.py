@@ -11,6 +11,13 @@ from cola_megatron.families.family import BackboneShape, Family, Mode
 from cola_megatron.families.plaid.page import PAGE
 from cola_megatron.families.plaid.parts import chain_parts
 from cola_megatron.families.plaid.settings import BoundSettings, PlaidSettings
+from cola_megatron.families.sizes import (
+    TRANSFORMER_COORDINATES,
+    Coordinate,
+    parametrized,
+    scaled_transformer,
+    with_networks,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,6 +71,19 @@ class PlaidFamily(Family[PlaidConfig]):
     def parts(self, config: PlaidConfig, mode: Mode | None = None) -> tuple[Part, ...]:
         """See `parts.chain_parts`."""
         return chain_parts(config)
+
+    def scaled(self, config: PlaidConfig, width: int, depth: int) -> PlaidConfig:
+        """The transformer."""
+        return with_networks(config, transformer=scaled_transformer(config.model.transformer, width, depth))
+
+    def with_parametrization(self, config: PlaidConfig, kind: str) -> PlaidConfig:
+        """Of the transformer."""
+        transformer = config.model.transformer
+        return with_networks(config, transformer=parametrized(transformer, kind, transformer.num_layers))
+
+    def coordinates(self, config: PlaidConfig) -> Sequence[Coordinate]:
+        """Of the transformer, and its input."""
+        return (Coordinate("noisy input", "plaid.input", "transformer"), *TRANSFORMER_COORDINATES)
 
     def backbone_shape(self, config: PlaidConfig) -> BackboneShape:
         """The transformer's."""

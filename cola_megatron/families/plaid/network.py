@@ -19,6 +19,7 @@ from cola_megatron.families.plaid.schedule import NoiseSchedule
 from cola_megatron.layers import initializers
 from cola_megatron.layers.embedding import padded_vocab_size
 from cola_megatron.layers.linear import ColumnLinear
+from cola_megatron.layers.roles import FIXED, Roles
 from cola_megatron.objectives.plaid import unit_variance
 from cola_megatron.parallel import ProcessGroups, mark_parameter
 from cola_megatron.parallel.megatron import scatter_to_sequence_parallel_region
@@ -43,7 +44,7 @@ class UnitEmbeddings(nn.Module):
         super().__init__()
         rows = padded_vocab_size(vocab_size, groups) // groups.tensor_parallel_size
         self.weight = nn.Parameter(torch.empty(rows, channels))
-        mark_parameter(self.weight, _rows_of_length_one, partition_dim=0, full_size=vocab_size)
+        mark_parameter(self.weight, _rows_of_length_one, FIXED, partition_dim=0, full_size=vocab_size)
 
     def forward(self) -> torch.Tensor:
         """(V, C), float32. The rows that fill up a rank's part are 0."""
@@ -75,6 +76,7 @@ class NoisyInput(nn.Module):
     ):
         super().__init__()
         self.config, self.groups = config, groups
+        roles = Roles(transformer.parametrization, transformer.hidden_size, transformer.num_layers)
 
         def linear(input_size: int, initializer: Initializer) -> ColumnLinear:
             return ColumnLinear(
@@ -83,6 +85,7 @@ class NoisyInput(nn.Module):
                 groups=groups,
                 bias=False,
                 initializer=initializer,
+                role=roles.embedding,
                 gather_output=True,
                 replicated_input=True,
             )

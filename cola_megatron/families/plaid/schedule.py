@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cola_megatron.layers.initializers import normal
+from cola_megatron.layers.roles import FIXED
 from cola_megatron.parallel import mark_parameter
 
 SHAPE_GRADIENT = 0.01
@@ -61,9 +62,9 @@ class NoiseSchedule(nn.Module):
         self.input_bias = nn.Parameter(torch.empty(hidden_size))
         self.output_scale = nn.Parameter(torch.empty(hidden_size))
         for parameter in (self.input_scale, self.input_bias, self.output_scale):
-            mark_parameter(parameter, normal(1.0))
+            mark_parameter(parameter, normal(1.0), FIXED)
         self.ends = nn.Parameter(torch.empty(2))
-        mark_parameter(self.ends, lambda whole, generator: whole.copy_(torch.tensor([gamma_start, gamma_end])))
+        mark_parameter(self.ends, lambda whole, generator: whole.copy_(torch.tensor([gamma_start, gamma_end])), FIXED)
 
     def forward(self, time_B: torch.Tensor, frozen_B: torch.Tensor | None = None) -> NoiseLevels:
         """Levels at times in [0, 1], (B,).
