@@ -56,8 +56,8 @@ CURVES = (
         "evaluation",
         "-log p of held-out texts",
         "Nats per token",
-        "What families compare by: exact for an autoregressive model, without the first token of a sequence, and with it "
-        "an upper bound for the others.",
+        "What families compare by: exact for an autoregressive model, without the first token of a sequence, and an "
+        "upper bound with it for the others.",
     ),
     Curve(
         HEADLINE,
