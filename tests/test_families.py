@@ -275,6 +275,29 @@ def test_a_comparison_of_families_begins_with_what_they_share(runs):
     assert not any("standard_error" in name or "_bin_" in name for name in names)
 
 
+def test_a_term_that_two_families_call_alike_has_a_picture_of_each(runs, tmp_path, caplog):
+    """Plaid reads its least noisy state, Cola its latents: both call that reconstruction."""
+    pytest.importorskip("matplotlib")
+    from cola_megatron.reporting.compare_page import write_comparison
+
+    cola_run, begun = tmp_path / "runs" / "cola", tmp_path / "runs" / "begun"
+    corpus = read_runs(list(runs.values()))[0].config.data.path
+    train(small("cola", Path(corpus), tmp_path / "runs", "stage=1", "training.steps=2"), progress=False)
+    begun.mkdir()
+    (begun / ".lock").touch()
+    compared = read_runs([*runs.values(), cola_run, begun])
+    assert len(compared) == 4 and "begun: this run has no records" in caplog.text
+    page = write_comparison(tmp_path, compared).read_text()
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"compare_reconstruction_plaid.png", "compare_reconstruction_cola.png"} <= drawn
+    assert "compare_reconstruction.png" not in drawn and "compare_nats_per_token.png" in drawn
+    assert "Reconstruction, training, Plaid" in page and "Reconstruction, training, Cola DLM" in page
+    assert "the first token of a sequence does not count" in page
+    write_comparison(tmp_path, read_runs([cola_run, runs["autoregressive"]]))
+    assert (tmp_path / "figures" / "compare_reconstruction_cola.png").is_file()
+    assert not (tmp_path / "figures" / "compare_reconstruction_plaid.png").exists()
+
+
 def test_a_likelihood_that_is_no_number_ends_a_run():
     with pytest.raises(TrainingDiverged, match="nats_per_token of the held-out text is not a number"):
         require_finite(7, {"nats_per_token": float("nan"), "perplexity": float("nan")})

@@ -15,7 +15,7 @@ from cola_megatron.evaluation.last_word import evaluate_last_word, last_word_tas
 from cola_megatron.evaluation.model import GeneratorModel
 from cola_megatron.evaluation.passages import NEW_TOKENS, Passage, PassageRule, Piece, pieces, words_of
 from cola_megatron.evaluation.scoring import match_first_word
-from cola_megatron.evaluation.statistics import clustered_interval, ratio_standard_error, wilson_interval
+from cola_megatron.evaluation.statistics import clustered_interval, clustered_standard_error, wilson_interval
 from cola_megatron.evaluation.word_guesses import count, guesses
 from cola_megatron.inference.settings import CommonSettings
 from cola_megatron.parallel import initialize_parallel
@@ -134,7 +134,9 @@ def test_the_interval_knows_that_items_of_one_text_go_together():
     )
     none = clustered_interval([0] * 10, [3] * 10)
     assert none == wilson_interval(0, 10)  # as sure as the number of texts
-    assert ratio_standard_error([2, 0] * 10, [2] * 20) == pytest.approx(0.5 / np.sqrt(19))
+    assert clustered_standard_error([2, 0] * 10, [2] * 20) == pytest.approx(0.5 / np.sqrt(19))
+    assert clustered_standard_error([0] * 10, [3] * 10) == pytest.approx(np.sqrt(1 / 12 * 11 / 12 / 10))
+    assert clustered_standard_error([2], [3]) == pytest.approx(np.sqrt(5 / 9 * 4 / 9))
 
 
 def test_a_model_that_knows_half_scores_half(held_out, corpus):

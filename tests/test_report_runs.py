@@ -146,7 +146,10 @@ def test_a_start_from_published_weights_has_neither_curves_nor_cost(runs: Path, 
         (lambda runs: shutil.rmtree(runs / "stage1"), "does not exist"),
         (lambda runs: change_config(runs / "stage1", ("encoder_layers: 1", "encoder_layers: 2")), "another VAE"),
         (lambda runs: change(runs / "stage1" / "attempts.jsonl", began=4e9), "began after this one"),
-        (lambda runs: change_config(runs / "stage2", ("stage_one: runs/stage1", "stage_one: runs/stage2")), "stage 2"),
+        (
+            lambda runs: change_config(runs / "stage2", ("stage_one: runs/stage1", "stage_one: runs/stage2")),
+            "is no run of stage 1",
+        ),
     ],
     ids=["gone", "another model", "trained anew", "a run of stage 2"],
 )

@@ -285,6 +285,36 @@ def test_two_jobs_do_not_share_a_run_folder(tiny):
     run(config)
 
 
+def test_a_run_that_is_refused_leaves_no_folder(tiny, tmp_path):
+    refused = tiny(2, "name=refused", f"training.start_from={tmp_path / 'nothing'}")
+    with pytest.raises(UserError):
+        run(refused)
+    assert not refused.run_folder.exists()
+    with lock_run_folder(refused.run_folder):
+        (refused.run_folder / "config.yaml").write_text("")
+    assert {path.name for path in refused.run_folder.iterdir()} == {".lock", "config.yaml"}
+
+
+def test_a_lock_that_was_taken_away_meanwhile_is_no_claim(tmp_path, monkeypatch):
+    """Of two jobs that wait for a refused one, each would have a lock of its own."""
+    import fcntl
+
+    flock, taken = fcntl.flock, []
+
+    def away(file, how):
+        if not taken:
+            taken.append((tmp_path / "run" / ".lock").unlink())
+        return flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", away)
+    with (
+        lock_run_folder(tmp_path / "run"),
+        pytest.raises(UserError, match="another job"),
+        lock_run_folder(tmp_path / "run"),
+    ):
+        pass
+
+
 def test_frozen_and_interval_vae_change_only_when_they_may(tiny):
     first = tiny(1, "name=first", "training.steps=1")
     run(first)

@@ -19,7 +19,7 @@ from cola_megatron.evaluation.passages import NEW_TOKENS, Passage, PassageRule, 
 from cola_megatron.evaluation.records import as_stored
 from cola_megatron.evaluation.results import percentages
 from cola_megatron.evaluation.scoring import match_first_word, normalize
-from cola_megatron.evaluation.statistics import Figure, clustered_interval, ratio_standard_error
+from cola_megatron.evaluation.statistics import Figure, clustered_interval, clustered_standard_error
 from cola_megatron.evaluation.word_guesses import Counts, count, guesses
 from cola_megatron.parallel import ProcessGroups
 
@@ -85,7 +85,7 @@ class LastWords:
         for record, right in zip(self.records, correct, strict=True):
             by_sequence.setdefault(record["sequence"], []).append(right)
         right_ones, sizes = [sum(each) for each in by_sequence.values()], [len(each) for each in by_sequence.values()]
-        return Figure(clustered_interval(right_ones, sizes), ratio_standard_error(right_ones, sizes))
+        return Figure(clustered_interval(right_ones, sizes), clustered_standard_error(right_ones, sizes))
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,19 @@ def clustered_interval(correct: Sequence[int], sizes: Sequence[int]) -> Interval
     return _wilson(p, effective)
 
 
+def clustered_standard_error(correct: Sequence[int], sizes: Sequence[int]) -> float:
+    """Of the same proportion: between the clusters (`ratio_standard_error`).
+
+    Where that says nothing, since all items are right, or none, or there is one cluster, it is that of one item for
+    each cluster with one right and one wrong added: a proportion of 0 is not known for certain.
+    """
+    error, clusters = ratio_standard_error(correct, sizes), len(sizes)
+    if 0 < error < math.inf:
+        return error
+    p = (clusters * sum(correct) / sum(sizes) + 1) / (clusters + 2)
+    return math.sqrt(p * (1 - p) / clusters)
+
+
 def _wilson(p: float, n: float) -> Interval:
     z2 = Z_95**2
     center = (p + z2 / (2 * n)) / (1 + z2 / n)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from cola_megatron.config import ConfigError, RunConfig
@@ -49,6 +50,15 @@ class BackboneShape(NamedTuple):
     """Hidden size."""
     depth: int
     """Blocks."""
+
+
+class EarlierStage(NamedTuple):
+    """What a config says of the run that a stage started from."""
+
+    place: Path | None = None
+    """None: the config does not name it."""
+    absent: str = ""
+    """Why there was none; empty: there was one."""
 
 
 class Measurement(ABC):
@@ -108,6 +118,14 @@ class Family(ABC, Generic[Config]):
     def stage_of(self, config: Config) -> int | None:
         """Which of several stages this is; None: the family trains in one."""
         return None
+
+    def earlier_stage(self, config: Config) -> EarlierStage:
+        """The run whose weights this stage started from."""
+        return EarlierStage(absent="its family has one stage")
+
+    def why_not_earlier(self, config: Config, other: RunConfig) -> str:
+        """Why a run of the config `other` is not the earlier stage, as "the run in FOLDER ..."; empty: it may be."""
+        return "is of another family"
 
     def note_on_length(self, config: Config) -> str:
         """What days and GPU-hours of a plan leave out; empty: nothing."""

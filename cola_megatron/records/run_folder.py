@@ -6,8 +6,11 @@ tokenizer.json  the tokenizer of its tokens (`checkpoint.tokenizer`)
 summary.json    how the last job of the run ended
 """
 
+import contextlib
 import fcntl
 import logging
+import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -56,16 +59,36 @@ class RunFolderTaken(UserError):
     exit_code = ExitCode.CRASHED  # it may be the last try of this job, not quite ended
 
 
-def lock_run_folder(folder: Path) -> IO:
-    """Claims a run folder for this job until the returned file is closed or the process ends.
+@contextlib.contextmanager
+def lock_run_folder(folder: Path) -> Iterator[None]:
+    """Claims a run folder for this job within the block, and until the process ends where that comes first.
 
-    On a file system without locks there is a warning instead: a run there is worth more than the claim.
+    A run that is refused before it writes anything leaves no folder behind. On a file system without locks there is a
+    warning instead: a run there is worth more than the claim.
 
     Raises:
         RunFolderTaken: another job holds it.
     """
+    file = _locked(folder)
+    try:
+        yield
+    finally:
+        if never_began(folder):
+            (folder / LOCK).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another job has begun to write there
+                folder.rmdir()
+        file.close()
+
+
+def never_began(folder: Path) -> bool:
+    """Whether a run folder holds its lock and nothing else: a run that was killed, or is, before its first file."""
+    return folder.is_dir() and [path.name for path in folder.iterdir()] == [LOCK]
+
+
+def _locked(folder: Path) -> IO:
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / LOCK).open("w")
+    path = folder / LOCK
+    file = path.open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -78,6 +101,10 @@ def lock_run_folder(folder: Path) -> IO:
             folder,
             error.strerror,
         )
+    if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+        # A run that was refused has taken its lock away between our opening and our claim.
+        file.close()
+        return _locked(folder)
     return file
 
 

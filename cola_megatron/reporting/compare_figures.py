@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from cola_megatron.families import family_of
+from cola_megatron.families import FAMILIES, family_of
 from cola_megatron.reporting.compared_runs import HEADLINE, LIKELIHOOD, OWN_TIMES, ComparedRun
 from cola_megatron.reporting.curves import logarithmic_where_wide, running_median, series, step_axis
 from cola_megatron.reporting.figure_style import WIDTH_INCHES, NothingToPlot, styled
@@ -45,6 +45,8 @@ class Curve:
     """Of the y axis, with the unit."""
     caption: str
     """One sentence that says what to look for."""
+    is_term: bool = False
+    """Of a loss: another family may call another thing so."""
 
 
 _PER_CHANNEL, _PER_TOKEN = "Squared error per channel", "Loss [nats per token]"
@@ -54,7 +56,8 @@ CURVES = (
         "evaluation",
         "-log p of held-out texts",
         "Nats per token",
-        "What families compare by: exact for an autoregressive model, an upper bound for the others.",
+        "What families compare by: exact for an autoregressive model, without the first token of a sequence, and an "
+        "upper bound with it for the others.",
     ),
     Curve(
         HEADLINE,
@@ -77,7 +80,14 @@ CURVES = (
         _PER_CHANNEL,
         "Compares only where objective.flow.time is the same.",
     ),
-    Curve("flow_matching", "train", "Flow matching, training", _PER_CHANNEL, "At each run's own distribution of t."),
+    Curve(
+        "flow_matching",
+        "train",
+        "Flow matching, training",
+        _PER_CHANNEL,
+        "At each run's own distribution of t.",
+        is_term=True,
+    ),
     Curve(
         "reconstruction_accuracy",
         "evaluation",
@@ -86,7 +96,14 @@ CURVES = (
         "From clean latents; higher is better.",
     ),
     Curve("reconstruction_nll", "evaluation", "Reconstruction, held-out", _PER_TOKEN, "Lower is better."),
-    Curve("reconstruction", "train", "Reconstruction, training", _PER_TOKEN, "Running median over the records."),
+    Curve(
+        "reconstruction",
+        "train",
+        "Reconstruction, training",
+        _PER_TOKEN,
+        "Running median over the records.",
+        is_term=True,
+    ),
     Curve(
         "next_token_accuracy", "evaluation", "Next token, held-out", "Share predicted", "Of an autoregressive model."
     ),
@@ -103,9 +120,21 @@ CURVES = (
 )
 
 
+def families_apart(runs: Sequence[ComparedRun], curve: Curve) -> list[str | None]:
+    """The families that need a picture each, those whose runs have a term of a loss; else [None], one for all runs."""
+    families = dict.fromkeys(run.config.model.family for run in runs)
+    if not curve.is_term or len(families) == 1:
+        return [None]
+    having = dict.fromkeys(run.config.model.family for run in runs if _has(run, curve))
+    return list(having) or [None]
+
+
 @styled
-def overlaid(runs: Sequence[ComparedRun], curve: Curve, against: Against) -> Figure:
+def overlaid(runs: Sequence[ComparedRun], curve: Curve, against: Against, family: str | None = None) -> Figure:
     """One quantity of all runs that have it, with one legend below both panels.
+
+    Args:
+        family: only the runs of this one.
 
     Raises:
         NothingToPlot: none has; or the runs are of both stages and the quantity is the loss, a sum of other terms in
@@ -113,7 +142,11 @@ def overlaid(runs: Sequence[ComparedRun], curve: Curve, against: Against) -> Fig
     """
     if curve.key == "loss" and len({family_of(run.config).describe(run.config) for run in runs}) > 1:
         raise NothingToPlot("losses of different stages or families are sums of different terms")
-    having = [(number, run) for number, run in enumerate(runs) if series(run.records, curve.kind, curve.key)[0].size]
+    having = [
+        (number, run)
+        for number, run in enumerate(runs)
+        if _has(run, curve) and family in (None, run.config.model.family)
+    ]
     if not having:
         raise NothingToPlot("no run has it")
     labels = [_label(run, curve) for _, run in having]
@@ -132,7 +165,7 @@ def overlaid(runs: Sequence[ComparedRun], curve: Curve, against: Against) -> Fig
     if curve.key == "reconstruction_accuracy":
         left.set_ylim(0, 1.03)
         left.yaxis.set_major_formatter(PercentFormatter(1.0))
-    figure.suptitle(curve.title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+    figure.suptitle(title_of(curve, family), x=0.01, ha="left", fontsize=10, fontweight="bold")
     left.set_ylabel(curve.label)
     step_axis(left)
     what = "Model FLOPs of the stage" if against == "flops" else "Training tokens"
@@ -140,6 +173,15 @@ def overlaid(runs: Sequence[ComparedRun], curve: Curve, against: Against) -> Fig
     handles = [line for line in left.lines if not str(line.get_label()).startswith("_")]
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=3.6)
     return figure
+
+
+def title_of(curve: Curve, family: str | None) -> str:
+    """Of the picture of all runs that have the quantity, or of those of a family."""
+    return curve.title if family is None else f"{curve.title}, {FAMILIES[family].title}"
+
+
+def _has(run: ComparedRun, curve: Curve) -> bool:
+    return bool(series(run.records, curve.kind, curve.key)[0].size)
 
 
 def _draw(

@@ -78,26 +78,28 @@ def _draw(runs: Sequence[ComparedRun], against: Against) -> tuple[list[_Picture]
     """The pictures, and (title, reason) of those that there are not."""
     try:
         from cola_megatron.reporting import figure_style
-        from cola_megatron.reporting.compare_figures import CURVES, overlaid
+        from cola_megatron.reporting.compare_figures import CURVES, families_apart, overlaid, title_of
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
         raise UserError("the page needs matplotlib: make setup EXTRAS=report, or give --no-page") from error
     pictures, left_out = [], []
-    for curve in CURVES:
+    for curve, family in [(each, family) for each in CURVES for family in families_apart(runs, each)]:
+        title = title_of(curve, family)
         try:
-            figure = overlaid(runs, curve, against)
+            figure = overlaid(runs, curve, against, family)
         except figure_style.NothingToPlot as missing:
-            left_out.append((curve.title, str(missing)))
+            left_out.append((title, str(missing)))
             continue
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=figure_style.DOTS_PER_INCH, metadata={"Software": None})
         without = [
             run.label
             for run in runs
-            if not any(record["kind"] == curve.kind and curve.key in record for record in run.records)
+            if family in (None, run.config.model.family)
+            and not any(record["kind"] == curve.kind and curve.key in record for record in run.records)
         ]
         missing_runs = f" Not in the records of {', '.join(without)}." if without else ""
-        name = f"{PREFIX}{curve.key}"
-        pictures.append(_Picture(name, curve.title, f"{curve.caption}{missing_runs}", buffer.getvalue()))
+        name = f"{PREFIX}{curve.key}{'' if family is None else f'_{family}'}"
+        pictures.append(_Picture(name, title, f"{curve.caption}{missing_runs}", buffer.getvalue()))
     return pictures, left_out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from cola_megatron.config.yaml_files import read_yaml
 from cola_megatron.planning.flops import training_flops_by_step
 from cola_megatron.records.metrics import read_metrics
 from cola_megatron.records.progress import read_progress
-from cola_megatron.records.run_folder import CONFIG, METRICS
+from cola_megatron.records.run_folder import CONFIG, METRICS, never_began
+
+logger = logging.getLogger(__name__)
 
 LIKELIHOOD = "nats_per_token"
 """What families compare by: -log p of the held-out texts, exact or an upper bound."""
@@ -71,11 +74,14 @@ class ComparedRun:
 
 
 def read_runs(folders: Sequence[Path]) -> list[ComparedRun]:
-    """The runs in two or more folders, of any stage and of any schema.
+    """The runs in two or more folders, of any stage and of any schema; one that never began is passed over with a line.
 
     Raises:
         ConfigError: fewer than two, one of them twice, a folder that is no run, or a config of a newer version.
     """
+    for folder in filter(never_began, folders):
+        logger.warning("%s: this run has no records, since it ended, or is, before its first step: left out", folder)
+    folders = [folder for folder in folders if not never_began(folder)]
     if len(folders) < 2:
         raise ConfigError(f"a comparison needs two run folders or more, not {len(folders)}: cola compare RUN RUN ...")
     seen: dict[Path, Path] = {}

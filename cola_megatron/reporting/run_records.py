@@ -10,9 +10,10 @@ from typing import Any
 
 from cola_megatron.checkpoint.find import newest_checkpoint
 from cola_megatron.checkpoint.state_file import read_config
-from cola_megatron.config import ColaConfig, ConfigError, RunConfig, stored_config
+from cola_megatron.config import ConfigError, RunConfig, stored_config
 from cola_megatron.config.yaml_files import read_yaml
 from cola_megatron.errors import UserError
+from cola_megatron.families import family_of
 from cola_megatron.planning.flops import training_flops
 from cola_megatron.records.goodput import ATTEMPTS
 from cola_megatron.records.metrics import readable_metrics
@@ -139,17 +140,13 @@ def stage_one_of(run: Run, given: Path | None = None) -> tuple[Run | None, int, 
 
 
 def _stage_one_of(run: Run, given: Path | None) -> tuple[Run | None, int, str]:
-    config = run.config
-    if not isinstance(config, ColaConfig):
-        return None, 0, "its family has one stage"
-    named = config.training.stage_one
-    if config.stage == 1:
-        return None, 0, "this is a run of stage 1"
-    if config.training.vae_update.from_scratch:
-        return None, 0, "stage 2 began with a new VAE (training.vae_update.from_scratch=true): there was no stage 1"
-    if named is None and given is None:
+    family = family_of(run.config)
+    earlier = family.earlier_stage(run.config)
+    if earlier.absent:
+        return None, 0, earlier.absent
+    if earlier.place is None and given is None:
         return None, 0, "its config names no training.stage_one"
-    folder = given or run.place(named or "")
+    folder = given or run.place(earlier.place or "")
     step = None
     if match := re.fullmatch(r"step_(\d+)", folder.name):
         folder, step = folder.parent.parent, int(match[1])
@@ -162,10 +159,8 @@ def _stage_one_of(run: Run, given: Path | None) -> tuple[Run | None, int, str]:
             f"stage 2 started from the weights in {folder}, which are no run: they have neither curves nor cost",
         )
     first = read_run(folder)
-    if not isinstance(first.config, ColaConfig) or first.config.stage != 1:
-        return None, 0, f"stage 2 started from {folder}, a run of stage 2 that has a report of its own"
-    if first.config.model.vae != config.model.vae:
-        return None, 0, f"the run in {folder} has another VAE: another run has that name now"
+    if why_not := family.why_not_earlier(run.config, first.config):
+        return None, 0, f"the run in {folder} {why_not}"
     if first.began is not None and run.began is not None and first.began > run.began:
         return None, 0, f"the run in {folder} began after this one: another run has that name now"
     return first, first.step if step is None else step, ""

@@ -9,7 +9,7 @@ PAGE = Page(
         Words("transformer.head", "output head", "from the last hidden state to the logits of the next token"),
     ),
     figures=(
-        Words("nats_per_token", "held-out loss", "nats per token, exact: -log p of the next token"),
+        Words("nats_per_token", "held-out loss", "nats per token, exact; the first token of a sequence does not count"),
         Words("perplexity", "held-out perplexity", "exp of it: as if so many tokens were equally likely"),
         Words("next_token_accuracy", "held-out accuracy", "share of tokens that were the most likely ones"),
     ),

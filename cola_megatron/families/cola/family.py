@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cola_megatron.config import ColaConfig, ColaModelConfig, DiTConfig
+from cola_megatron.config import ColaConfig, ColaModelConfig, DiTConfig, RunConfig
 from cola_megatron.costs.part import Part
 from cola_megatron.families.cola import sizes
 from cola_megatron.families.cola.page import PAGE
 from cola_megatron.families.cola.parts import chain_parts
-from cola_megatron.families.family import BackboneShape, Family, Kind, Mode
+from cola_megatron.families.family import BackboneShape, EarlierStage, Family, Kind, Mode
 from cola_megatron.families.sizes import Coordinate
 from cola_megatron.inference.settings import FlowSettings, LikelihoodSettings
 from cola_megatron.interop.differences import Unequal
@@ -48,6 +49,25 @@ class ColaFamily(Family[ColaConfig]):
     def stage_of(self, config: ColaConfig) -> int:
         """1 or 2."""
         return config.stage
+
+    def earlier_stage(self, config: ColaConfig) -> EarlierStage:
+        """Stage 1, of a stage 2 that did not begin with a new VAE."""
+        if config.stage == 1:
+            return EarlierStage(absent="this is a run of stage 1")
+        if config.training.vae_update.from_scratch:
+            return EarlierStage(
+                absent="stage 2 began with a new VAE (training.vae_update.from_scratch=true): there was no stage 1"
+            )
+        named = config.training.stage_one
+        return EarlierStage(None if named is None else Path(named))
+
+    def why_not_earlier(self, config: ColaConfig, other: RunConfig) -> str:
+        """A run of stage 1 has the VAE that stage 2 took over."""
+        if not isinstance(other, ColaConfig) or other.stage != 1:
+            return "is no run of stage 1 and has a report of its own"
+        if other.model.vae != config.model.vae:
+            return "has another VAE: another run has that name now"
+        return ""
 
     def note_on_length(self, config: ColaConfig) -> str:
         """The other stage."""

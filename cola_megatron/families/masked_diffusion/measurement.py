@@ -141,11 +141,12 @@ class MaskedDiffusionMeasurement(Measurement):
             many of ten equal parts of the tokens are masked, for the parts that were met.
         """
         nats = sums["sum_nll"].item() / max(sums["sum_tokens"].item(), 1.0)
-        found = {"nats_per_token": nats, "perplexity": math.exp(min(nats, 700.0))}
+        found = {"nats_per_token": nats}
         count, total, squares = sums["sum_spread"].tolist()
         if count >= 2:
             variance = max(0.0, squares - total**2 / count) / (count - 1)
             found["nats_per_token_standard_error"] = math.sqrt(variance / count)
+        found["perplexity"] = math.exp(min(nats, 700.0))
         for index, (nll, tokens) in enumerate(sums["sum_by_time"].t().tolist()):
             if tokens:
                 found[f"masked_nll_bin_{index}"] = nll / tokens
