@@ -208,8 +208,10 @@ def collect(folder: Path = FOLDER, as_json: bool = AS_JSON) -> None:
     from cola_megatron.scaling.collect import RESULTS
     from cola_megatron.scaling.collect import collect as read
     from cola_megatron.scaling.study_folder import StudyFolder
+    from launchers.sweep_status import StudyStates
 
-    document = read(StudyFolder.open(folder))
+    opened = StudyFolder.open(folder)
+    document = read(opened, StudyStates(opened).of_run)
     if as_json:
         print_json(document)
         return
