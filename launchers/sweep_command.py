@@ -108,7 +108,7 @@ def submit(
     benchmarks: Path = BENCHMARKS,
     nodes: int = submit_command.NODES,
     processes: int = submit_command.PROCESSES,
-    concurrency: int = typer.Option(None, min=1, help="Runs that train at once."),
+    concurrency: int = typer.Option(None, min=1, help="Elements of an array at a time."),
     site: str = submit_command.SITE,
     settings: list[str] = submit_command.SETTINGS,
     partition: str = submit_command.PARTITION,
