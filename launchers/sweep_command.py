@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from launchers import submit_command
+from launchers import submit_command, sweep_results
 from launchers.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -221,6 +221,11 @@ def collect(folder: Path = FOLDER, as_json: bool = AS_JSON) -> None:
     print_table([("points", f"{len(rows) - len(lost)} of {len(rows)}"), ("table", str(folder / RESULTS))])
 
 
+app.command("fit")(sweep_results.fit)
+app.command("plot")(sweep_results.plot)
+app.command("report")(sweep_results.report)
+
+
 def _go_on(
     opened: "StudyFolder",
     only: list[str],
@@ -248,12 +253,22 @@ def _go_on(
 
 
 def _conclude(opened: "StudyFolder", outcome: "Outcome", as_json: bool) -> None:
-    """Table, and where all is there that can be, fits and report."""
+    """Table, fits and report of what is there."""
+    from cola_megatron.errors import UserError
     from cola_megatron.scaling.collect import collect as read
 
     document = read(opened)
+    page: Path | None = None
+    why = ""
+    if len(document["lost"]) < len(document["rows"]):
+        from cola_megatron.scaling.study_page import write_report
+
+        try:
+            page = write_report(opened.folder)
+        except UserError as error:  # such as matplotlib, which is of another extra
+            why = str(error)
     if as_json:
-        print_json({"done": outcome.done, "failed": outcome.failed, "waiting": outcome.waiting})
+        print_json({"done": outcome.done, "failed": outcome.failed, "waiting": outcome.waiting, "report": page})
         return
     for name, said in outcome.failed.items():
         print(f"{name} failed: {said}; `cola sweep resume {opened.folder} --only {name}` tries it again")
@@ -261,3 +276,5 @@ def _conclude(opened: "StudyFolder", outcome: "Outcome", as_json: bool) -> None:
         print(f"not begun: {', '.join(outcome.waiting)}")
     rows, lost = document["rows"], document["lost"]
     print(f"{len(rows) - len(lost)} of {len(rows)} points are complete")
+    if page is not None or why:
+        print(f"report: {page}" if page is not None else f"no report: {why}")

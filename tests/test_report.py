@@ -29,7 +29,7 @@ def coarse_pictures():
 @pytest.fixture
 def unrendered(monkeypatch: pytest.MonkeyPatch):
     """For tests that do not look at the pictures: they are made, and not rendered."""
-    monkeypatch.setattr("cola_megatron.reporting.pictures._png", lambda figure, dots: b"")
+    monkeypatch.setattr("cola_megatron.reporting.pictures.png_of", lambda figure, dots: b"")
 
 
 FIGURES = (

@@ -32,7 +32,7 @@ def runs(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch):
     """Rendering takes most of the time; tests/test_report.py does it."""
-    monkeypatch.setattr("cola_megatron.reporting.pictures._png", lambda figure, dots: b"")
+    monkeypatch.setattr("cola_megatron.reporting.pictures.png_of", lambda figure, dots: b"")
 
 
 def change(path: Path, **values: object) -> None:

@@ -22,7 +22,7 @@ pytest.importorskip("matplotlib")
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch):
     """Rendering takes most of the time; tests/test_report.py does it."""
-    monkeypatch.setattr("cola_megatron.reporting.pictures._png", lambda figure, dots: b"")
+    monkeypatch.setattr("cola_megatron.reporting.pictures.png_of", lambda figure, dots: b"")
 
 
 def continuations(step: int, *texts: str) -> dict:

@@ -21,6 +21,18 @@ Kind = Literal["exact", "bound", "estimate"]
 """What an `elbo` is: log p itself, a lower bound of it in expectation, or neither."""
 
 
+def error_of_even_draws(values_K: torch.Tensor) -> float:
+    """Standard error of the mean of draws that are spread evenly over times or levels, in their order; NaN for one.
+
+    From the differences of neighbours, sum (x_k+1 - x_k)^2 / (2 K (K - 1)): what changes along the times is no chance.
+    Estimator v2 of a systematic sample in K. Wolter, Introduction to Variance Estimation, chapter 8.
+    """
+    draws = len(values_K)
+    if draws == 1:
+        return math.nan
+    return math.sqrt(float(values_K.diff().square().sum()) / (2 * draws * (draws - 1)))
+
+
 @dataclass(frozen=True)
 class Terms:
     """The three terms of one text."""

@@ -12,14 +12,6 @@ PAGE = "report.html"
 FIGURES = "figures"
 TEMPLATE = "page.html.j2"
 
-# Control characters as their visible pictures (U+2400 ...), and lone surrogates, which UTF-8 cannot hold, as U+FFFD.
-# Newline and tab stay: the page keeps white space.
-_VISIBLE = (
-    {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
-    | {0x7F: 0x2421}
-    | dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000)], 0xFFFD)
-)
-
 
 def write_report(folder: Path, report: Report) -> Path:
     """Writes `folder/report.html`, which needs no other file, and each figure as `folder/figures/<name>.png`.
@@ -44,27 +36,17 @@ def write_report(folder: Path, report: Report) -> Path:
         else:
             path.write_bytes(picture.png)
 
-    environment = page_environment()
-    environment.filters |= {"visible": _visible, "unseen": _unseen}
-    page = environment.get_template(TEMPLATE).render(
-        report=report,
-        pictures=[picture for picture in pictures if picture.png is not None],
-        left_out=[picture for picture in pictures if picture.png is None],
-        latents=latents,
+    page = (
+        page_environment()
+        .get_template(TEMPLATE)
+        .render(
+            report=report,
+            pictures=[picture for picture in pictures if picture.png is not None],
+            left_out=[picture for picture in pictures if picture.png is None],
+            latents=latents,
+        )
     )
     path, unfinished = folder / PAGE, folder / f".{PAGE}.writing"
     unfinished.write_text(page, encoding="utf-8", newline="\n")
     unfinished.replace(path)
     return path
-
-
-def _visible(text: str) -> str:
-    """Text that can stand in a page and be seen; escaping is left to the template."""
-    return text.translate(_VISIBLE)
-
-
-def _unseen(text: str) -> str:
-    """Words for a text that shows nothing on a page, else ""."""
-    if not text:
-        return "(empty)"
-    return "" if text.strip() else f"({len(text)} white-space characters)"

@@ -59,7 +59,7 @@ def draw(report: Report) -> list[Picture]:
         if absent or name not in report.page.pictures:
             return Picture(name, title, caption, None, absent)
         try:
-            return Picture(name, title, caption, _png(make(), DOTS_PER_INCH))
+            return Picture(name, title, caption, png_of(make(), DOTS_PER_INCH))
         except NothingToPlot as missing:
             return Picture(name, title, caption, None, str(missing))
 
@@ -164,7 +164,7 @@ def draw(report: Report) -> list[Picture]:
     return [each for each in drawn if each.name in report.page.pictures and each.name not in left_out]
 
 
-def _png(figure: Figure, dots_per_inch: int) -> bytes:
+def png_of(figure: Figure, dots_per_inch: int) -> bytes:
     """The same bytes for the same figure: no version or time inside. Nothing is cut off, as wide labels else may be."""
     buffer = io.BytesIO()
     figure.savefig(

@@ -4,15 +4,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cola_megatron.scaling.isoflop import isoflop_profiles
+    from cola_megatron.scaling.loss_curve import LossCurve, fit_loss_curve
     from cola_megatron.scaling.loss_surface import LossSurface, fit_loss_surface
     from cola_megatron.scaling.prediction_check import Points, check_prediction
     from cola_megatron.scaling.score_curve import ScoreCurve, fit_score_curve
+    from cola_megatron.scaling.study import Study
 
 __all__ = [
+    "LossCurve",
     "LossSurface",
     "Points",
     "ScoreCurve",
+    "Study",
     "check_prediction",
+    "fit_loss_curve",
     "fit_loss_surface",
     "fit_score_curve",
     "isoflop_profiles",
@@ -20,12 +25,15 @@ __all__ = [
 
 _MODULES = {
     "isoflop_profiles": "isoflop",
+    "LossCurve": "loss_curve",
+    "fit_loss_curve": "loss_curve",
     "LossSurface": "loss_surface",
     "fit_loss_surface": "loss_surface",
     "Points": "prediction_check",
     "check_prediction": "prediction_check",
     "ScoreCurve": "score_curve",
     "fit_score_curve": "score_curve",
+    "Study": "study",
 }
 
 

@@ -8,6 +8,7 @@ has, and each sample by sqrt(chi^2 / degrees of freedom), as few runs do not say
 draws whole runs instead often draws a study from which nothing can be fitted, where runs are as few as here.
 """
 
+import zlib
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -32,11 +33,17 @@ class Interval(NamedTuple):
 
 
 def interval(samples_R: Floats, confidence: float = CONFIDENCE) -> Interval:
-    """The central quantiles of the samples; samples that are no number are left out."""
+    """The central quantiles of the samples; samples that are no number are left out, infinite ones count."""
     known_R = samples_R[~np.isnan(samples_R)]
     if not len(known_R):
         return Interval(float("nan"), float("nan"))
-    low, high = np.quantile(known_R, [(1 - confidence) / 2, (1 + confidence) / 2])
+    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
+    if np.isinf(known_R).any():
+        # Nothing can be interpolated beside an infinite one.
+        ordered_R = np.sort(known_R)
+        low, high = (ordered_R[round(end * (len(ordered_R) - 1))] for end in ends)
+    else:
+        low, high = np.quantile(known_R, ends)
     return Interval(float(low), float(high))
 
 
@@ -65,6 +72,7 @@ def wild_residuals(
     free: int,
     count: int,
     generator: np.random.Generator,
+    signs_RG: Floats | None = None,
 ) -> Floats:
     """Residuals of `count` studies with the same design, (count, P).
 
@@ -72,13 +80,32 @@ def wild_residuals(
         leverages_P: the diagonal of the hat matrix; at most 0.95 is believed.
         groups_P: number of the group of each point.
         free: degrees of freedom, groups less parameters; at least 1 is believed.
+        signs_RG: of `paired_signs`; None: drawn by the generator.
     """
     full_P = residuals_P / np.maximum(1 - leverages_P, 0.05)
-    signs_RG = generator.choice(np.array([-1.0, 1.0]), size=(count, int(groups_P.max()) + 1))
+    if signs_RG is None:
+        signs_RG = generator.choice(np.array([-1.0, 1.0]), size=(count, int(groups_P.max()) + 1))
     free = max(free, 1)
     # The square root of an inverse chi^2 has heavy tails at few degrees of freedom: those of Student's t.
     spread_R = np.sqrt(free / generator.chisquare(free, size=count))
     return full_P * signs_RG[:, groups_P] * spread_R[:, None]
+
+
+def paired_signs(
+    pairs: Sequence[Hashable], order_P: NDArray[np.intp], groups_P: NDArray[np.intp], count: int, seed: int
+) -> Floats:
+    """A sign for each sample and group, (count, G), drawn from the id of the group's first run and the seed alone.
+
+    So two fits with equal ids and seeds have paired samples, and noise that their runs share (one order of the data)
+    is gone from the difference of their curves.
+
+    Args:
+        pairs: an id per run, whose `repr` counts.
+        order_P: of the runs in `groups_P`.
+    """
+    firsts = [pairs[order_P[int(np.argmax(groups_P == group))]] for group in range(int(groups_P.max()) + 1)]
+    streams = (np.random.default_rng([seed, zlib.crc32(repr(each).encode())]) for each in firsts)
+    return np.column_stack([stream.choice(np.array([-1.0, 1.0]), size=count) for stream in streams])
 
 
 def leverages(slopes_PK: Floats, weights_P: Floats) -> Floats:

@@ -14,7 +14,15 @@ from scipy import optimize
 
 from cola_megatron.scaling.loss_surface import Estimate
 from cola_megatron.scaling.points import positive_numbers, same_lengths
-from cola_megatron.scaling.resampling import CONFIDENCE, Interval, interval, leverages, numbered_groups, wild_residuals
+from cola_megatron.scaling.resampling import (
+    CONFIDENCE,
+    Interval,
+    interval,
+    leverages,
+    numbered_groups,
+    paired_signs,
+    wild_residuals,
+)
 from cola_megatron.scaling.separable import Floats
 
 LEAST_RUNS = 4
@@ -55,10 +63,20 @@ class ScoreCurve:
         log_C = np.log(np.asarray(compute, dtype=np.float64))
         return _curve(log_C, self.chance, np.array([self.ceiling, np.log(self.C_half), self.rate]))
 
+    def samples(self, compute: ArrayLike) -> Floats:
+        """The bootstrap's curves at budgets in FLOPs, (R, X)."""
+        ceiling_R1, C_half_R1, rate_R1 = self.replicates.T[:, :, None]
+        return _curve(np.log(np.atleast_1d(compute)), self.chance, np.array([ceiling_R1, np.log(C_half_R1), rate_R1]))
+
+    def band(self, compute: ArrayLike) -> tuple[Floats, Floats]:
+        """Low and high ends of the curve's interval at each of some budgets, for a picture."""
+        ends = [(1 - self.confidence) / 2, (1 + self.confidence) / 2]
+        low_X, high_X = np.quantile(self.samples(compute), ends, axis=0)
+        return low_X, high_X
+
     def predict(self, compute: float, single_run: bool = False) -> Estimate:
         """The score at a budget, with its interval; with `single_run` that of one further run, noise included."""
-        ceiling_R, C_half_R, rate_R = self.replicates.T
-        samples_R = _curve(np.log(compute), self.chance, np.array([ceiling_R, np.log(C_half_R), rate_R]))
+        samples_R = self.samples(compute)[:, 0]
         if single_run:
             samples_R = np.clip(samples_R + self.noise, 0, 1)
         return Estimate(float(self.score(compute)), *interval(samples_R, self.confidence))
@@ -70,6 +88,7 @@ def fit_score_curve(
     *,
     chance: float = 0.0,
     groups: Sequence[Hashable] | None = None,
+    pairs: Sequence[Hashable] | None = None,
     bootstrap: int = 200,
     confidence: float = CONFIDENCE,
     seed: int = 0,
@@ -81,6 +100,8 @@ def fit_score_curve(
         scores: fractions in [0, 1], such as exact match or accuracy.
         chance: what a guess scores: 0.25 for four choices.
         groups: an id per run, as for `fit_loss_surface`.
+        pairs: an id per run; runs of equal ids in two fits with one seed share their signs, so that the replicates of
+            both are paired.
         bootstrap: samples of which the intervals are quantiles.
         confidence: of the intervals.
         seed: of the bootstrap.
@@ -89,6 +110,7 @@ def fit_score_curve(
         ValueError: too few runs or budgets, scores that are no fractions (percent are not), unequal lengths.
     """
     C_P, s_P = _checked(compute, scores, chance, groups)
+    same_lengths(scores=s_P, pairs=pairs)
     if bootstrap < 20 or not 0 < confidence < 1:
         raise ValueError("bootstrap needs at least 20 samples, confidence a number in (0, 1)")
     order_P = np.lexsort((s_P, C_P))
@@ -110,7 +132,8 @@ def fit_score_curve(
     generator = np.random.default_rng(seed)
     leverages_P = leverages(_slopes(log_P, chance, best_3), np.ones_like(s_P))
     free = int(groups_P.max()) + 1 - len(best_3)
-    spread_RP = wild_residuals(residuals_P, leverages_P, groups_P, free, bootstrap, generator)
+    signs_RG = None if pairs is None else paired_signs(pairs, order_P, groups_P, bootstrap, seed)
+    spread_RP = wild_residuals(residuals_P, leverages_P, groups_P, free, bootstrap, generator, signs_RG)
     drawn_RP = np.clip(s_P + residuals_P + spread_RP, 0, 1)
     found_R3 = np.array([_fit(log_P, drawn_P, chance, best_3, lows, highs) for drawn_P in drawn_RP])
     picked_R = generator.integers(len(s_P), size=bootstrap)

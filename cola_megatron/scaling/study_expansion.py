@@ -49,7 +49,10 @@ def expand(study: StudyConfig, folder: Path) -> Expanded:
 
 
 def _identity(run: StudyRun) -> str:
-    return json.dumps([run.role, run.needs, identity_of(run.config)], sort_keys=True)
+    """What it computes: where it starts is in what it needs, or in what its arm was given."""
+    training = run.config.training
+    given = [] if run.needs else [str(getattr(training, key, None)) for key in ("start_from", "stage_one")]
+    return json.dumps([run.role, run.needs, given, identity_of(run.config)], sort_keys=True)
 
 
 def _lines(study: StudyConfig, folder: Path) -> Iterator[StudyLine]:

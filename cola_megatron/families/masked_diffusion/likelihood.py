@@ -19,7 +19,7 @@ import torch
 
 from cola_megatron.families.masked_diffusion.copies import Copies
 from cola_megatron.families.masked_diffusion.settings import BoundSettings
-from cola_megatron.inference.likelihood_terms import Kind, Progress
+from cola_megatron.inference.likelihood_terms import Kind, Progress, error_of_even_draws
 from cola_megatron.inference.scored_texts import ScoredText
 from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.models.transformer import Transformer
@@ -50,11 +50,8 @@ class BoundedLikelihood:
 
     @property
     def elbo_error(self) -> float:
-        """Standard error of `elbo` as if the draws were independent, which is more than it is; NaN for one draw."""
-        if self.exact:
-            return 0.0
-        draws = len(self.bound_K)
-        return float(self.bound_K.std()) / math.sqrt(draws) if draws > 1 else math.nan
+        """Standard error of `elbo` over the draws, whose levels are spread evenly; NaN for one draw."""
+        return 0.0 if self.exact else error_of_even_draws(self.bound_K)
 
     @property
     def kind(self) -> Kind:

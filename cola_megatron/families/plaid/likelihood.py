@@ -23,7 +23,7 @@ import torch
 from cola_megatron.families.plaid.categorical import embeddings_of
 from cola_megatron.families.plaid.denoiser import Denoiser
 from cola_megatron.families.plaid.settings import BoundSettings
-from cola_megatron.inference.likelihood_terms import Kind, Progress
+from cola_megatron.inference.likelihood_terms import Kind, Progress, error_of_even_draws
 from cola_megatron.inference.scored_texts import ScoredText, Text, TextBatch, batches
 from cola_megatron.objectives.plaid import diffusion_term, noisy_embeddings, prior_kl, squared_distance
 from cola_megatron.objectives.randomness import generator
@@ -76,9 +76,8 @@ class PlaidLikelihood:
 
     @property
     def elbo_error(self) -> float:
-        """Standard error of `elbo` over the draws, as if their times were independent; NaN for one draw."""
-        draws = len(self.log_likelihood_K)
-        return float(self.log_likelihood_K.std()) / math.sqrt(draws) if draws > 1 else math.nan
+        """Standard error of `elbo` over the draws, whose times are spread evenly; NaN for one draw."""
+        return error_of_even_draws(self.log_likelihood_K)
 
     @property
     def reconstruction(self) -> float:

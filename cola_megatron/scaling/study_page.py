@@ -1,0 +1,83 @@
+"""`write_report`: one self-contained HTML page about a study, finished or not; figures and tables beside it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from cola_megatron.records.json_files import write_whole
+from cola_megatron.reporting.templates import page_environment
+from cola_megatron.scaling import fit_tables, study_tables
+from cola_megatron.scaling.conclusions import conclusions
+from cola_megatron.scaling.fits_file import save_fits
+from cola_megatron.scaling.results import read_results
+from cola_megatron.scaling.rows import Results, table
+from cola_megatron.scaling.study_fits import StudyFits, fit_study
+from cola_megatron.scaling.study_pictures import draw, write_figures
+from cola_megatron.scaling.study_samples import side_by_side
+from cola_megatron.scaling.words import flops, listed
+
+PAGE, TABLE = "report.html", "results.csv"
+TEMPLATE = "study.html.j2"
+
+
+def write_report(folder: Path, results: Results | None = None, fits: StudyFits | None = None) -> Path:
+    """Writes FOLDER/report.html, which needs no other file, and figures/*.png, results.csv and fits.json beside it.
+
+    Args:
+        results: None: read from the folder.
+        fits: None: made from the results.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        UserError: the folder has no results that can be read; matplotlib is not installed.
+    """
+    results = results or read_results(folder)
+    fits = fits or fit_study(results)
+    pictures = draw(results, fits)
+    write_figures(folder, pictures)
+    write_table(folder, results)
+    save_fits(folder, results, fits)
+    said = conclusions(results, fits)
+    page = (
+        page_environment()
+        .get_template(TEMPLATE)
+        .render(
+            results=results,
+            status=study_tables.status(results),
+            what=study_tables.what_was_run(results),
+            shown=[each.text for each in said if each.is_shown],
+            not_shown=[each.text for each in said if not each.is_shown],
+            pictures=pictures,
+            main=study_tables.main_table(results),
+            differences=[fit_tables.differences_table(fits), fit_tables.ratios_table(fits)],
+            axes=fit_tables.axes_table(results, fits),
+            fits=[fit_tables.fits_table(fits), fit_tables.predictions_table(fits)],
+            runs=study_tables.runs_table(results),
+            cost=study_tables.cost_table(results),
+            samples=side_by_side(results),
+            lost=study_tables.lost_table(results),
+            published=study_tables.published_table(results),
+            flops=flops,
+            listed=listed,
+        )
+    )
+    path = folder / PAGE
+    # Texts that a model wrote may hold what is no UTF-8.
+    write_whole(path, page.encode("utf-8", errors="replace").decode("utf-8"))
+    return path
+
+
+def write_table(folder: Path, results: Results) -> Path:
+    """Writes every row of the table as FOLDER/results.csv and returns its path."""
+    rows = table(results)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]) if rows else ["point"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path = folder / TABLE
+    write_whole(path, buffer.getvalue())
+    return path
