@@ -167,7 +167,7 @@ class StudyOnSlurm:
         if name == MEASURE:
             return [f"{container_command(site, ['sweep', 'measure', folder])} {NUMBER}"]
         if name == REPORT:
-            return [container_command(site, ["sweep", "collect", folder])]
+            return [container_command(site, ["sweep", each, folder]) for each in ("collect", "report")]
         assert self._data_left is not None, "asked only where data are to be prepared"
         return [container_command(site, list(words)) for words in self._data_left.words()]
 

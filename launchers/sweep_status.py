@@ -20,8 +20,6 @@ from launchers.slurm.runs import RunState
 from launchers.slurm.runs import state_of as slurm_state_of
 from launchers.slurm.submission import JOB, SUBMISSIONS
 
-ENDED = ("failed", "cancelled", "timeout", "node_fail", "out_of_memory", "ended")
-"""States of a job after which `cola sweep submit` or `resume` has something to do."""
 AFTERMATH = re.compile(
     r"srun: |slurmstepd: |cola: (the job ends |try \d+ ended |rank \d+ ended with exit code (1|2|74)$)"
 )
@@ -105,8 +103,8 @@ def _is_slurms(run_folder: Path) -> bool:
 
 
 def _last_error(run_folder: Path, found: RunState) -> str:
-    """What the run itself said last in the log of its job, and where that is; empty where it does not lie still."""
-    if found.state not in ENDED or found.job is None:
+    """What a run that failed said last in the log of its job, and where that is; empty for others."""
+    if found.state != "failed" or found.job is None:
         return ""
     # That of an array's element lies in the folder of the array.
     places = (run_folder, run_folder.parent)

@@ -134,13 +134,15 @@ def test_what_is_submitted_waits_in_order_is_refused_twice_and_cancelled(
 
 
 @pytest.mark.slow
-def test_a_failed_stage_holds_up_its_own_alone_and_is_made_good(slurm: Cluster, study: Path, tmp_path: Path) -> None:
+def test_a_failed_stage_holds_up_its_own_alone_and_is_made_good(
+    slurm: Cluster, study: Path, corpus: Path, tmp_path: Path
+) -> None:
     output, first, second = tmp_path / "out", ("stage_one", "cola-stage1-s66"), ("run", "cola-2-s66")
     blocker = in_the_way(slurm)
     cola(slurm, *words(study, output))
     # By the time that the job begins, the data of this run are gone.
     (config,) = output.glob(f"runs/{first[1]}/submissions/*/config.yaml")
-    config.write_text(config.read_text().replace("shards", "lost"))
+    config.write_text(config.read_text().replace(str(corpus), str(tmp_path / "lost")))
     slurm.commands("scancel", blocker)
     wait_for_the_chain(slurm)
 
@@ -167,6 +169,7 @@ def test_a_failed_stage_holds_up_its_own_alone_and_is_made_good(slurm: Cluster, 
     wait_for_the_chain(slurm)
     document = json.loads((output / "results.json").read_text())
     assert document["lost"] == [] and {row["state"] for row in document["rows"]} == {"finished"}
+    assert (output / "report.html").is_file()
     assert {row["state"] for row in states(slurm, output).values()} == {"finished"}
 
 
