@@ -13,12 +13,13 @@ from typing import Any
 from cola_megatron.records.progress import read_progress
 from cola_megatron.scaling.measured import wanted
 from cola_megatron.scaling.study_folder import LOG, StudyFolder, last_line
-from cola_megatron.scaling.study_runs import Point, StudyRun
+from cola_megatron.scaling.study_runs import DATA, Point, StudyRun
 from launchers.slurm.commands import SlurmError
 from launchers.slurm.queue import Queue, QueuedJob, jobs_of, read_queue
 from launchers.slurm.runs import RunState
 from launchers.slurm.runs import state_of as slurm_state_of
 from launchers.slurm.submission import JOB, SUBMISSIONS
+from launchers.sweep_jobs import preparation
 
 AFTERMATH = re.compile(
     r"srun: |slurmstepd: |cola: (the job ends |try \d+ ended |rank \d+ ended with exit code (1|2|74)$)"
@@ -75,10 +76,21 @@ class StudyStates:
 
 
 def status_rows(opened: StudyFolder) -> list[dict[str, Any]]:
-    """Of each run its state, step and last error; of each point what was measured."""
+    """Of each run its state, step and last error; of each point what was measured; before them data that miss yet."""
     states = StudyStates(opened)
     runs = [_of_run(opened, states, run) for run in opened.expanded.runs.values()]
-    return [*runs, *_of_points(opened, states)]
+    return [*_of_data(opened), *runs, *_of_points(opened, states)]
+
+
+def _of_data(opened: StudyFolder) -> Iterator[dict[str, Any]]:
+    """Nothing where the data are there, or the study does not prepare them itself."""
+    if opened.study.data.source is None or preparation(opened).is_done():
+        return
+    logs = [*opened.folder.glob(f"{DATA}.log"), *opened.folder.glob(f"{SUBMISSIONS}/*/{DATA}-*.log")]
+    newest = max(logs, key=lambda path: path.stat().st_mtime, default=None)
+    note = f"{last_line(newest)}; see {newest}" if newest is not None else ""
+    state = "not begun" if newest is None else "in part"
+    yield {"name": DATA, "role": DATA, "state": state, "progress": "", "note": note}
 
 
 def _of_run(opened: StudyFolder, states: StudyStates, run: StudyRun) -> dict[str, Any]:

@@ -189,6 +189,12 @@ def test_data_that_a_study_prepares_come_first_and_must_end_well(study: Path, tm
     assert [script.count("sweep measure") for script in scripts] == [0, 0, 0, 0, 1, 0]
     assert not (tmp_path / "out").exists()
 
+    opened = StudyFolder.begin(tmp_path / "out", load_study(study, "embedded"))
+    assert status_rows(opened)[0]["state"] == "not begun"
+    (tmp_path / "out" / "submissions" / "0001").mkdir(parents=True)
+    (tmp_path / "out" / "submissions" / "0001" / "data-7.log").write_text("cola: the disk is full\n")
+    assert status_rows(opened)[0]["note"].startswith("cola: the disk is full; see ")
+
 
 def fake(folder: Path, **commands_of_slurm: str) -> None:
     folder.mkdir()
