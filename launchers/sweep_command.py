@@ -111,7 +111,7 @@ def submit(
     benchmarks: Path = BENCHMARKS,
     nodes: int = submit_command.NODES,
     processes: int = submit_command.PROCESSES,
-    concurrency: int = typer.Option(None, min=1, help="Runs that train at once."),
+    concurrency: int = typer.Option(None, min=1, help="Elements of an array at a time."),
     site: str = submit_command.SITE,
     settings: list[str] = submit_command.SETTINGS,
     partition: str = submit_command.PARTITION,
@@ -211,8 +211,10 @@ def collect(folder: Path = FOLDER, as_json: bool = AS_JSON) -> None:
     from cola_megatron.scaling.collect import collect as read
     from cola_megatron.scaling.results import RESULTS
     from cola_megatron.scaling.study_folder import StudyFolder
+    from launchers.sweep_status import StudyStates
 
-    document = read(StudyFolder.open(folder))
+    opened = StudyFolder.open(folder)
+    document = read(opened, StudyStates(opened).of_run)
     if as_json:
         print_json(document)
         return

@@ -13,7 +13,7 @@ from cola_megatron.data.manifest import MANIFEST_NAME
 from cola_megatron.planning.memory import rank_memory
 from cola_megatron.planning.split import pipeline_split
 from cola_megatron.scaling.measured import commands
-from cola_megatron.scaling.study_folder import LOG, StudyFolder
+from cola_megatron.scaling.study_folder import LOG, StudyFolder, last_line
 from cola_megatron.scaling.study_runs import DATA, Point, StudyRun
 
 PROCESS_BYTES = 1.2e9
@@ -54,7 +54,7 @@ def jobs_of(opened: StudyFolder, processes: int = 1) -> dict[str, Job]:
     jobs: dict[str, Job] = {}
     first: tuple[str, ...] = ()
     if opened.study.data.path is None:
-        jobs[DATA] = _preparation(opened)
+        jobs[DATA] = preparation(opened)
         first = (DATA,)
     for run in opened.expanded.runs.values():
         jobs[run.name] = _training(opened, run, first, processes)
@@ -67,15 +67,22 @@ def jobs_of(opened: StudyFolder, processes: int = 1) -> dict[str, Job]:
 def measure_point(opened: StudyFolder, number: int) -> int:
     """Runs here the commands that are left of a point; returns the exit code of the first that fails, or 0.
 
+    What they print goes to the log beside the measurements, where `cola sweep status` finds it.
+
     Raises:
         ConfigError: there is no such point.
     """
     points = opened.expanded.points
     if number >= len(points):
         raise ConfigError(f"point {number}: the study has points 0 to {len(points) - 1}")
-    for words in _measurement(opened, points[number]).words():
-        code = subprocess.run([sys.executable, "-m", "cola_megatron", *words], check=False).returncode
+    job = _measurement(opened, points[number])
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    for words in job.words():
+        with job.log.open("ab") as log:
+            command = [sys.executable, "-m", "cola_megatron", *words]
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
         if code:
+            print(f"{job.name}: {last_line(job.log)}; see {job.log}", file=sys.stderr)
             return code
     return 0
 
@@ -92,7 +99,8 @@ def with_needs(jobs: dict[str, Job], names: Sequence[str]) -> dict[str, Job]:
     return {name: job for name, job in jobs.items() if name in wanted}
 
 
-def _preparation(opened: StudyFolder) -> Job:
+def preparation(opened: StudyFolder) -> Job:
+    """Of the data that the study prepares itself; raises ConfigError where its arms cannot share one data set."""
     configs = [run.config for run in opened.expanded.runs.values()]
     shapes = {(config.model.vocab_size, config.data.sequence_length) for config in configs}
     if len(shapes) > 1:

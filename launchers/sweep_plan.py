@@ -114,17 +114,21 @@ def rows_of(shares: list[Share], gpu: str | None) -> Iterator[list[str]]:
         name = share.arm if share.role == "run" else f"{share.arm}, {share.role.replace('_', ' ')}"
         more = []
         if share.layout is not None and share.gpu_hours is not None:
-            more = [f"{share.gpu_hours:,.1f}", " ".join(_short(share.layout))]
+            more = [_hours(share.gpu_hours), " ".join(_short(share.layout))]
         yield [name, str(share.runs), f"{share.steps:,}", f"{share.tokens:.3g}", *_eflops(share.compute), *more]
     total = {column: sum(share.compute[column] for share in shares) for column in COLUMNS}
     steps, tokens = sum(share.steps for share in shares), sum(share.tokens for share in shares)
-    more = [f"{sum(share.gpu_hours or 0.0 for share in shares):,.1f}", ""] if gpu is not None else []
+    more = [_hours(sum(share.gpu_hours or 0.0 for share in shares)), ""] if gpu is not None else []
     runs = sum(share.runs for share in shares)
     yield ["total", str(runs), f"{steps:,}", f"{tokens:.3g}", *_eflops(total), *more]
 
 
 def _eflops(compute: dict[str, float]) -> list[str]:
     return [f"{compute[column] / 1e18:,.4g}" for column in COLUMNS]
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 10 else f"{hours:.2g}"
 
 
 def _short(layout: Layout) -> list[str]:

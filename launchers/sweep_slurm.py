@@ -1,26 +1,29 @@
-"""A study on Slurm: an array for each kind of run, one after another, an array of measurements, and the report.
+"""A study on Slurm: its data, arrays of runs, an array of measurements, and the report.
 
-An array begins when the one before it has ended, whatever became of its elements: a run whose stage 1 or trunk failed
-says so and fails at once, the others train.
+Runs that come after the same kinds of runs are one array, which begins when the arrays that it starts from have ended,
+whatever became of their elements: a run whose stage 1 or trunk failed says so and fails at once, the others train.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
+from cola_megatron.errors import UserError
 from cola_megatron.scaling.study_folder import StudyFolder
 from cola_megatron.scaling.study_runs import DATA, StudyRun
 from launchers.slurm import array, commands
 from launchers.slurm.queue import refuse_second
 from launchers.slurm.render import Shape, container_command, gpu_directives, render
 from launchers.slurm.site import Site, site_without_gpus
-from launchers.slurm.submission import JOB, next_folder, write
-from launchers.sweep_jobs import jobs_of
+from launchers.slurm.submission import JOB, SUBMISSIONS, check_layout, next_folder, write
+from launchers.sweep_jobs import Job, preparation
 
-ROLES = ("stage_one", "trunk", "run")
+MEASURE, REPORT = "measure", "report"
 NUMBER = '"$SLURM_ARRAY_TASK_ID"'
+MAX_ARRAY_CURE = "take seeds, sizes or budgets out of the study, and put them back when these have finished"
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,18 @@ class Part:
 
     name: str
     elements: int
-    job: str | None
-    """None: not submitted, or nothing is left to do."""
+    job: str
     log: str
+    """Pattern of its files."""
+
+
+@dataclass
+class _Array:
+    """Runs that may begin at the same time."""
+
+    runs: list[StudyRun] = field(default_factory=list)
+    after: set[str] = field(default_factory=set)
+    """Arrays that they start from."""
 
 
 @dataclass(frozen=True)
@@ -45,102 +57,128 @@ class StudyOnSlurm:
     """Elements of an array at a time."""
 
     def dry_run(self) -> str:
-        """All scripts, one after another; nothing is written but by `StudyFolder.begin`."""
-        folder = self.opened.folder / "submissions" / "NNNN"
-        texts = [self._script(name, folder) for name in (DATA, "measure", "report") if self._is_left(name)]
-        for role, runs in self._left().items():
-            configs = [run.config for run in runs]
-            texts.insert(-2, array.dry_script(f"{self._name}-{role}", configs, self.site, self.shape, self.concurrency))
-        return "\n".join(texts)
+        """All scripts, one after another; nothing is written. Raises ConfigError where a run does not fit the shape."""
+        folder = self.opened.folder / SUBMISSIONS / "NNNN"
+        texts = [self._script(DATA, folder)] if self._data_left else []
+        for name, each in self._arrays.items():
+            configs = [run.config for run in each.runs]
+            texts.append(array.dry_script(self._titled(name), configs, self.site, self.shape, self.concurrency))
+        texts += [self._script(MEASURE, folder)] if self._points_left else []
+        return "\n".join([*texts, self._script(REPORT, folder)])
 
     def submit(self) -> list[Part]:
         """Writes and submits what is not finished.
 
         Raises:
+            ConfigError: a run does not fit the shape.
             SlurmError: Slurm refuses a part; what it had accepted is cancelled.
             UserError: something of this study is in the queue already.
         """
         refuse_second(self.opened.folder)
-        commands.check_array_size(max(len(self.opened.expanded.points), *map(len, self._left().values()), 1))
+        for each in self._arrays.values():
+            for run in each.runs:
+                check_layout(run.config, self.shape)
+        sizes = [max(self._points_left, default=0) + 1, *(len(each.runs) for each in self._arrays.values())]
+        commands.check_array_size(max(sizes), MAX_ARRAY_CURE)
         folder = next_folder(self.opened.folder)
-        parts: list[Part] = []
+        parts: dict[str, Part] = {}
         try:
-            last = self._submit_command(DATA, folder, parts, []) if self._is_left(DATA) else []
-            for role, runs in self._left().items():
-                last = self._submit_runs(role, runs, parts, last)
-            for name in ("measure", "report"):
-                if self._is_left(name):
-                    last = self._submit_command(name, folder, parts, last)
-        except (commands.SlurmError, OSError):
-            commands.cancel([part.job for part in parts if part.job is not None])
+            if self._data_left is not None:
+                parts[DATA] = self._submit_command(DATA, folder)
+            data = [part.job for part in parts.values()]  # without them nothing can be trained
+            for name, each in self._arrays.items():
+                before = [parts[other].job for other in each.after]
+                parts[name] = self._submit_runs(name, each.runs, data, before)
+            before = [part.job for name, part in parts.items() if name != DATA]
+            if self._points_left:
+                parts[MEASURE] = self._submit_command(MEASURE, folder, data, before)
+                before = [parts[MEASURE].job]
+            parts[REPORT] = self._submit_command(REPORT, folder, [], before)
+        except (UserError, OSError):
+            commands.cancel([part.job for part in parts.values()])
             raise
-        return parts
+        return list(parts.values())
 
-    @property
-    def _name(self) -> str:
-        return self.opened.study.name
+    @cached_property
+    def _arrays(self) -> dict[str, _Array]:
+        """Of what is not finished, by the kinds of runs on the way there: stage_one, stage_one-run, ..."""
+        found: dict[str, _Array] = {}
+        array_of: dict[str, str] = {}
+        for run in self.opened.expanded.runs.values():
+            if self.opened.state_of(run.name) == "finished":
+                continue
+            before = [array_of[need] for need in run.needs if need in array_of]
+            name = array_of[run.name] = "-".join([*before, run.role])
+            found.setdefault(name, _Array()).runs.append(run)
+            found[name].after.update(before)
+        return found
 
-    def _left(self) -> dict[str, list[StudyRun]]:
-        runs = [run for run in self.opened.expanded.runs.values() if self.opened.state_of(run.name) != "finished"]
-        found = {role: [run for run in runs if run.role == role] for role in ROLES}
-        return {role: of_role for role, of_role in found.items() if of_role}
-
+    @cached_property
     def _points_left(self) -> list[int]:
+        """Numbers of the points that are not measured in full."""
         points = enumerate(self.opened.expanded.points)
         return [number for number, point in points if self.opened.missing_measures(point)]
 
-    def _is_left(self, name: str) -> bool:
-        if name == DATA:
-            jobs = jobs_of(self.opened)
-            return DATA in jobs and not jobs[DATA].is_done()
-        return name == "report" or bool(self._points_left())
+    @cached_property
+    def _data_left(self) -> Job | None:
+        """None: the data are there."""
+        if self.opened.study.data.path is not None:
+            return None
+        job = preparation(self.opened)
+        return None if job.is_done() else job
 
-    def _submit_runs(self, role: str, runs: Sequence[StudyRun], parts: list[Part], after: list[str]) -> list[str]:
+    def _titled(self, name: str) -> str:
+        return f"{self.opened.study.name}-{name}"
+
+    def _submit_runs(self, name: str, runs: Sequence[StudyRun], data: list[str], before: list[str]) -> Part:
         for run in runs:
             self.opened.prepare(run)
         configs = [run.config for run in runs]
-        written = array.write_array(f"{self._name}-{role}", configs, self.site, self.shape, self.concurrency)
+        written = array.write_array(self._titled(name), configs, self.site, self.shape, self.concurrency)
         written.validate()
-        job = written.submit(after, whatever_becomes=True)
-        parts.append(Part(role, len(runs), job, str(written.folder / f"slurm-{job}_*.log")))
-        return [job]
+        job = written.submit(data, before)
+        return Part(name, len(runs), job, str(written.folder / f"slurm-{job}_*.log"))
 
-    def _submit_command(self, name: str, folder: Path, parts: list[Part], after: list[str]) -> list[str]:
+    def _submit_command(
+        self, name: str, folder: Path, after: Sequence[str] = (), after_any: Sequence[str] = ()
+    ) -> Part:
         path = folder / f"{name}.sbatch"
         write(path, self._script(name, folder))
         commands.test_only(str(path))
-        # Without data nothing can be trained.
-        job = commands.submit(path, folder / JOB, after, whatever_becomes=True)
-        elements = len(self._points_left()) if name == "measure" else 1
-        parts.append(Part(name, elements, job, str(folder / f"{name}-*.log")))
-        return [job]
+        job = commands.submit(path, folder / JOB, after, after_any=after_any)
+        if name == MEASURE:
+            return Part(name, len(self._points_left), job, str(folder / f"{name}-{job}_*.log"))
+        return Part(name, 1, job, str(folder / f"{name}-{job}.log"))
 
     def _script(self, name: str, folder: Path) -> str:
-        site, resources = self._where(name)
-        log = f"{name}-%A_%a.log" if name == "measure" else f"{name}-%j.log"
+        site = self.site if name == MEASURE else site_without_gpus(self.site)
         return render(
             "command.sbatch.j2",
-            title=f"Part {name} of the study {self._name} in {self.opened.folder}",
+            title=f"Part {name} of the study {self.opened.study.name} in {self.opened.folder}",
             site=site,
-            name=f"{self._name}-{name}",
-            log=str(folder / log),
-            resources=[f"--chdir={Path.cwd()}", "--nodes=1", "--ntasks=1", *resources],
+            name=self._titled(name),
+            log=str(folder / (f"{name}-%A_%a.log" if name == MEASURE else f"{name}-%j.log")),
+            resources=[f"--chdir={Path.cwd()}", "--nodes=1", "--ntasks=1", *self._resources(name)],
             commands=self._commands(name, site),
         )
 
     def _commands(self, name: str, site: Site) -> list[str]:
         folder = str(self.opened.folder)
-        words: Callable[[list[str]], str] = lambda each: container_command(site, each)  # noqa: E731
-        if name == DATA:
-            return [words(list(each)) for each in jobs_of(self.opened)[DATA].words()]
-        if name == "measure":
-            return [f"{words(['sweep', 'measure', folder])} {NUMBER}"]
-        return [words(["sweep", "collect", folder]), words(["sweep", "report", folder])]
+        if name == MEASURE:
+            return [f"{container_command(site, ['sweep', 'measure', folder])} {NUMBER}"]
+        if name == REPORT:
+            return [container_command(site, ["sweep", each, folder]) for each in ("collect", "report")]
+        assert self._data_left is not None, "asked only where data are to be prepared"
+        return [container_command(site, list(words)) for words in self._data_left.words()]
 
-    def _where(self, name: str) -> tuple[Site, list[str]]:
-        """Measurements take one GPU where there are any; the rest takes cores."""
-        if name != "measure":
-            return site_without_gpus(self.site), []
+    def _resources(self, name: str) -> list[str]:
+        """The data take the cores of a node, a measurement those of one process and a GPU where there are any."""
+        cores = self.site.cpus_per_node
+        if name == DATA:
+            return [f"--cpus-per-task={cores}"] if cores else []
+        if name == REPORT:
+            return []
         limit = f"%{self.concurrency}" if self.concurrency else ""
-        numbers = ",".join(map(str, self._points_left()))
-        return self.site, [f"--array={numbers}{limit}", *gpu_directives(self.site, min(1, self.site.gpus_per_node))]
+        found = [f"--array={','.join(map(str, self._points_left))}{limit}"]
+        found += [f"--cpus-per-task={max(1, cores // self.shape.processes)}"] if cores else []
+        return [*found, *gpu_directives(self.site, min(1, self.site.gpus_per_node))]

@@ -1,31 +1,125 @@
-"""What has become of a study's runs and points, for people."""
+"""What has become of a study's runs and points, for people: from the folders, and from Slurm where it trains them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from cola_megatron.records.progress import read_progress
 from cola_megatron.scaling.measured import wanted
-from cola_megatron.scaling.study_folder import StudyFolder
-from cola_megatron.scaling.study_runs import StudyRun
+from cola_megatron.scaling.study_folder import LOG, StudyFolder, last_line
+from cola_megatron.scaling.study_runs import DATA, Point, StudyRun
+from launchers.slurm.commands import SlurmError
+from launchers.slurm.queue import Queue, QueuedJob, jobs_of, read_queue
+from launchers.slurm.runs import RunState
+from launchers.slurm.runs import state_of as slurm_state_of
+from launchers.slurm.submission import JOB, SUBMISSIONS
+from launchers.sweep_jobs import preparation
+
+AFTERMATH = re.compile(
+    r"srun: |slurmstepd: |cola: (the job ends |try \d+ ended |rank \d+ ended with exit code (1|2|74)$)"
+)
+"""Lines of a job's log after that which says why a run ended."""
+
+
+@dataclass(frozen=True)
+class StudyStates:
+    """How the runs of a study stand, whoever trains them."""
+
+    opened: StudyFolder
+
+    def of_run(self, name: str) -> tuple[str, str]:
+        """(state, last error or why it waits) of a run."""
+        opened, folder = self.opened, self.opened.run_folder(name)
+        state = opened.state_of(name)
+        if state in ("finished", "running") or not _is_slurms(folder):
+            return state, opened.error_of(name) if state == "failed" else ""
+        found = slurm_state_of(folder, self.queue)
+        return found.state, _last_error(folder, found) or found.note
+
+    def of_point(self, number: int, point: Point) -> tuple[str, str]:
+        """(state, last line of its log) of the measurements of a point."""
+        asked, missing = len(wanted(self.opened.study.measures)), len(self.opened.missing_measures(point))
+        if not missing:
+            return "finished", ""
+        job = self._measures(number)
+        if job is not None:
+            return job.state.lower(), job.reason if job.state == "PENDING" else ""
+        state = "not begun" if missing == asked else "in part"
+        return state, last_line(self.opened.measurements_of(point) / LOG)
+
+    @cached_property
+    def queue(self) -> Queue | None:
+        """None: Slurm does not answer."""
+        with contextlib.suppress(SlurmError):
+            return read_queue()
+        return None
+
+    def _measures(self, number: int) -> QueuedJob | None:
+        """The job in the queue that measures this point."""
+        if not self._submissions or self.queue is None:
+            return None
+        return next((job for job in self.queue.jobs if job.id in {f"{each}_{number}" for each in self._noted}), None)
+
+    @cached_property
+    def _submissions(self) -> Sequence[Path]:
+        return sorted((self.opened.folder / SUBMISSIONS).glob(f"*/{JOB}"))
+
+    @cached_property
+    def _noted(self) -> set[str]:
+        return {job for path in self._submissions for job in path.read_text().split()}
 
 
 def status_rows(opened: StudyFolder) -> list[dict[str, Any]]:
-    """Of each run its state, step and last error; of each point what was measured."""
-    return [*(_of_run(opened, run) for run in opened.expanded.runs.values()), *_of_points(opened)]
+    """Of each run its state, step and last error; of each point what was measured; before them data that miss yet."""
+    states = StudyStates(opened)
+    runs = [_of_run(opened, states, run) for run in opened.expanded.runs.values()]
+    return [*_of_data(opened), *runs, *_of_points(opened, states)]
 
 
-def _of_run(opened: StudyFolder, run: StudyRun) -> dict[str, Any]:
-    state = opened.state_of(run.name)
+def _of_data(opened: StudyFolder) -> Iterator[dict[str, Any]]:
+    """Nothing where the data are there, or the study does not prepare them itself."""
+    if opened.study.data.source is None or preparation(opened).is_done():
+        return
+    logs = [*opened.folder.glob(f"{DATA}.log"), *opened.folder.glob(f"{SUBMISSIONS}/*/{DATA}-*.log")]
+    newest = max(logs, key=lambda path: path.stat().st_mtime, default=None)
+    note = f"{last_line(newest)}; see {newest}" if newest is not None else ""
+    state = "not begun" if newest is None else "in part"
+    yield {"name": DATA, "role": DATA, "state": state, "progress": "", "note": note}
+
+
+def _of_run(opened: StudyFolder, states: StudyStates, run: StudyRun) -> dict[str, Any]:
+    state, note = states.of_run(run.name)
     step, steps = read_progress(opened.run_folder(run.name)).get("step", 0), run.config.training.steps
-    note = opened.error_of(run.name) if state == "failed" else ""
     return {"name": run.name, "role": run.role, "state": state, "progress": f"{step:,}/{steps:,}", "note": note}
 
 
-def _of_points(opened: StudyFolder) -> Iterator[dict[str, Any]]:
+def _of_points(opened: StudyFolder, states: StudyStates) -> Iterator[dict[str, Any]]:
     asked = len(wanted(opened.study.measures))
-    for point in opened.expanded.points:
-        found = asked - len(opened.missing_measures(point))
-        state = "finished" if found == asked else "in part" if found else "not begun"
-        yield {"name": point.name, "role": "measured", "state": state, "progress": f"{found}/{asked}", "note": ""}
+    for number, point in enumerate(opened.expanded.points):
+        state, note = states.of_point(number, point)
+        progress = f"{asked - len(opened.missing_measures(point))}/{asked}"
+        yield {"name": point.name, "role": "measured", "state": state, "progress": progress, "note": note}
+
+
+def _is_slurms(run_folder: Path) -> bool:
+    """Whether a run was begun last by a job of Slurm, not by `cola sweep run` or `resume`."""
+    noted = [(folder / JOB).stat().st_mtime for folder, _ in jobs_of(run_folder)]
+    log = run_folder / LOG
+    return bool(noted) and (not log.is_file() or max(noted) > log.stat().st_mtime)
+
+
+def _last_error(run_folder: Path, found: RunState) -> str:
+    """What a run that failed said last in the log of its job, and where that is; empty for others."""
+    if found.state != "failed" or found.job is None:
+        return ""
+    # That of an array's element lies in the folder of the array.
+    places = (run_folder, run_folder.parent)
+    logs = [path for place in places for path in place.glob(f"{SUBMISSIONS}/*/slurm-{found.job}.log")]
+    said = last_line(logs[0], AFTERMATH) if logs else ""
+    return f"{said}; see {logs[0]}" if said else ""

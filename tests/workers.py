@@ -8,7 +8,7 @@ from xdist.scheduler import LoadScopeScheduling
 # One Slurm serves all of these, so one worker runs them.
 ON_SLURM = (
     *("test_slurm_survival", "test_slurm_arrays", "test_slurm_pipeline", "test_slurm_supervisor", "test_slurm_queue"),
-    "test_slurm_sites",
+    *("test_slurm_sites", "test_sweep_slurm"),
     "test_submit",
 )
 # Long files whose tests share nothing costly: each test goes to the worker that is free. Of other files one worker

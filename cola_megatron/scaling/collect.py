@@ -5,7 +5,11 @@ docs/scaling.md describes the columns. Nothing is computed here but costs: what 
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import contextlib
+=======
+from collections.abc import Callable
+>>>>>>> 3b2230316e0787d94189e1c30fd06d71b43fc7f9
 from typing import Any
 
 from cola_megatron.config import RunConfig
@@ -24,9 +28,14 @@ from cola_megatron.scaling.study_runs import Point, fork_step
 _ERROR = "_standard_error"
 
 
-def collect(opened: StudyFolder) -> dict[str, Any]:
-    """The document, and writes it into the folder."""
-    rows = [_Row(opened, point).as_json() for point in opened.expanded.points]
+def collect(opened: StudyFolder, state_of: Callable[[str], tuple[str, str]] | None = None) -> dict[str, Any]:
+    """The document, and writes it into the folder.
+
+    Args:
+        state_of: the state and last error of a run, by its name; None: as its folder alone says.
+    """
+    state_of = state_of or (lambda name: (opened.state_of(name), opened.error_of(name)))
+    rows = [_Row(opened, point, state_of).as_json() for point in opened.expanded.points]
     lost = [{"point": row["point"], "why": row["error"]} for row in rows if row["state"] != "finished"]
     document = {"study": _study(opened), "rows": rows, "lost": lost}
     write_json(opened.folder / RESULTS, document)
@@ -75,8 +84,8 @@ def _spent(opened: StudyFolder) -> dict[str, float]:
 class _Row:
     """One point."""
 
-    def __init__(self, opened: StudyFolder, point: Point):
-        self.opened, self.point = opened, point
+    def __init__(self, opened: StudyFolder, point: Point, state_of: Callable[[str], tuple[str, str]]):
+        self.opened, self.point, self.state_of = opened, point, state_of
         self.config: RunConfig = opened.expanded.runs[point.run].config
 
     def as_json(self) -> dict[str, Any]:
@@ -130,21 +139,17 @@ class _Row:
         for name in (point.stage_one, point.trunk, point.run):
             if name is None:
                 continue
-            state = opened.state_of(name)
+            state, said = self.state_of(name)
             if name == point.run and state != "finished" and (opened.checkpoint_of(point) / "state.json").is_file():
                 continue  # the run goes on, and was here
             if state != "finished":
-                return state, f"{name}: {state}{self._said(name, state)}"
+                return state, f"{name}: {state}" + (f", {said}" if said else "")
         missing = opened.missing_measures(point)
         if missing:
             return "measured in part", f"not measured: {', '.join(missing)}"
         if unreadable:
             return "damaged", unreadable
         return "finished", None
-
-    def _said(self, name: str, state: str) -> str:
-        said = self.opened.error_of(name) if state == "failed" else ""
-        return f", {said}" if said else ""
 
     def _held_out(self, run: Run | None) -> dict[str, Measure]:
         """What training measured at this step, and the loss of its held-out likelihood under a name of its own."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,9 +122,10 @@ class StudyFolder:
             return "finished"
         if is_locked(folder):
             return "running"
-        if read_progress(folder).get("state") == "stopped":
+        state = read_progress(folder).get("state")
+        if state == "stopped":
             return "stopped"
-        return "failed" if (folder / LOG).is_file() else "not begun"
+        return "failed" if state or (folder / LOG).is_file() else "not begun"
 
     def error_of(self, name: str) -> str:
         """The last line that a run's process printed."""
@@ -168,13 +170,18 @@ def is_locked(run_folder: Path) -> bool:
     return False
 
 
-def last_line(log: Path) -> str:
-    """The last line of a log that says something; empty where there is none."""
+def last_line(log: Path, but: re.Pattern[str] | None = None) -> str:
+    """The last line of a log that says something; empty where there is none.
+
+    Args:
+        but: beginnings of lines that do not count.
+    """
     try:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    said = (line.strip() for line in reversed(lines))
+    return next((line for line in said if line and (but is None or not but.match(line))), "")
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

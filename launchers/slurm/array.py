@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,9 +51,14 @@ class ArraySubmission:
         """What `sbatch --test-only` says; raises SlurmError."""
         return commands.test_only(str(self.folder / SCRIPT))
 
-    def submit(self, after: list[str] | tuple[str, ...] = (), whatever_becomes: bool = False) -> str:
-        """Hands the array to Slurm and notes the ids of its elements in their folders; raises SlurmError."""
-        job = commands.submit(self.folder / SCRIPT, self.folder / JOB, after, self.signal_seconds, whatever_becomes)
+    def submit(self, after: Sequence[str] = (), after_any: Sequence[str] = ()) -> str:
+        """Hands the array to Slurm and notes the ids of its elements in their folders; raises SlurmError.
+
+        Args:
+            after: jobs that must have ended well before.
+            after_any: jobs that must have ended before, well or not.
+        """
+        job = commands.submit(self.folder / SCRIPT, self.folder / JOB, after, self.signal_seconds, after_any)
         try:
             for number, folder in enumerate(self.element_folders):
                 (folder / JOB).write_text(f"{job}_{number}\n")

@@ -108,21 +108,21 @@ def test_only(script: str) -> str:
 
 
 def submit(
-    script: Path, note: Path, after: Sequence[str] = (), longer_than: int = 0, whatever_becomes: bool = False
+    script: Path, note: Path, after: Sequence[str] = (), longer_than: int = 0, after_any: Sequence[str] = ()
 ) -> str:
     """Submits a batch script that waits for other jobs; returns its job id.
 
     Args:
         note: takes the id in a line of its own, before anything else can go wrong.
         longer_than: seconds that the time limit has to exceed.
-        whatever_becomes: it begins when those it waits for have ended, well or not.
+        after_any: jobs that must have ended as well, well or not.
 
     Raises:
         SlurmError: Slurm refuses it, or would let it wait for ever; nothing is left in the queue.
         OSError: the id cannot be noted; nothing is left in the queue.
     """
-    kind = "afterany" if whatever_becomes else "afterok"
-    dependency = [f"--dependency={kind}:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
+    waits = [f"{kind}:{':'.join(jobs)}" for kind, jobs in (("afterok", after), ("afterany", after_any)) if jobs]
+    dependency = [f"--dependency={','.join(waits)}", "--kill-on-invalid-dep=yes"] if waits else []
     said = run(["sbatch", "--parsable", *dependency, str(script)], environment_for(script))
     # Some clusters greet their users here.
     found = [line for line in map(JOB_ID.fullmatch, said.splitlines()) if line is not None]
@@ -206,13 +206,11 @@ def check_after(jobs: Sequence[str]) -> None:
                 raise SlurmError(f"--after {job}: {state}, so what waits for its success would never start")
 
 
-def check_array_size(elements: int) -> None:
+def check_array_size(elements: int, cure: str = "give them as several arrays") -> None:
     """Refuses more elements than this Slurm allows; raises SlurmError."""
     found = re.search(r"MaxArraySize\s*=\s*(\d+)", run(["scontrol", "show", "config"]))
     if found is not None and elements > int(found.group(1)):
-        raise SlurmError(
-            f"{elements} runs: this Slurm allows arrays of {found.group(1)} (MaxArraySize); give them as several arrays"
-        )
+        raise SlurmError(f"{elements} runs: this Slurm allows arrays of {found.group(1)} (MaxArraySize); {cure}")
 
 
 def cancel(jobs: Sequence[str]) -> None:

@@ -16,6 +16,9 @@ from launchers.slurm.submission import ELEMENTS, JOB, SUBMISSIONS
 
 __all__ = ["Queue", "QueuedJob", "how_it_ended", "jobs_of", "read_queue", "refuse_second"]
 
+NEVER_BEGUN = 0xFFFFFFFE
+"""What Slurm shows as the element where all that were cancelled before they began share one record."""
+
 
 @dataclass(frozen=True)
 class QueuedJob:
@@ -83,8 +86,12 @@ def jobs_of(run_folder: Path) -> list[tuple[Path, str]]:
 
 def how_it_ended(job: str) -> str:
     """COMPLETED, CANCELLED, TIMEOUT, ... of a job that left the queue; empty where Slurm has forgotten it."""
+    shown = ["scontrol", "--oneliner", "show", "job"]
     asked = ["sacct", "--noheader", "--allocations", "--parsable2", "--format=State", f"--jobs={job}"]
-    for command, state in ((["scontrol", "--oneliner", "show", "job", job], r"\bJobState=(\w+)"), (asked, r"^(\w+)")):
+    ways = [([*shown, job], r"\bJobState=(\w+)"), (asked, r"^(\w+)")]
+    if "_" in job:
+        ways.insert(1, ([*shown, job.partition("_")[0]], rf"\bArrayTaskId={NEVER_BEGUN} .*?\bJobState=(\w+)"))
+    for command, state in ways:
         with contextlib.suppress(commands.SlurmError):
             found = re.search(state, commands.run(command))
             if found is not None:
