@@ -5,11 +5,8 @@ docs/scaling.md describes the columns. Nothing is computed here but costs: what 
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import contextlib
-=======
 from collections.abc import Callable
->>>>>>> 3b2230316e0787d94189e1c30fd06d71b43fc7f9
 from typing import Any
 
 from cola_megatron.config import RunConfig
