@@ -1,5 +1,6 @@
 """`cola sweep` on one machine: what runs when, what a failure holds up, and that it goes on wherever it was killed."""
 
+import contextlib
 import functools
 import json
 import os
@@ -112,7 +113,8 @@ def test_memory_and_slots_bound_what_runs_at_once(tmp_path):
 
 
 def test_a_run_that_another_process_trains_is_waited_for(tmp_path, capfd):
-    taken = lock_run_folder(tmp_path / "run")
+    taken = contextlib.ExitStack()
+    taken.enter_context(lock_run_folder(tmp_path / "run"))
     waiting = job(tmp_path, "mine", run_folder=tmp_path / "run")
 
     class Releasing(LocalScheduler):
