@@ -10,7 +10,7 @@ from launchers.output import print_json, print_table
 from launchers.sweep_coordinates import coordinates
 
 if TYPE_CHECKING:
-    from cola_megatron.scaling.study_folder import StudyFolder
+    from cola_megatron.studies.folder import StudyFolder
     from launchers.sweep_run import Outcome
 
 app = typer.Typer(
@@ -52,8 +52,8 @@ def plan(
     from cola_megatron.evaluation.results import format_table
     from cola_megatron.planning.hardware import GPUS
     from cola_megatron.planning.plan import Cluster
-    from cola_megatron.scaling.study_expansion import expand
-    from cola_megatron.scaling.study_file import load_study
+    from cola_megatron.studies.expansion import expand
+    from cola_megatron.studies.study_file import load_study
     from launchers.sweep_files import study_file
     from launchers.sweep_plan import rows_of, shares_of, steps_done
 
@@ -94,8 +94,8 @@ def run(
 
     Example: `cola sweep run rq4 --scale tiny --output studies/rq4`
     """
-    from cola_megatron.scaling.study_file import load_study
-    from cola_megatron.scaling.study_folder import StudyFolder
+    from cola_megatron.studies.folder import StudyFolder
+    from cola_megatron.studies.study_file import load_study
     from launchers.sweep_files import study_file
 
     study = load_study(study_file(source), scale, data, benchmarks)
@@ -126,8 +126,8 @@ def submit(
 
     Example: `cola sweep submit rq4 --output /shared/rq4 --nodes 8 --site our-cluster.yaml --data /shared/olmo2_512`
     """
-    from cola_megatron.scaling.study_file import load_study
-    from cola_megatron.scaling.study_folder import StudyFolder
+    from cola_megatron.studies.folder import StudyFolder
+    from cola_megatron.studies.study_file import load_study
     from launchers.slurm.submission import shape_of
     from launchers.sweep_files import study_file
     from launchers.sweep_slurm import StudyOnSlurm
@@ -152,7 +152,7 @@ def measure(
     number: int = typer.Argument(..., min=0, help="Of the point, as in results.json."),
 ) -> None:
     """Measure one point of a study; what `cola sweep submit` runs on a node."""
-    from cola_megatron.scaling.study_folder import StudyFolder
+    from cola_megatron.studies.folder import StudyFolder
     from launchers.sweep_jobs import measure_point
 
     raise typer.Exit(measure_point(StudyFolder.open(folder), number))
@@ -171,7 +171,7 @@ def resume(
 
     Example: `cola sweep resume studies/rq4 --only cola-1e12-s66`
     """
-    from cola_megatron.scaling.study_folder import StudyFolder
+    from cola_megatron.studies.folder import StudyFolder
 
     _go_on(StudyFolder.open(folder), only, at_once, memory, processes, as_json)
 
@@ -186,7 +186,7 @@ def status(
 
     Example: `cola sweep status studies/rq4`
     """
-    from cola_megatron.scaling.study_folder import StudyFolder
+    from cola_megatron.studies.folder import StudyFolder
     from launchers.sweep_status import status_rows
 
     opened = StudyFolder.rebuild(folder) if rebuild_index else StudyFolder.open(folder)
@@ -208,9 +208,9 @@ def collect(folder: Path = FOLDER, as_json: bool = AS_JSON) -> None:
 
     Example: `cola sweep collect studies/rq4`
     """
-    from cola_megatron.scaling.collect import collect as read
-    from cola_megatron.scaling.results import RESULTS
-    from cola_megatron.scaling.study_folder import StudyFolder
+    from cola_megatron.studies.collect import collect as read
+    from cola_megatron.studies.folder import StudyFolder
+    from cola_megatron.studies.results import RESULTS
     from launchers.sweep_status import StudyStates
 
     opened = StudyFolder.open(folder)
@@ -258,13 +258,13 @@ def _go_on(
 def _conclude(opened: "StudyFolder", outcome: "Outcome", as_json: bool) -> None:
     """Table, fits and report of what is there."""
     from cola_megatron.errors import UserError
-    from cola_megatron.scaling.collect import collect as read
+    from cola_megatron.studies.collect import collect as read
 
     document = read(opened)
     page: Path | None = None
     why = ""
     if len(document["lost"]) < len(document["rows"]):
-        from cola_megatron.scaling.study_page import write_report
+        from cola_megatron.studies.report.page import write_report
 
         try:
             page = write_report(opened.folder)

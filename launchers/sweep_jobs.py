@@ -12,9 +12,9 @@ from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.data.manifest import MANIFEST_NAME
 from cola_megatron.planning.memory import rank_memory
 from cola_megatron.planning.split import pipeline_split
-from cola_megatron.scaling.measured import commands
-from cola_megatron.scaling.study_folder import LOG, StudyFolder, last_line
-from cola_megatron.scaling.study_runs import DATA, Point, StudyRun
+from cola_megatron.studies.folder import LOG, StudyFolder, last_line
+from cola_megatron.studies.measured import commands
+from cola_megatron.studies.runs import DATA, Point, StudyRun
 
 PROCESS_BYTES = 1.2e9
 """What a process of this package takes beside its model: Python, torch and the libraries."""

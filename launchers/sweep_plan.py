@@ -12,8 +12,8 @@ from cola_megatron.families import family_of
 from cola_megatron.planning.compute import COLUMNS, compute_of, tokens_of
 from cola_megatron.planning.plan import Cluster, Layout
 from cola_megatron.planning.plan import plan as rank
-from cola_megatron.scaling.study_file import StudyConfig
-from cola_megatron.scaling.study_runs import Expanded, StudyRun, fork_step
+from cola_megatron.studies.runs import Expanded, StudyRun, fork_step
+from cola_megatron.studies.study_file import StudyConfig
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import typer
 from launchers.output import print_json
 
 if TYPE_CHECKING:
-    from cola_megatron.scaling.rows import Results
-    from cola_megatron.scaling.study_fits import StudyFits
-    from cola_megatron.scaling.study_tables import Grid
+    from cola_megatron.studies.report.fits import StudyFits
+    from cola_megatron.studies.report.tables import Grid
+    from cola_megatron.studies.rows import Results
 
 FOLDER = typer.Argument(..., help="Folder of a study that `cola sweep collect` has collected; it may be half finished.")
 JSON = typer.Option(False, "--json", help="JSON instead of words.")
@@ -25,7 +25,7 @@ def fit(study: Path = FOLDER, as_json: bool = JSON) -> None:
 
     Example: `cola sweep fit studies/rq4`
     """
-    from cola_megatron.scaling import fits_file
+    from cola_megatron.studies.report import fits_file
 
     results, fits = _fitted(study)
     path = fits_file.save_fits(study, results, fits)
@@ -42,7 +42,7 @@ def plot(study: Path = FOLDER, as_json: bool = JSON) -> None:
 
     Example: `cola sweep plot studies/rq4`
     """
-    from cola_megatron.scaling.study_pictures import draw, write_figures
+    from cola_megatron.studies.report.pictures import draw, write_figures
 
     results, fits = _fitted(study)
     pictures = draw(results, fits)
@@ -63,9 +63,9 @@ def report(study: Path = FOLDER, as_json: bool = JSON) -> None:
 
     Example: `cola sweep report studies/rq4`
     """
-    from cola_megatron.scaling import study_tables
-    from cola_megatron.scaling.conclusions import conclusions
-    from cola_megatron.scaling.study_page import write_report
+    from cola_megatron.studies.report import tables as study_tables
+    from cola_megatron.studies.report.conclusions import conclusions
+    from cola_megatron.studies.report.page import write_report
 
     results, fits = _fitted(study)
     path = write_report(study, results, fits)
@@ -81,15 +81,15 @@ def report(study: Path = FOLDER, as_json: bool = JSON) -> None:
 
 
 def _fitted(study: Path) -> tuple[Results, StudyFits]:
-    from cola_megatron.scaling.results import read_results
-    from cola_megatron.scaling.study_fits import fit_study
+    from cola_megatron.studies.report.fits import fit_study
+    from cola_megatron.studies.results import read_results
 
     results = read_results(study)
     return results, fit_study(results)
 
 
 def _print_fits(fits: StudyFits) -> None:
-    from cola_megatron.scaling.fit_tables import differences_table, fits_table, predictions_table
+    from cola_megatron.studies.report.fit_tables import differences_table, fits_table, predictions_table
 
     for line in fits_table(fits).rows:
         series, quantity, against, _, numbers, *_ = line
@@ -107,7 +107,7 @@ def _print_grid(table: Grid) -> None:
 
 
 def _print_conclusions(results: Results, fits: StudyFits) -> None:
-    from cola_megatron.scaling.conclusions import conclusions
+    from cola_megatron.studies.report.conclusions import conclusions
 
     said = conclusions(results, fits)
     for title, is_shown in (("shown", True), ("not shown", False)):

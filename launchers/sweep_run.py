@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from cola_megatron.errors import RETRIED, UserError
-from cola_megatron.scaling.study_folder import is_locked, last_line
+from cola_megatron.studies.folder import is_locked, last_line
 from launchers.sweep_jobs import Job
 
 POLL_SECONDS = 0.2

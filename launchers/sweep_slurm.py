@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 
 from cola_megatron.errors import UserError
-from cola_megatron.scaling.study_folder import StudyFolder
-from cola_megatron.scaling.study_runs import DATA, StudyRun
+from cola_megatron.studies.folder import StudyFolder
+from cola_megatron.studies.runs import DATA, StudyRun
 from launchers.slurm import array, commands
 from launchers.slurm.queue import refuse_second
 from launchers.slurm.render import Shape, container_command, gpu_directives, render

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cola_megatron.records.progress import read_progress
-from cola_megatron.scaling.measured import wanted
-from cola_megatron.scaling.study_folder import LOG, StudyFolder, last_line
-from cola_megatron.scaling.study_runs import DATA, Point, StudyRun
+from cola_megatron.studies.folder import LOG, StudyFolder, last_line
+from cola_megatron.studies.measured import wanted
+from cola_megatron.studies.runs import DATA, Point, StudyRun
 from launchers.slurm.commands import SlurmError
 from launchers.slurm.queue import Queue, QueuedJob, jobs_of, read_queue
 from launchers.slurm.runs import RunState

@@ -28,7 +28,7 @@ SUFFIXES = (".py", ".md", ".svg", ".png", ".sbatch.j2", ".html.j2")
 LAYERS = (
     ("launchers",),
     ("tools", "data_prep", "slurm"),
-    ("reporting", "scaling", "compare_models.py"),
+    ("reporting", "scaling", "studies", "compare_models.py"),
     ("interface.py", "evaluation", "training", "preflight"),
     ("held_out", "conversion", "planning"),
     ("families",),

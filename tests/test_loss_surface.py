@@ -10,16 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cola_megatron.scaling import (
-    Points,
-    check_prediction,
-    fit_loss_surface,
-    fit_score_curve,
-    isoflop_profiles,
-)
+from cola_megatron.scaling import Points, check_prediction, fit_loss_surface, fit_score_curve, isoflop_profiles
 from cola_megatron.scaling.loss_surface import surface
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "fits.md"
 BESIROGLU = (1.8172, 482.01, 2085.43, 0.3478, 0.3658)
 """E, A, B, alpha, beta of arXiv:2404.10102."""
 HOFFMANN = (1.69, 406.4, 410.7, 0.34, 0.28)
@@ -359,7 +353,7 @@ def test_the_page_prints_what_it_says():
     (at,) = [index for index, (kind, text) in enumerate(blocks) if kind == "python" and "fit_loss_surface(" in text]
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
-        exec(compile(blocks[at][1], "docs/scaling.md", "exec"), {})
+        exec(compile(blocks[at][1], "docs/fits.md", "exec"), {})
     printed, promised = shown.getvalue().split(), blocks[at + 1][1].split()
     assert len(printed) == len(promised)
     for word, other in zip(printed, promised, strict=True):

@@ -10,10 +10,10 @@ import yaml
 from cola_megatron.config import ConfigError, dump_config
 from cola_megatron.planning.compute import compute_of
 from cola_megatron.records.json_files import write_json
-from cola_megatron.scaling.collect import collect
-from cola_megatron.scaling.study_expansion import expand
-from cola_megatron.scaling.study_file import load_study
-from cola_megatron.scaling.study_folder import INDEX, StudyFolder
+from cola_megatron.studies.collect import collect
+from cola_megatron.studies.expansion import expand
+from cola_megatron.studies.folder import INDEX, StudyFolder
+from cola_megatron.studies.study_file import load_study
 from launchers.sweep_files import study_file
 from launchers.sweep_jobs import jobs_of
 

@@ -14,16 +14,16 @@ import pytest
 
 from cola_megatron.errors import UserError
 from cola_megatron.scaling import fit_loss_curve
-from cola_megatron.scaling.arm_differences import differences
-from cola_megatron.scaling.conclusions import conclusions
-from cola_megatron.scaling.curve_fits import fit_curve
-from cola_megatron.scaling.fits_file import as_json, write_fits
 from cola_megatron.scaling.loss_curve import curve
-from cola_megatron.scaling.results import read_results, results_of
-from cola_megatron.scaling.rows import table
-from cola_megatron.scaling.series import series_of
-from cola_megatron.scaling.study_fits import fit_study
-from cola_megatron.scaling.words import number
+from cola_megatron.studies.report.arm_differences import differences
+from cola_megatron.studies.report.conclusions import conclusions
+from cola_megatron.studies.report.curve_fits import fit_curve
+from cola_megatron.studies.report.fits import fit_study
+from cola_megatron.studies.report.fits_file import as_json, write_fits
+from cola_megatron.studies.report.series import series_of
+from cola_megatron.studies.results import read_results, results_of
+from cola_megatron.studies.rows import table
+from cola_megatron.studies.words import number
 from tests import synthetic_studies as synthetic
 
 LAW = (2.0, 1000.0, 0.25)

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from cola_megatron.errors import UserError
 from cola_megatron.scaling import Study
-from cola_megatron.scaling.results import results_of
-from cola_megatron.scaling.study_fits import fit_study
-from cola_megatron.scaling.study_samples import side_by_side
+from cola_megatron.studies.report.fits import fit_study
+from cola_megatron.studies.report.samples import side_by_side
+from cola_megatron.studies.results import results_of
 from launchers import sweep_results
 from tests import synthetic_studies as synthetic
 
@@ -40,7 +40,7 @@ def coarse_pictures(monkeypatch: pytest.MonkeyPatch):
 
 
 def page_of(folder: Path, found: dict) -> str:
-    from cola_megatron.scaling.study_page import write_report
+    from cola_megatron.studies.report.page import write_report
 
     synthetic.write(folder, found)
     results = results_of(found)
@@ -147,7 +147,7 @@ def test_nothing_in_a_figure_lies_on_something_else(tmp_path, make):
 
 def test_arms_are_told_apart_without_colour_and_stage_1_is_seen():
     pytest.importorskip("matplotlib")
-    from cola_megatron.scaling.study_figures import over_compute
+    from cola_megatron.studies.report.figures import over_compute
 
     results = results_of(synthetic.one_size(budgets=(1e12, 3e12, 1e13)))
     fits = fit_study(results, bootstrap=40)
@@ -165,7 +165,7 @@ def test_arms_are_told_apart_without_colour_and_stage_1_is_seen():
 
 def test_published_points_stand_on_their_own_column_where_they_are_near():
     pytest.importorskip("matplotlib")
-    from cola_megatron.scaling.study_figures import over_compute, published_near
+    from cola_megatron.studies.report.figures import over_compute, published_near
 
     found = synthetic.one_size(budgets=(1e12, 3e12, 1e13))
     found["study"]["published"].append({"arm": "cola", "column": "nominal", "compute": 5e13, "score": 0.2})
@@ -180,8 +180,8 @@ def test_published_points_stand_on_their_own_column_where_they_are_near():
 def test_an_axis_study_marks_its_best():
     pytest.importorskip("matplotlib")
     from cola_megatron.reporting.figure_style import NothingToPlot
-    from cola_megatron.scaling.axis_figures import over_axes
-    from cola_megatron.scaling.study_figures import over_compute
+    from cola_megatron.studies.report.axis_figures import over_axes
+    from cola_megatron.studies.report.figures import over_compute
 
     results = results_of(synthetic.axes(budgets=(3e12, 1e13)))
     fits = fit_study(results, bootstrap=40)

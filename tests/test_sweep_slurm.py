@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cola_megatron.scaling.study_file import load_study
-from cola_megatron.scaling.study_folder import StudyFolder
+from cola_megatron.studies.folder import StudyFolder
+from cola_megatron.studies.study_file import load_study
 from launchers.slurm.commands import SlurmError
 from launchers.slurm.render import Shape
 from launchers.slurm.site import load_site

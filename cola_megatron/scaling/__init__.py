@@ -1,4 +1,4 @@
-"""Scaling studies: their files, runs, tables and fits."""
+"""Laws of scaling: their fits, rules for learning rate and batch, and the coordinate check."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from cola_megatron.scaling.loss_surface import LossSurface, fit_loss_surface
     from cola_megatron.scaling.prediction_check import Points, check_prediction
     from cola_megatron.scaling.score_curve import ScoreCurve, fit_score_curve
-    from cola_megatron.scaling.study import Study
+    from cola_megatron.studies.report.study import Study
 
 __all__ = [
     "CoordinateCheck",
@@ -27,18 +27,18 @@ __all__ = [
 ]
 
 _MODULES = {
-    "check_coordinates": "coordinates",
-    "CoordinateCheck": "coordinates",
-    "isoflop_profiles": "isoflop",
-    "LossCurve": "loss_curve",
-    "fit_loss_curve": "loss_curve",
-    "LossSurface": "loss_surface",
-    "fit_loss_surface": "loss_surface",
-    "Points": "prediction_check",
-    "check_prediction": "prediction_check",
-    "ScoreCurve": "score_curve",
-    "fit_score_curve": "score_curve",
-    "Study": "study",
+    "check_coordinates": "cola_megatron.scaling.coordinates",
+    "CoordinateCheck": "cola_megatron.scaling.coordinates",
+    "isoflop_profiles": "cola_megatron.scaling.isoflop",
+    "LossCurve": "cola_megatron.scaling.loss_curve",
+    "fit_loss_curve": "cola_megatron.scaling.loss_curve",
+    "LossSurface": "cola_megatron.scaling.loss_surface",
+    "fit_loss_surface": "cola_megatron.scaling.loss_surface",
+    "Points": "cola_megatron.scaling.prediction_check",
+    "check_prediction": "cola_megatron.scaling.prediction_check",
+    "ScoreCurve": "cola_megatron.scaling.score_curve",
+    "fit_score_curve": "cola_megatron.scaling.score_curve",
+    "Study": "cola_megatron.studies.report.study",
 }
 
 
@@ -47,5 +47,5 @@ def __getattr__(name: str):
     if name in _MODULES:
         from importlib import import_module
 
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,14 +11,14 @@ from statistics import geometric_mean
 
 import numpy as np
 
-from cola_megatron.scaling.curve_fits import CurveFit, Quantity, paired_curves
 from cola_megatron.scaling.loss_curve import LossCurve
 from cola_megatron.scaling.loss_surface import Estimate
 from cola_megatron.scaling.prediction_check import SAME_BUDGET
 from cola_megatron.scaling.resampling import interval
-from cola_megatron.scaling.rows import Results, Row
-from cola_megatron.scaling.seed_spread import Spread, difference, spread_of
-from cola_megatron.scaling.series import budget_steps
+from cola_megatron.studies.report.curve_fits import CurveFit, Quantity, paired_curves
+from cola_megatron.studies.report.seed_spread import Spread, difference, spread_of
+from cola_megatron.studies.report.series import budget_steps
+from cola_megatron.studies.rows import Results, Row
 
 
 @dataclass(frozen=True)

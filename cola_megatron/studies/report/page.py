@@ -6,15 +6,16 @@ from pathlib import Path
 
 from cola_megatron.records.json_files import write_whole
 from cola_megatron.reporting.templates import page_environment
-from cola_megatron.scaling import fit_tables, study_tables
-from cola_megatron.scaling.conclusions import conclusions
-from cola_megatron.scaling.fits_file import save_fits
-from cola_megatron.scaling.results import read_results, write_table
-from cola_megatron.scaling.rows import Results
-from cola_megatron.scaling.study_fits import StudyFits, fit_study
-from cola_megatron.scaling.study_pictures import draw, write_figures
-from cola_megatron.scaling.study_samples import side_by_side
-from cola_megatron.scaling.words import flops, listed
+from cola_megatron.studies.report import fit_tables
+from cola_megatron.studies.report import tables as study_tables
+from cola_megatron.studies.report.conclusions import conclusions
+from cola_megatron.studies.report.fits import StudyFits, fit_study
+from cola_megatron.studies.report.fits_file import save_fits
+from cola_megatron.studies.report.pictures import draw, write_figures
+from cola_megatron.studies.report.samples import side_by_side
+from cola_megatron.studies.results import read_results, write_table
+from cola_megatron.studies.rows import Results
+from cola_megatron.studies.words import flops, listed
 
 PAGE = "report.html"
 TEMPLATE = "study.html.j2"

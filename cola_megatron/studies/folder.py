@@ -22,10 +22,10 @@ from cola_megatron.config.changes import upgraded
 from cola_megatron.records.json_files import read_object, write_json, write_whole
 from cola_megatron.records.progress import read_progress
 from cola_megatron.records.run_folder import LOCK, SUMMARY
-from cola_megatron.scaling.measured import missing
-from cola_megatron.scaling.study_expansion import expand
-from cola_megatron.scaling.study_file import StudyConfig
-from cola_megatron.scaling.study_runs import RUNS, Expanded, Point, StudyRun, identity_of
+from cola_megatron.studies.expansion import expand
+from cola_megatron.studies.measured import missing
+from cola_megatron.studies.runs import RUNS, Expanded, Point, StudyRun, identity_of
+from cola_megatron.studies.study_file import StudyConfig
 
 INDEX, OF_RUN, REQUESTED, LOG = "index.json", "study.json", "requested.yaml", "log.txt"
 MEASUREMENTS = "measurements"

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from cola_megatron.errors import UserError
 from cola_megatron.reporting.pictures import Picture, png_of
-from cola_megatron.scaling.curve_fits import Quantity
-from cola_megatron.scaling.rows import Results
-from cola_megatron.scaling.study_fits import QUANTITIES, StudyFits
-from cola_megatron.scaling.words import flops, name, sentence
+from cola_megatron.studies.report.curve_fits import Quantity
+from cola_megatron.studies.report.fits import QUANTITIES, StudyFits
+from cola_megatron.studies.rows import Results
+from cola_megatron.studies.words import flops, name, sentence
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +43,8 @@ def drawings(results: Results, fits: StudyFits) -> list[Drawing]:
     """
     try:
         from cola_megatron.reporting.compare_figures import CURVES
-        from cola_megatron.scaling import axis_figures, fit_figures, study_figures
+        from cola_megatron.studies.report import axis_figures, fit_figures
+        from cola_megatron.studies.report import figures as study_figures
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "matplotlib":
             raise
@@ -158,7 +159,7 @@ def _file_name(text: str) -> str:
 
 
 def _compute_caption(results: Results, quantity: Quantity, column: str) -> str:
-    from cola_megatron.scaling.study_figures import published_near
+    from cola_megatron.studies.report.figures import published_near
 
     said = ["Points are runs, lines fitted curves with their 95% bands."]
     if column != "nominal" and any(row.charged(column) != row.compute.get(column) for row in results.finished()):

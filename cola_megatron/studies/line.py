@@ -14,8 +14,8 @@ from cola_megatron.checkpoint.folder import folder_of
 from cola_megatron.config import ConfigError, RunConfig, load_config
 from cola_megatron.planning.compute import compute_of, steps_for, tokens_of
 from cola_megatron.scaling.rule import Rule
-from cola_megatron.scaling.study_file import AxisConfig, Overrides, StudyConfig
-from cola_megatron.scaling.study_runs import DATA, RUNS, STAGE_ONE, START_FROM, Point, Role, StudyRun
+from cola_megatron.studies.runs import DATA, RUNS, STAGE_ONE, START_FROM, Point, Role, StudyRun
+from cola_megatron.studies.study_file import AxisConfig, Overrides, StudyConfig
 
 BUDGET_TOLERANCE = 0.01
 """By how much of its budget a run may miss it."""

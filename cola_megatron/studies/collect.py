@@ -17,10 +17,10 @@ from cola_megatron.planning.hardware import gpu_of_device
 from cola_megatron.records.goodput import read_attempts
 from cola_megatron.records.json_files import write_json
 from cola_megatron.reporting.run_records import Run, read_run
-from cola_megatron.scaling.measured import Measure, measures_in
-from cola_megatron.scaling.results import RESULTS, read_results, write_table
-from cola_megatron.scaling.study_folder import StudyFolder
-from cola_megatron.scaling.study_runs import Point, fork_step
+from cola_megatron.studies.folder import StudyFolder
+from cola_megatron.studies.measured import Measure, measures_in
+from cola_megatron.studies.results import RESULTS, read_results, write_table
+from cola_megatron.studies.runs import Point, fork_step
 
 _ERROR = "_standard_error"
 

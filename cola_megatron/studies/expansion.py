@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from cola_megatron.config import ConfigError
-from cola_megatron.scaling.study_file import StudyConfig
-from cola_megatron.scaling.study_line import OF_TRAINING, StudyLine, combinations
-from cola_megatron.scaling.study_runs import Expanded, Point, StudyRun, identity_of
+from cola_megatron.studies.line import OF_TRAINING, StudyLine, combinations
+from cola_megatron.studies.runs import Expanded, Point, StudyRun, identity_of
+from cola_megatron.studies.study_file import StudyConfig
 
 
 def expand(study: StudyConfig, folder: Path) -> Expanded:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from scipy import stats
 
 from cola_megatron.evaluation.statistics import wilson_interval
-from cola_megatron.scaling.curve_fits import CurveFit
-from cola_megatron.scaling.rows import Results
-from cola_megatron.scaling.seed_spread import spread_of
-from cola_megatron.scaling.series import budget_steps
-from cola_megatron.scaling.study_fits import QUANTITIES, StudyFits
-from cola_megatron.scaling.words import flops, listed, name, number, shortened, span
+from cola_megatron.studies.report.curve_fits import CurveFit
+from cola_megatron.studies.report.fits import QUANTITIES, StudyFits
+from cola_megatron.studies.report.seed_spread import spread_of
+from cola_megatron.studies.report.series import budget_steps
+from cola_megatron.studies.rows import Results
+from cola_megatron.studies.words import flops, listed, name, number, shortened, span
 
 
 @dataclass(frozen=True)

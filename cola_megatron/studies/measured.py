@@ -11,7 +11,7 @@ from cola_megatron.evaluation.results import read_results
 from cola_megatron.evaluation.statistics import mean_interval
 from cola_megatron.evaluation.tasks import tasks_named
 from cola_megatron.records.json_files import read_object
-from cola_megatron.scaling.study_file import MeasuresConfig, Overrides
+from cola_megatron.studies.study_file import MeasuresConfig, Overrides
 
 LIKELIHOOD, LAST_WORD, TASKS = "likelihood.json", "last_word.json", "tasks"
 Measure = dict[str, Any]

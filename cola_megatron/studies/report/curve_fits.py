@@ -13,10 +13,10 @@ import numpy as np
 from cola_megatron.scaling.loss_curve import LossCurve, fit_loss_curve
 from cola_megatron.scaling.loss_surface import Estimate
 from cola_megatron.scaling.resampling import LEAST_GROUPS
-from cola_megatron.scaling.rows import Results, Row
 from cola_megatron.scaling.score_curve import ScoreCurve, fit_score_curve
-from cola_megatron.scaling.series import Series, best_size_of_each_budget, budget_steps
-from cola_megatron.scaling.words import flops, number, span
+from cola_megatron.studies.report.series import Series, best_size_of_each_budget, budget_steps
+from cola_megatron.studies.rows import Results, Row
+from cola_megatron.studies.words import flops, number, span
 
 Quantity = Literal["loss", "score"]
 LEAST_PAIRS = 6

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from cola_megatron.records.json_files import write_json
-from cola_megatron.scaling.arm_differences import ComputeRatio, Difference
-from cola_megatron.scaling.axis_cells import AxisComparison
-from cola_megatron.scaling.conclusions import conclusions
-from cola_megatron.scaling.curve_fits import CurveFit
 from cola_megatron.scaling.loss_curve import LossCurve
 from cola_megatron.scaling.loss_surface import Estimate
-from cola_megatron.scaling.results import read_results
-from cola_megatron.scaling.rows import Results
-from cola_megatron.scaling.series import Series
-from cola_megatron.scaling.study_fits import StudyFits, fit_study
-from cola_megatron.scaling.surface_fits import SurfaceFit
+from cola_megatron.studies.report.arm_differences import ComputeRatio, Difference
+from cola_megatron.studies.report.axis_cells import AxisComparison
+from cola_megatron.studies.report.conclusions import conclusions
+from cola_megatron.studies.report.curve_fits import CurveFit
+from cola_megatron.studies.report.fits import StudyFits, fit_study
+from cola_megatron.studies.report.series import Series
+from cola_megatron.studies.report.surface_fits import SurfaceFit
+from cola_megatron.studies.results import read_results
+from cola_megatron.studies.rows import Results
 
 FITS = "fits.json"
 

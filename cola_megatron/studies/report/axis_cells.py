@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cola_megatron.scaling.curve_fits import Quantity
 from cola_megatron.scaling.loss_surface import Estimate
-from cola_megatron.scaling.rows import Results, Row
-from cola_megatron.scaling.seed_spread import Spread, difference, spread_of
-from cola_megatron.scaling.series import budget_steps, settings_in_words
+from cola_megatron.studies.report.curve_fits import Quantity
+from cola_megatron.studies.report.seed_spread import Spread, difference, spread_of
+from cola_megatron.studies.report.series import budget_steps, settings_in_words
+from cola_megatron.studies.rows import Results, Row
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cola_megatron.config import RunConfig, stored_tree
-from cola_megatron.scaling.study_file import Overrides
+from cola_megatron.studies.study_file import Overrides
 
 RUNS, DATA = "runs", "data"
 """In the folder of a study."""

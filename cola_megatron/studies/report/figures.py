@@ -17,11 +17,8 @@ from matplotlib.ticker import PercentFormatter
 
 from cola_megatron.reporting.compare_figures import Curve
 from cola_megatron.reporting.figure_style import WIDTH_INCHES, NothingToPlot, styled
-from cola_megatron.scaling.curve_fits import CurveFit, Quantity
 from cola_megatron.scaling.loss_curve import LossCurve
-from cola_megatron.scaling.rows import Published, Results, Row
-from cola_megatron.scaling.series import budget_steps
-from cola_megatron.scaling.study_axes import (
+from cola_megatron.studies.report.axes import (
     compute_axis,
     handle,
     legend,
@@ -31,8 +28,11 @@ from cola_megatron.scaling.study_axes import (
     placed,
     plain,
 )
-from cola_megatron.scaling.study_fits import StudyFits
-from cola_megatron.scaling.words import LOSS_TITLES, name, unit
+from cola_megatron.studies.report.curve_fits import CurveFit, Quantity
+from cola_megatron.studies.report.fits import StudyFits
+from cola_megatron.studies.report.series import budget_steps
+from cola_megatron.studies.rows import Published, Results, Row
+from cola_megatron.studies.words import LOSS_TITLES, name, unit
 
 NEAR_DECADES = 1.5
 """A published point farther from ours than this is named below the picture, as it would press ours into a corner."""

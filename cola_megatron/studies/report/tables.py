@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from cola_megatron.scaling.rows import FINISHED, Measure, Results, Row, table
-from cola_megatron.scaling.series import budget_steps
-from cola_megatron.scaling.words import count, flops, listed, name, number, shortened
+from cola_megatron.studies.report.series import budget_steps
+from cola_megatron.studies.rows import FINISHED, Measure, Results, Row, table
+from cola_megatron.studies.words import count, flops, listed, name, number, shortened
 
 COLUMNS = {
     "nominal": "6 N D, the axis of the paper; it leaves stage 1 out",

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from cola_megatron.scaling.arm_differences import ComputeRatio, Difference, ExponentDifference
-from cola_megatron.scaling.axis_cells import AxisComparison
-from cola_megatron.scaling.curve_fits import CurveFit
-from cola_megatron.scaling.rows import Results
-from cola_megatron.scaling.study_fits import QUANTITIES, StudyFits
-from cola_megatron.scaling.study_limits import Conclusion, limits
-from cola_megatron.scaling.words import flops, listed, name, number, sentence, shortened, span, unit
+from cola_megatron.studies.report.arm_differences import ComputeRatio, Difference, ExponentDifference
+from cola_megatron.studies.report.axis_cells import AxisComparison
+from cola_megatron.studies.report.curve_fits import CurveFit
+from cola_megatron.studies.report.fits import QUANTITIES, StudyFits
+from cola_megatron.studies.report.limits import Conclusion, limits
+from cola_megatron.studies.rows import Results
+from cola_megatron.studies.words import flops, listed, name, number, sentence, shortened, span, unit
 
 
 def conclusions(results: Results, fits: StudyFits) -> tuple[Conclusion, ...]:

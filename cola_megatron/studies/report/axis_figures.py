@@ -13,9 +13,9 @@ from matplotlib.ticker import PercentFormatter
 
 from cola_megatron.reporting.compare_figures import COLOURS, LINE_STYLES, MARKERS
 from cola_megatron.reporting.figure_style import WIDTH_INCHES, NothingToPlot, styled
-from cola_megatron.scaling.axis_cells import AxisComparison, Cell
-from cola_megatron.scaling.rows import Results
-from cola_megatron.scaling.words import LOSS_TITLES, name, unit
+from cola_megatron.studies.report.axis_cells import AxisComparison, Cell
+from cola_megatron.studies.rows import Results
+from cola_megatron.studies.words import LOSS_TITLES, name, unit
 
 MOST_LINES, MOST_PANELS = 7, 4
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from cola_megatron.errors import UserError
 from cola_megatron.records.json_files import write_whole
-from cola_megatron.scaling.rows import (
+from cola_megatron.studies.rows import (
     BUDGET_COLUMNS,
     Arm,
     Axis,

@@ -15,7 +15,7 @@ from scipy import stats
 
 from cola_megatron.scaling.loss_surface import Estimate
 from cola_megatron.scaling.resampling import CONFIDENCE
-from cola_megatron.scaling.rows import Row
+from cola_megatron.studies.rows import Row
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cola_megatron.scaling.rows import Results, Row, Sample
-from cola_megatron.scaling.series import budget_steps, series_of
+from cola_megatron.studies.report.series import budget_steps, series_of
+from cola_megatron.studies.rows import Results, Row, Sample
 
 MOST_WRITERS, MOST_PROMPTS = 4, 5
 

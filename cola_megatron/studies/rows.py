@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cola_megatron.scaling.words import flops, number
+from cola_megatron.studies.words import flops, number
 
 COLUMNS = ("nominal", "model", "hardware")
 BUDGET_COLUMNS = (*COLUMNS, "tokens", "steps")

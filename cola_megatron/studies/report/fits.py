@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cola_megatron.scaling.arm_differences import (
+from cola_megatron.studies.report.arm_differences import (
     ComputeRatio,
     Difference,
     ExponentDifference,
@@ -17,11 +17,11 @@ from cola_megatron.scaling.arm_differences import (
     exponent_difference,
     pairs_of,
 )
-from cola_megatron.scaling.axis_cells import AxisComparison, compare_axes
-from cola_megatron.scaling.curve_fits import CurveFit, Quantity, fit_curve
-from cola_megatron.scaling.rows import Results
-from cola_megatron.scaling.series import Series, series_of
-from cola_megatron.scaling.surface_fits import SurfaceFit, fit_surfaces
+from cola_megatron.studies.report.axis_cells import AxisComparison, compare_axes
+from cola_megatron.studies.report.curve_fits import CurveFit, Quantity, fit_curve
+from cola_megatron.studies.report.series import Series, series_of
+from cola_megatron.studies.report.surface_fits import SurfaceFit, fit_surfaces
+from cola_megatron.studies.rows import Results
 
 QUANTITIES: tuple[Quantity, ...] = ("loss", "score")
 

@@ -7,15 +7,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from statistics import fmean
 
-from cola_megatron.scaling.arm_differences import Difference
-from cola_megatron.scaling.curve_fits import CurveFit
 from cola_megatron.scaling.loss_curve import LossCurve
 from cola_megatron.scaling.loss_surface import Estimate
-from cola_megatron.scaling.rows import Results
 from cola_megatron.scaling.separable import Floats
-from cola_megatron.scaling.study_fits import StudyFits
-from cola_megatron.scaling.study_tables import Grid
-from cola_megatron.scaling.words import listed, name, number, shortened, span
+from cola_megatron.studies.report.arm_differences import Difference
+from cola_megatron.studies.report.curve_fits import CurveFit
+from cola_megatron.studies.report.fits import StudyFits
+from cola_megatron.studies.report.tables import Grid
+from cola_megatron.studies.rows import Results
+from cola_megatron.studies.words import listed, name, number, shortened, span
 
 
 def fits_table(fits: StudyFits) -> Grid:

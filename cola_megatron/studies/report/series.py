@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from cola_megatron.scaling.prediction_check import SAME_BUDGET
-from cola_megatron.scaling.rows import Results, Row
+from cola_megatron.studies.rows import Results, Row
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cola_megatron.scaling.curve_fits import groups_of
 from cola_megatron.scaling.isoflop import IsoFlopProfile, isoflop_profiles
 from cola_megatron.scaling.loss_surface import FLOPS_PER_PARAMETER_AND_TOKEN, LossSurface, fit_loss_surface
 from cola_megatron.scaling.points import LEAST_SIZES
 from cola_megatron.scaling.prediction_check import Points, PredictionCheck, check_prediction
-from cola_megatron.scaling.rows import Results, Row
-from cola_megatron.scaling.series import Series, budget_steps
+from cola_megatron.studies.report.curve_fits import groups_of
+from cola_megatron.studies.report.series import Series, budget_steps
+from cola_megatron.studies.rows import Results, Row
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from cola_megatron.reporting.compare_figures import COLOURS, LINE_STYLES, MARKERS
 from cola_megatron.reporting.figure_style import NothingToPlot
-from cola_megatron.scaling.curve_fits import CurveFit
-from cola_megatron.scaling.study_fits import StudyFits
-from cola_megatron.scaling.words import count, number
+from cola_megatron.studies.report.curve_fits import CurveFit
+from cola_megatron.studies.report.fits import StudyFits
+from cola_megatron.studies.words import count, number
 
 MOST_SERIES = 8
 """More lines in one picture cannot be told apart."""

@@ -10,11 +10,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from cola_megatron.reporting.figure_style import WIDTH_INCHES, NothingToPlot, styled
-from cola_megatron.scaling.curve_fits import Quantity
 from cola_megatron.scaling.loss_surface import FLOPS_PER_PARAMETER_AND_TOKEN
-from cola_megatron.scaling.rows import Results
-from cola_megatron.scaling.series import budget_steps
-from cola_megatron.scaling.study_axes import (
+from cola_megatron.studies.report.axes import (
     compute_axis,
     handle,
     legend,
@@ -25,9 +22,12 @@ from cola_megatron.scaling.study_axes import (
     plain,
     size_axis,
 )
-from cola_megatron.scaling.study_fits import StudyFits
-from cola_megatron.scaling.surface_fits import SurfaceFit
-from cola_megatron.scaling.words import number, unit
+from cola_megatron.studies.report.curve_fits import Quantity
+from cola_megatron.studies.report.fits import StudyFits
+from cola_megatron.studies.report.series import budget_steps
+from cola_megatron.studies.report.surface_fits import SurfaceFit
+from cola_megatron.studies.rows import Results
+from cola_megatron.studies.words import number, unit
 
 EDGE: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.7}
 """So that points that lie on each other are seen to be several."""

@@ -6,10 +6,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cola_megatron.scaling import conclusions as sentences
-from cola_megatron.scaling.results import read_results
-from cola_megatron.scaling.rows import Results, table
-from cola_megatron.scaling.study_fits import StudyFits, fit_study
+from cola_megatron.studies.report import conclusions as sentences
+from cola_megatron.studies.report.fits import StudyFits, fit_study
+from cola_megatron.studies.results import read_results
+from cola_megatron.studies.rows import Results, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +47,7 @@ class Study:
 
     def figures(self) -> dict[str, Figure]:
         """The report's figures by name, those that there are; needs matplotlib."""
-        from cola_megatron.scaling.study_pictures import drawings
+        from cola_megatron.studies.report.pictures import drawings
 
         chosen = drawings(self.results, self._fits)
         from cola_megatron.reporting.figure_style import NothingToPlot
@@ -62,6 +62,6 @@ class Study:
 
     def write_report(self) -> Path:
         """Writes report.html, figures, results.csv and fits.json into the folder; returns the page's path."""
-        from cola_megatron.scaling.study_page import write_report
+        from cola_megatron.studies.report.page import write_report
 
         return write_report(self.folder, self.results, self._fits)

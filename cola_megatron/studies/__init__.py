@@ -1,0 +1,1 @@
+"""Scaling studies: from a file to runs, from their folders to a table."""

@@ -1,0 +1,1 @@
+"""From the table of a study to fits, sentences, figures and a page."""
