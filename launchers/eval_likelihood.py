@@ -56,7 +56,7 @@ def likelihood(
 
     Example: `cola eval likelihood exports/my-model --file pairs.jsonl --field answer --context-field question`
     """
-    from cola_megatron.evaluation.likelihood import from_all_replicas, own_part, progress_bar, summarize
+    from cola_megatron.evaluation.likelihood import baselines, from_all_replicas, own_part, progress_bar, summarize
     from cola_megatron.evaluation.results import format_table
     from cola_megatron.inference.requests import read_settings
     from cola_megatron.records.json_files import write_json
@@ -79,14 +79,17 @@ def likelihood(
     if not groups.is_main:
         return
     summary = summarize(found)
-    document = {"model": str(model), "settings": chosen, **summary.as_json()}
+    counted = baselines(asked, opened.vocab_size)
+    document = {"model": str(model), "settings": chosen, **summary.as_json(), "baselines": counted}
     if output is not None:
         write_json(output, {**document, "items": [result.as_json() for result in found]})
     if as_json:
         print_json(document)
     else:
         print(f"{summary.texts:,} texts, {summary.tokens:,} tokens")
-        print(format_table(summary.rows()))
+        print(
+            format_table([*summary.rows(), *([f"{name} counts", f"{nats:.4f}", ""] for name, nats in counted.items())])
+        )
 
 
 def robustness(

@@ -20,6 +20,7 @@ from cola_megatron.evaluation.records import as_stored
 from cola_megatron.evaluation.results import percentages
 from cola_megatron.evaluation.scoring import match_first_word, normalize
 from cola_megatron.evaluation.statistics import Figure, clustered_interval, clustered_standard_error
+from cola_megatron.evaluation.token_counts import beginning
 from cola_megatron.evaluation.word_guesses import Counts, count, guesses
 from cola_megatron.parallel import ProcessGroups
 
@@ -135,10 +136,8 @@ def last_word_task(
 
 def _beginning(shards: TokenShards, tokens: int) -> Iterator[Piece]:
     tokenizer = read_tokenizer(shards.tokenizer_path)
-    wanted = min(1.0, tokens / shards.tokens)
-    for stream in shards.streams:
-        for index in range(stream.first, stream.first + max(1, int(wanted * len(stream)))):
-            yield from pieces(shards[index], tokenizer, shards.end_of_text_id, shards.padding_id)
+    for ids in beginning(shards, tokens):
+        yield from pieces(ids, tokenizer, shards.end_of_text_id, shards.padding_id)
 
 
 def evaluate_last_word(

@@ -21,6 +21,7 @@ from cola_megatron.data import TokenShards, held_out_samples, require_same_token
 from cola_megatron.evaluation.errors import EvaluationError
 from cola_megatron.evaluation.files import read_rows
 from cola_megatron.evaluation.statistics import Figure, Interval, ratio_interval, ratio_standard_error
+from cola_megatron.evaluation.token_counts import count_tokens
 from cola_megatron.inference.likelihood_terms import Kind, Progress, TextLikelihood
 from cola_megatron.inference.robustness import RobustnessCurve
 from cola_megatron.parallel import ProcessGroups
@@ -38,6 +39,8 @@ class Texts(NamedTuple):
 
     texts: Sequence[str | Sequence[int]]
     contexts: Sequence[str] | None
+    training: TokenShards | None = None
+    """What counts may be taken of, where the texts are the held-out ones of a prepared folder."""
 
 
 def held_out_texts(source: Path, data: Path | None, limit: int | None) -> Texts:
@@ -48,7 +51,17 @@ def held_out_texts(source: Path, data: Path | None, limit: int | None) -> Texts:
     """
     shards = held_out_shards(source, data, "--data FOLDER or --file FILE")
     count = len(shards) if limit is None else min(limit, len(shards))
-    return Texts([sample.tokens.tolist() for sample in held_out_samples(shards).read(0, count)], None)
+    tokens = [sample.tokens.tolist() for sample in held_out_samples(shards).read(0, count)]
+    training = TokenShards(shards.folder.place, "train", "size") if "train" in shards.manifest.splits else None
+    return Texts(tokens, None, training)
+
+
+def baselines(texts: Texts, vocab_size: int) -> dict[str, float]:
+    """Nats per token of counting, by name; nothing where there is no training split."""
+    if texts.training is None:
+        return {}
+    token_ids = [text for text in texts.texts if not isinstance(text, str)]
+    return count_tokens(texts.training, vocab_size).nats_per_token(token_ids)
 
 
 def held_out_shards(source: Path, data: Path | None, cure: str = "--data FOLDER") -> TokenShards:

@@ -84,7 +84,11 @@ def _likelihood(document: Mapping[str, Any]) -> dict[str, Measure]:
     figure = document["nats_per_token"]
     texts = {"texts": document["texts"], "draw_error": figure["draw_error"]}
     own = {"value": figure["value"], "error": figure["standard_error"], "kind": figure["kind"], **texts}
-    return {"nats_per_token": own}
+    counted = document.get("baselines", {})
+    return {
+        "nats_per_token": own,
+        **{f"nats_per_token_{name}": {"value": nats, "error": None} for name, nats in counted.items()},
+    }
 
 
 def _last_word(document: Mapping[str, Any]) -> dict[str, Measure]:

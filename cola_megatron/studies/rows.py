@@ -155,6 +155,15 @@ class Results:
         """Finished rows on which a measure was taken."""
         return tuple(row for row in self.finished() if name in row.measures)
 
+    def baselines(self, measure: str) -> dict[str, float]:
+        """What counting reaches in a measure, by name: measures called after it that are one number in all rows."""
+        found: dict[str, set[float]] = {}
+        for row in self.finished():
+            for name, each in row.measures.items():
+                if name.startswith(f"{measure}_"):
+                    found.setdefault(name.removeprefix(f"{measure}_"), set()).add(round(each.value, 9))
+        return {name: values.pop() for name, values in found.items() if len(values) == 1}
+
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns of compute that finished rows have, that of the budgets first, or model FLOPs."""

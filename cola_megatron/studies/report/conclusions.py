@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from cola_megatron.studies.report.arm_differences import ComputeRatio, Difference, ExponentDifference
 from cola_megatron.studies.report.axis_cells import AxisComparison
+from cola_megatron.studies.report.counting import against_counting
 from cola_megatron.studies.report.curve_fits import CurveFit
 from cola_megatron.studies.report.fits import QUANTITIES, StudyFits
 from cola_megatron.studies.report.limits import Conclusion, limits
@@ -26,6 +27,7 @@ def conclusions(results: Results, fits: StudyFits) -> tuple[Conclusion, ...]:
         *_surface_sentences(fits),
         *_axis_sentences(results, fits),
         *_prediction_sentences(results, fits),
+        *against_counting(results, fits),
         *limits(results, fits),
     ]
     return tuple(sorted(found, key=lambda each: not each.is_shown))

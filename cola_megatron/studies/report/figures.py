@@ -6,6 +6,7 @@ Nothing here uses pyplot.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 from cola_megatron.reporting.compare_figures import Curve
 from cola_megatron.reporting.figure_style import WIDTH_INCHES, NothingToPlot, styled
@@ -34,6 +35,9 @@ from cola_megatron.studies.report.series import budget_steps
 from cola_megatron.studies.rows import Published, Results, Row
 from cola_megatron.studies.words import LOSS_TITLES, name, unit
 
+BASELINE = "#666666"
+WIDE = 3.0
+"""Losses that differ by more than this factor stand on a logarithmic axis."""
 NEAR_DECADES = 1.5
 """A published point farther from ours than this is named below the picture, as it would press ours into a corner."""
 
@@ -60,9 +64,20 @@ def over_compute(results: Results, fits: StudyFits, quantity: Quantity, column: 
     if any(row.charged(column) != row.compute[column] for _, fit in chosen for row in fit.rows):
         handles.append(handle("stage 1 left out", "#555555", "", "o", filled=False))
     compute_axis(axes, column)
+    handles += _baselines(axes, results, chosen[0][1].measure)
     _value_axis(axes, results, quantity, chosen[0][1].measure)
     legend(figure, handles)
     return figure
+
+
+def _baselines(axes: Axes, results: Results, measure: str) -> list[Line2D]:
+    """What needs no model, as lines."""
+    handles = []
+    styles = itertools.cycle(((0, (1, 2)), (0, (5, 2, 1, 2)), (0, (6, 2))))
+    for (known, value), style in zip(results.baselines(measure).items(), styles, strict=False):
+        axes.axhline(value, color=BASELINE, linestyle=style, linewidth=1.1, zorder=1)
+        handles.append(Line2D([], [], color=BASELINE, linestyle=style, linewidth=1.1, label=f"counting: {name(known)}"))
+    return handles
 
 
 def published_near(results: Results, quantity: Quantity, column: str) -> tuple[list[Published], list[Published]]:
@@ -125,6 +140,12 @@ def _published(
 
 def _value_axis(axes: Axes, results: Results, quantity: Quantity, measure: str) -> None:
     if quantity == "loss":
+        shown = [value for line in axes.get_lines() for value in np.asarray(line.get_ydata(), float) if value > 0]
+        if shown and max(shown) > WIDE * min(shown):  # a loose bound would press the others together
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(LOSS_TITLES.get(measure, name(measure).capitalize()))
         axes.set_ylabel(unit(measure, True).capitalize())
         return
