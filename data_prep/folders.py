@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from cola_megatron.records.on_disk import flush
 from data_prep.errors import DataPrepError
 
 __all__ = ["new_folder", "place_folder"]
@@ -65,23 +66,15 @@ def _put_in_place(temporary: Path, output: Path, replace: bool) -> None:
         shutil.rmtree(old)
     else:
         temporary.rename(output)
-    _flush_one(output.parent)
+    flush(output.parent)
 
 
 def _flush_to_disk(folder: Path) -> None:
     """Force everything below `folder` to the disk, so that a crash after the rename cannot leave empty files."""
     for parent, _, names in os.walk(folder):
         for name in names:
-            _flush_one(Path(parent, name))
-        _flush_one(Path(parent))
-
-
-def _flush_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            flush(Path(parent, name))
+        flush(Path(parent))
 
 
 def _umask() -> int:
