@@ -616,18 +616,17 @@ def test_bad_data_ends_the_run_or_is_counted(
     assert (bad.rule, f"{bad.place}: {bad.message}") == (rule, said)
 
 
-def test_what_stands_before_the_damage_is_read(tmp_path: Path) -> None:
+def test_nothing_of_a_damaged_file_is_read(tmp_path: Path) -> None:
     for name, compress in {"a.jsonl.gz": gzip.compress, "a.jsonl.zst": zstd}.items():
         data = compress(MANY)
         put(tmp_path / name, data[: len(data) // 2])
-        *documents, bad = read(tmp_path / name, bad_documents="skip")
-        assert 500 < len(documents) < 1500
-        assert all(isinstance(document, Document) for document in documents)
+        (bad,) = read(tmp_path / name, bad_documents="skip")
         assert (bad.rule, bad.place) == ("bad_archive", str(tmp_path / name))
         assert "it ends too early" in bad.message
         data = data[: len(data) // 2] + bytes(100) + data[len(data) // 2 + 100 :]
         put(tmp_path / name, data)
-        assert read(tmp_path / name, bad_documents="skip")[-1].rule == "bad_archive"
+        (bad,) = read(tmp_path / name, bad_documents="skip")
+        assert bad.rule == "bad_archive"
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_arrow])

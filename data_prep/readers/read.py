@@ -42,7 +42,7 @@ def read_part(part: Part, source: SourceSettings) -> Iterator[Document | BadDocu
     """
     _check_unchanged(part)
     if source.bad_documents == "skip" and (corruption := _corruption(part)) is not None:
-        yield BadDocument(part.location, "bad_archive", f"{corruption}; nothing of it is used", part.bytes)
+        yield BadDocument(part.location, "bad_archive", corruption, part.bytes)
         return
     for document in _whole(part, READERS[part.format](part, source)):
         if isinstance(document, BadDocument) and document.is_fault and source.bad_documents == "error":
