@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import gzip
 import io
 import json
@@ -212,3 +213,51 @@ def test_a_corrupt_file_gives_no_garbage_under_skip(tmp_path: Path) -> None:
         path.write_bytes(cut)
         (bad,) = read(path, bad_documents="skip")
         assert bad.rule == "bad_archive" and "it ends too early" in bad.message
+
+
+def left_out_of(*inputs: object) -> tuple[list[str], dict[str, str]]:
+    """What is found, and what is left out by name, with the reason."""
+    left: dict[str, str] = {}
+    chosen = SourceSettings(name="web", inputs=list(map(str, inputs)))
+    found = find_parts(chosen, 2**30, lambda place, why: left.update({Path(place).name: why}))
+    return [each.text for part in found for each in read_part(part, chosen)], left
+
+
+def test_a_link_beside_what_it_links_to_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "2024").mkdir()
+    (tmp_path / "2024" / "a.txt").write_text("one")
+    (tmp_path / "b.txt").write_text("two")
+    (tmp_path / "latest").symlink_to("2024")
+    (tmp_path / "a_link.txt").symlink_to("b.txt")
+    for inputs in (tmp_path, f"{tmp_path}/*", f"{tmp_path}/**", f"{tmp_path}/**/*.txt"):
+        found, left = left_out_of(inputs)
+        assert found == ["one", "two"], inputs
+        assert left["a_link.txt"] == f"a link to {tmp_path}/b.txt, which is read once"
+        assert "latest" in left or left["a.txt"].endswith("2024/a.txt, which is read once")
+
+
+def test_links_that_lead_to_each_other_end(tmp_path: Path) -> None:
+    for name in ("in", "there"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / f"{name}.txt").write_text(name)
+        for number in range(3):
+            other = {"in": "there", "there": "in"}[name]
+            (tmp_path / name / f"link_{number}").symlink_to(tmp_path / other)
+            (tmp_path / name / f"deep_link_{number}").symlink_to(tmp_path / other / "deep")
+            (tmp_path / name / "deep" / f"up_{number}").symlink_to(tmp_path)
+    for inputs in (tmp_path / "in", f"{tmp_path}/in/**/*.txt", f"{tmp_path}/i*/**/*.txt"):
+        found, left = left_out_of(inputs)
+        assert sorted(found) == ["in", "there"], inputs
+        assert left["up_0"] == "a link to a folder around it"
+        assert "which is read by that name" in left["link_2"]
+
+
+def test_a_pattern_of_any_depth_means_what_it_did(tmp_path: Path) -> None:
+    for name in ("a.txt", "x/b.txt", "x/y/c.txt", "x/y/z/d.txt", "x/.hidden/e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(Path(name).stem)
+    for pattern in ("**/*.txt", "x/**/*.txt", "**/y/*.txt", "**/y", "x/**", "*/y/**/*.txt", "**/[cd].txt", "**"):
+        means = glob.glob(f"{tmp_path}/{pattern}", recursive=True)
+        means = [file for each in means for file in ([each] if os.path.isfile(each) else Path(each).rglob("*.txt"))]
+        wanted = {Path(each).stem for each in means} - {"e"}
+        assert set(left_out_of(f"{tmp_path}/{pattern}")[0]) == wanted, pattern

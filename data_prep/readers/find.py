@@ -94,13 +94,26 @@ def _files_of(text: str, source: SourceSettings, leave_out: LeaveOut) -> list[_F
             raise DataPrepError(
                 f"{location}: holds no {_names(wanted)} file; give a folder with data{''.join(left[:1])}"
             )
-        return files
+        return _each_once(store, files, leave)
     if not glob.has_magic(text):
         raise DataPrepError(f"{location}: does not exist; give a file, a folder, a glob, a URL or `{EMBEDDED}`")
     files = _matching_files(store, location, source, leave)
     if not files:
         raise DataPrepError(f"{location}: matches no {_names(wanted)} file; check the pattern{''.join(left[:1])}")
-    return files
+    return _each_once(store, files, leave)
+
+
+def _each_once(store: Store, files: list[_File], leave_out: LeaveOut) -> list[_File]:
+    """Of the names of one file in a folder or glob its own; the others are links, such as `latest`."""
+    names: dict[str, list[str]] = {}
+    for file in files:
+        names.setdefault(store.identity(file.location), []).append(file.location)
+    kept = {real if real in found else found[0] for real, found in names.items()}
+    for real, found in names.items():
+        for location in found:
+            if location not in kept:
+                leave_out(location, f"a link to {real}, which is read once")
+    return [file for file in files if file.location in kept]
 
 
 def _kind_of(location: str) -> tuple[str | None, str | None]:
@@ -122,10 +135,10 @@ def _named_file(location: str, wanted: str) -> _File:
 
 def _files_in_folder(store: Store, folder: str, source: SourceSettings, leave_out: LeaveOut) -> list[_File]:
     wanted = source.format
-    files, hidden = store.files_below(folder)
+    files, hidden_or_linked = store.files_below(folder)
     files = [file for file in files if _has_text_as_name(file, leave_out)]
-    for location in hidden:
-        leave_out(location, "hidden")
+    for location, why in sorted(hidden_or_linked.items()):
+        leave_out(location, why)
     if wanted == "huggingface" or (wanted == "auto" and is_dataset(folder, files)):
         rows = data_files(folder, files)
         for location in sorted(set(files) - set(rows)):
@@ -167,7 +180,10 @@ def _has_text_as_name(location: str, leave_out: LeaveOut) -> bool:
 def _matching_files(store: Store, pattern: str, source: SourceSettings, leave_out: LeaveOut) -> list[_File]:
     found: dict[str, _File] = {}
     wanted = source.format
-    for location, kind in store.matches(pattern).items():
+    matched, linked = store.matches(pattern)
+    for location, why in sorted(linked.items()):
+        leave_out(location, why)
+    for location, kind in matched.items():
         if not _has_text_as_name(location, leave_out):
             continue
         if kind == "folder":
