@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from data_prep.documents import BadDocument, Part
 from data_prep.errors import DataPrepError
-from data_prep.plan import _grouped
+from data_prep.plan import _grouped, make_plan
 from data_prep.readers import find_parts, read_part
 from data_prep.recipe import SourceSettings
 from launchers.cli import app
-from tests.test_data_prep import document
+from tests.test_data_prep import document, run, settings_for
 from tests.test_data_readers import jsonl, read, texts, zstd
 
 TEXTS = [f"Page {number}, été\nand a second line" for number in range(30)]
@@ -261,3 +261,19 @@ def test_a_pattern_of_any_depth_means_what_it_did(tmp_path: Path) -> None:
         means = [file for each in means for file in ([each] if os.path.isfile(each) else Path(each).rglob("*.txt"))]
         wanted = {Path(each).stem for each in means} - {"e"}
         assert set(left_out_of(f"{tmp_path}/{pattern}")[0]) == wanted, pattern
+
+
+@pytest.mark.parametrize("pattern", ["", "/*", "/**"])
+def test_an_output_inside_of_the_input_is_no_input(tmp_path: Path, pattern: str) -> None:
+    for number in range(60):
+        (tmp_path / f"{number}.txt").write_text(document(number))
+    (tmp_path / "README.md").write_text(document(60))
+    output = run(f"{tmp_path}{pattern}", tmp_path / "out")
+    before = (output / "report.json").read_bytes()
+    assert run(f"{tmp_path}{pattern}", tmp_path / "out") == output, "already prepared"
+    plan = make_plan(settings_for(f"{tmp_path}{pattern}", output))
+    assert len(plan.inputs[0].parts) == 61 and [each.why for each in plan.left_out["text"]] in (
+        [],
+        ["this preparation makes it"],
+    )
+    assert (output / "report.json").read_bytes() == before

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import glob
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.documents import Part
@@ -47,7 +48,12 @@ LeaveOut = Callable[[str, str], None]
 """Told of a location and why it is left out."""
 
 
-def find_parts(source: SourceSettings, task_bytes: int, leave_out: LeaveOut = lambda location, why: None) -> list[Part]:
+def find_parts(
+    source: SourceSettings,
+    task_bytes: int,
+    leave_out: LeaveOut = lambda location, why: None,
+    own: Sequence[Path] = (),
+) -> list[Part]:
     """The parts of a source, in the order in which they are read.
 
     A folder stands for the files below it that are data, by their names or, where those say nothing, their content; a
@@ -59,19 +65,20 @@ def find_parts(source: SourceSettings, task_bytes: int, leave_out: LeaveOut = la
         task_bytes: larger JSONL files are cut to ranges of at most this size, unless they are compressed, and larger
             Parquet files to ranges of row groups of about this size. Other files are one part each.
         leave_out: told of every file of a folder or glob that is not read, and why.
+        own: absolute paths of what the preparation makes, which is no input of it.
 
     Raises:
         DataPrepError: an input is missing, of an unknown kind, holds no data or cannot be read, a file is named twice,
             or a package is missing. Files that are empty or damaged are left to `read_part` where bad documents are
             skipped.
     """
-    files = list(chain.from_iterable(_files_of(text, source, leave_out) for text in source.inputs))
+    files = list(chain.from_iterable(_files_of(text, source, leave_out, own) for text in source.inputs))
     _refuse_repeats([file.location for file in files])
     with ThreadPool(THREADS) as pool:
         return list(chain.from_iterable(pool.imap(lambda file: _parts_of(file, source, task_bytes), files)))
 
 
-def _files_of(text: str, source: SourceSettings, leave_out: LeaveOut) -> list[_File]:
+def _files_of(text: str, source: SourceSettings, leave_out: LeaveOut, own: Sequence[Path]) -> list[_File]:
     """Each file that an input stands for."""
     if text == EMBEDDED:
         return [_File(EMBEDDED, EMBEDDED, None)]
@@ -89,7 +96,7 @@ def _files_of(text: str, source: SourceSettings, leave_out: LeaveOut) -> list[_F
     if kind == "file":
         return [_named_file(location, wanted)]
     if kind == "folder":
-        files = _files_in_folder(store, location, source, leave)
+        files = _files_in_folder(store, location, source, leave, own)
         if not files:
             raise DataPrepError(
                 f"{location}: holds no {_names(wanted)} file; give a folder with data{''.join(left[:1])}"
@@ -97,7 +104,7 @@ def _files_of(text: str, source: SourceSettings, leave_out: LeaveOut) -> list[_F
         return _each_once(store, files, leave)
     if not glob.has_magic(text):
         raise DataPrepError(f"{location}: does not exist; give a file, a folder, a glob, a URL or `{EMBEDDED}`")
-    files = _matching_files(store, location, source, leave)
+    files = _matching_files(store, location, source, leave, own)
     if not files:
         raise DataPrepError(f"{location}: matches no {_names(wanted)} file; check the pattern{''.join(left[:1])}")
     return _each_once(store, files, leave)
@@ -133,12 +140,19 @@ def _named_file(location: str, wanted: str) -> _File:
     return _File(location, format, compression)
 
 
-def _files_in_folder(store: Store, folder: str, source: SourceSettings, leave_out: LeaveOut) -> list[_File]:
+def _files_in_folder(
+    store: Store, folder: str, source: SourceSettings, leave_out: LeaveOut, own: Sequence[Path]
+) -> list[_File]:
     wanted = source.format
     files, hidden_or_linked = store.files_below(folder)
+    for each in own:
+        if any(_is_below(file, each) for file in files):
+            leave_out(str(each), "this preparation makes it")
+            files = [file for file in files if not _is_below(file, each)]
     files = [file for file in files if _has_text_as_name(file, leave_out)]
     for location, why in sorted(hidden_or_linked.items()):
-        leave_out(location, why)
+        if not any(_is_below(location, each) for each in own):
+            leave_out(location, why)
     if wanted == "huggingface" or (wanted == "auto" and is_dataset(folder, files)):
         rows = data_files(folder, files)
         for location in sorted(set(files) - set(rows)):
@@ -169,6 +183,10 @@ def _is_beside_the_data(file: _File, source: SourceSettings, leave_out: LeaveOut
     return False
 
 
+def _is_below(location: str, folder: Path) -> bool:
+    return location == str(folder) or location.startswith(f"{folder}/")
+
+
 def _has_text_as_name(location: str, leave_out: LeaveOut) -> bool:
     """Whether plans and messages can hold the name."""
     if printable(location) == location:
@@ -177,17 +195,19 @@ def _has_text_as_name(location: str, leave_out: LeaveOut) -> bool:
     return False
 
 
-def _matching_files(store: Store, pattern: str, source: SourceSettings, leave_out: LeaveOut) -> list[_File]:
+def _matching_files(
+    store: Store, pattern: str, source: SourceSettings, leave_out: LeaveOut, own: Sequence[Path]
+) -> list[_File]:
     found: dict[str, _File] = {}
     wanted = source.format
     matched, linked = store.matches(pattern)
     for location, why in sorted(linked.items()):
         leave_out(location, why)
     for location, kind in matched.items():
-        if not _has_text_as_name(location, leave_out):
+        if any(_is_below(location, each) for each in own) or not _has_text_as_name(location, leave_out):
             continue
         if kind == "folder":
-            files = _files_in_folder(store, location, source, leave_out)
+            files = _files_in_folder(store, location, source, leave_out, own)
         elif wanted not in ("auto", "huggingface"):
             files = [_named_file(location, wanted)]
         else:
