@@ -13,7 +13,7 @@ from pathlib import Path
 from cola_megatron.records.on_disk import flush
 from data_prep.errors import DataPrepError
 
-__all__ = ["new_folder", "place_folder"]
+__all__ = ["new_folder", "place_folder", "remove_folder"]
 
 
 @contextlib.contextmanager
@@ -57,13 +57,22 @@ def place_folder(finished: Path, output: Path, replace: bool) -> None:
         raise DataPrepError(_cause_and_cure(error, output)) from error
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder; what cannot be removed, a file that another process holds on NFS, is no longer in its place."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        with contextlib.suppress(OSError):
+            aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.removed-", dir=folder.parent))
+            folder.rename(aside)
+
+
 def _put_in_place(temporary: Path, output: Path, replace: bool) -> None:
     """Renames `temporary` to `output`; a folder that it replaces keeps its content until then. Raises OSError."""
     if replace and output.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=output.parent))
         output.rename(old)
         temporary.rename(output)
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     else:
         temporary.rename(output)
     flush(output.parent)

@@ -7,16 +7,19 @@ import gzip
 import io
 import json
 import os
+import shutil
 import tarfile
 import time
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 from data_prep.documents import BadDocument, Part
 from data_prep.errors import DataPrepError
 from data_prep.plan import _grouped, make_plan
+from data_prep.prepare import begin, prepare
 from data_prep.readers import find_parts, read_part
 from data_prep.recipe import SourceSettings
 from launchers.cli import app
@@ -277,3 +280,77 @@ def test_an_output_inside_of_the_input_is_no_input(tmp_path: Path, pattern: str)
         ["this preparation makes it"],
     )
     assert (output / "report.json").read_bytes() == before
+
+
+def test_all_empty_files_are_named_in_one_message(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.jsonl", "c.jsonl.gz", "d.txt"):
+        (tmp_path / name).write_text("text" if name == "d.txt" else "")
+    with pytest.raises(
+        DataPrepError, match=r"^3 files are empty; remove them .*: /.*/a\.txt, .*/b\.jsonl, .*c\.jsonl\.gz$"
+    ):
+        texts(tmp_path)
+    rules = [getattr(each, "rule", None) for each in read(tmp_path, bad_documents="skip")]
+    assert rules == ["empty_file", "empty_file", "empty_file", None]
+
+
+@pytest.mark.parametrize("indent", [1, 4])
+@pytest.mark.parametrize("content", [[{"text": "one"}, {"text": "two"}], {"text": "one"}])
+def test_json_over_several_lines_has_its_cure(tmp_path: Path, indent: int, content: object) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(content, indent=indent))
+    with pytest.raises(DataPrepError, match=r"a\.json:1: .*over several lines; .* an array with jq -c '\.\[\]'"):
+        texts(tmp_path)
+
+
+def test_an_option_serves_every_cure_that_a_message_names(tmp_path: Path) -> None:
+    (tmp_path / "part.x").write_bytes(b"{\n" + jsonl([document(seed) for seed in range(60)]))
+
+    def run_with(*options: str) -> Result:
+        where = [str(tmp_path / "part.x"), "--output", str(tmp_path / "out"), "--workers", "1"]
+        fixed = ["--sequence-length", "32", "--vocab-size", "300", "--held-out-fraction", "0.2"]
+        return CliRunner().invoke(app, ["prep", "run", *where, *fixed, *options])
+
+    assert "set format" in str(run_with().exception)
+    assert run_with("--format", "jsonl").exception is not None
+    done = run_with("--format", "jsonl", "--bad-documents", "skip", "--padding", "<fill>")
+    assert done.exit_code == 0 and "removed bad_json 1 (1.6%)" in done.output
+    refused = run_with("--held-out-fraction", "0")
+    assert "held_out_fraction=0: training measures on" in str(refused.exception)
+
+
+def test_a_file_written_again_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl([document(seed) for seed in range(60)]))
+    output = run(path, tmp_path / "out")
+    os.utime(path, (time.time() + 60, time.time() + 60))
+    with pytest.raises(
+        DataPrepError, match=r"a\.jsonl was written at 20.*; if its content is as before, the folder is"
+    ):
+        run(path, output)
+
+
+def test_what_cannot_be_removed_is_out_of_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, where a file that another process holds stays behind as .nfs0001."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl([document(seed) for seed in range(60)]))
+    real = shutil.rmtree
+
+    def remove(folder: Path, ignore_errors: bool = False) -> None:
+        existed = Path(folder).exists()
+        real(folder, ignore_errors=True)
+        if not existed:
+            return
+        Path(folder).mkdir()
+        (Path(folder) / ".nfs0001").write_text("held")
+        if not ignore_errors:
+            raise OSError("directory not empty")
+
+    plan = make_plan(settings_for(path, tmp_path / "out"))
+    work = begin(plan)
+    assert work is not None
+    work.run("clean", 0, lambda folder: {})
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    work.forget("clean", 0)
+    assert not work.is_finished("clean", 0)
+    output = prepare(settings_for(path, tmp_path / "out", held_out_fraction=0.3), progress=False, force=True)
+    assert not (tmp_path / "out.work").exists()
+    assert prepare(settings_for(path, output), progress=False, force=True) == output

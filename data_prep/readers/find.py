@@ -35,6 +35,8 @@ __all__ = ["find_parts"]
 
 # Sizes and Parquet footers of remote files are asked for at once: each answer takes tens of milliseconds.
 THREADS = 16
+# Files in one message.
+NAMED = 20
 NOT_UTF8 = "its name is not UTF-8; rename it, e.g. with convmv"
 
 
@@ -75,7 +77,10 @@ def find_parts(
     files = list(chain.from_iterable(_files_of(text, source, leave_out, own) for text in source.inputs))
     _refuse_repeats([file.location for file in files])
     with ThreadPool(THREADS) as pool:
-        return list(chain.from_iterable(pool.imap(lambda file: _parts_of(file, source, task_bytes), files)))
+        parts = list(chain.from_iterable(pool.imap(lambda file: _parts_of(file, source, task_bytes), files)))
+    if source.bad_documents == "error":
+        _refuse_empty([part.location for part in parts if part.bytes == 0 and part.format != EMBEDDED])
+    return parts
 
 
 def _files_of(text: str, source: SourceSettings, leave_out: LeaveOut, own: Sequence[Path]) -> list[_File]:
@@ -239,6 +244,16 @@ def _names(wanted: str) -> str:
     return ", ".join(suffixes)
 
 
+def _refuse_empty(locations: list[str]) -> None:
+    if len(locations) == 1:
+        raise DataPrepError(f"{locations[0]}: is empty; remove it from the inputs, or set bad_documents to skip")
+    if locations:
+        named = ", ".join(locations[:NAMED]) + (", ..." if len(locations) > NAMED else "")
+        raise DataPrepError(
+            f"{len(locations):,} files are empty; remove them from the inputs, or set bad_documents to skip: {named}"
+        )
+
+
 def _refuse_repeats(locations: list[str]) -> None:
     seen: dict[str, str] = {}
     for location in locations:
@@ -257,8 +272,6 @@ def _parts_of(file: _File, source: SourceSettings, task_bytes: int) -> list[Part
         return [Part(source=source.name, location=EMBEDDED, format=EMBEDDED, bytes=0, version=sys.version)]
     require_packages(location, format, compression)
     state = store_of(location).state(location, listed=True)
-    if state.bytes == 0 and source.bad_documents == "error":
-        raise DataPrepError(f"{location}: is empty; remove it from the inputs")
     if format == "text" and state.bytes > LARGEST_TEXT_BYTES:
         raise DataPrepError(
             f"{location}: {state.bytes} bytes would be one document, the limit is {LARGEST_TEXT_BYTES}; "

@@ -13,6 +13,9 @@ from data_prep.recipe import SourceSettings
 __all__ = ["BYTE_ORDER_MARK", "Meter", "decode", "known_names", "parse_object", "text_and_url"]
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+OVER_LINES = (
+    "one JSON text over several lines; write one object per line, an array with jq -c '.[]', objects with jq -c ."
+)
 
 
 class Meter:
@@ -49,6 +52,8 @@ def parse_object(data: bytes) -> dict[str, Any]:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
         where = f"{error.msg} at column {error.colno}"
+        if text.strip() in ("[", "{") or text.lstrip().startswith("[{"):
+            raise BadRecord("bad_json", f"not valid JSON ({where}): {OVER_LINES}") from error
         raise BadRecord("bad_json", f"not valid JSON ({where}); repair or remove it") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
         raise BadRecord("bad_json", f"JSON that cannot be read ({error}); repair or remove it") from error
