@@ -8,6 +8,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -354,3 +356,19 @@ def test_what_cannot_be_removed_is_out_of_the_way(tmp_path: Path, monkeypatch: p
     output = prepare(settings_for(path, tmp_path / "out", held_out_fraction=0.3), progress=False, force=True)
     assert not (tmp_path / "out.work").exists()
     assert prepare(settings_for(path, output), progress=False, force=True) == output
+
+
+@pytest.mark.parametrize(
+    ("variables", "exit_code", "said"),
+    [
+        ({"LC_ALL": "C"}, 0, "ü.docx (files named .docx"),
+        ({"PYTHONIOENCODING": "ascii"}, 0, "\\xfc.docx (files named .docx"),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, 1, "read as ascii here; set PYTHONUTF8=1"),
+    ],
+)
+def test_any_locale_prints_any_name(tmp_path: Path, variables: dict[str, str], exit_code: int, said: str) -> None:
+    (tmp_path / "é.jsonl").write_bytes(jsonl(["one"]))
+    (tmp_path / "ü.docx").write_text("x")
+    command = [sys.executable, "-m", "launchers.cli", "prep", "run", str(tmp_path), "--output", "out", "--dry-run"]
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == exit_code and said in done.stdout + done.stderr

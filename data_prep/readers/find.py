@@ -37,7 +37,11 @@ __all__ = ["find_parts"]
 THREADS = 16
 # Files in one message.
 NAMED = 20
-NOT_UTF8 = "its name is not UTF-8; rename it, e.g. with convmv"
+NOT_UTF8 = (
+    "its name is not UTF-8; rename it, e.g. with convmv"
+    if sys.getfilesystemencoding() == "utf-8"
+    else f"names are read as {sys.getfilesystemencoding()} here; set PYTHONUTF8=1"
+)
 
 
 class _File(NamedTuple):
