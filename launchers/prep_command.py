@@ -207,6 +207,27 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command("inspect")
+def inspect(
+    folder: Path = typer.Argument(
+        ..., help="A prepared folder, or the work folder NAME.work of one that is not ready."
+    ),
+    rule: str = typer.Option(None, help="Only this rule, or the rules of this section."),
+    as_json: bool = typer.Option(False, "--json", help="Print them as JSON."),
+) -> None:
+    """Look at documents that were removed: of each source and rule the number, and examples with their places.
+
+    Example: `cola prep inspect data/web --rule gopher_quality`
+    """
+    from launchers.prep_inspect import print_removed, read_removed
+
+    removed = read_removed(folder, rule)
+    if as_json:
+        print_json(removed)
+    else:
+        print_removed(removed)
+
+
 @app.command("stats")
 def stats(
     folder: Path = typer.Argument(..., help="A prepared folder."),
