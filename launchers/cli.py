@@ -5,8 +5,11 @@ How it ends is in `cola_megatron.errors`.
 
 import contextlib
 import io
+import os
 import sys
+import time
 import traceback
+from typing import Any
 
 import typer
 
@@ -28,6 +31,10 @@ from launchers import (
     train_command,
 )
 from launchers.output import fail
+
+SECONDS_FOR_THE_FIRST = 5.0
+# Typer has a click of its own, and of its errors exports this one alone.
+_ClickException: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="cola",
@@ -83,8 +90,10 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = Output(sys.stdout, ends=True), Output(sys.stderr)
     try:
-        app()
+        _run()
     except UserError as error:
+        if error.exit_code == ExitCode.WRONG_USE:
+            _let_the_first_speak()
         sys.exit(fail(str(error), error.exit_code))
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
@@ -95,6 +104,33 @@ def main() -> None:
     finally:
         with contextlib.suppress(SystemExit):  # the code that it ends with is known
             sys.stdout.flush()
+
+
+def _run() -> None:
+    from cola_megatron.errors import ExitCode
+
+    if not _is_another():
+        app()
+        return
+    try:
+        code = app(standalone_mode=False)
+    except _ClickException as error:
+        _let_the_first_speak()
+        sys.exit(fail(error.format_message(), ExitCode.WRONG_USE))
+    except typer.Abort:
+        sys.exit(ExitCode.FAILED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_another() -> bool:
+    """Whether this is not the first of the processes of one command."""
+    return int(os.environ.get("RANK", 0)) > 0
+
+
+def _let_the_first_speak() -> None:
+    """What is wrong with a command is wrong for all of its processes; the first says it, and they end with it."""
+    if _is_another():
+        time.sleep(SECONDS_FOR_THE_FIRST)
 
 
 if __name__ == "__main__":

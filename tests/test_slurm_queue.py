@@ -1,6 +1,7 @@
 """What is submitted is known, found again and not submitted twice, whatever Slurm says; on a real one."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,17 @@ def test_a_time_limit_that_leaves_no_time_is_refused(words: list, slurm: Cluster
 )
 def test_time_limits_as_slurm_reads_them(limit: str, seconds: float) -> None:
     assert seconds_of(limit) == seconds
+
+
+def test_what_cannot_be_cancelled_is_said_job_by_job(tmp_path: Path) -> None:
+    said = (
+        "scancel: error: Kill job error on job id 123: Invalid job id specified\n"
+        "scancel: error: Kill job error on job id 7_3: Access/permission denied"
+    )
+    path = stub(tmp_path, squeue="true", sacct="true", scontrol="true", scancel=f"echo '{said}' >&2; exit 1")
+    done = cola("cancel", "123", "7_3", "9", env={**os.environ, "PATH": f"{path}:{os.environ['PATH']}"})
+    assert done.returncode == 1
+    assert done.stderr == (
+        "cola: 123: Slurm knows no such job, or has forgotten it since it ended; `cola status` shows what is there; "
+        "7_3: is another user's job, which Slurm does not let you end; cancelled 9\n"
+    )

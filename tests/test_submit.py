@@ -269,6 +269,19 @@ def test_launch_ends_as_its_processes_end(on_a_login_node: Path) -> None:
     assert "unknown key" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("words", ["nosuch", "train nosuch", "train tiny --nosuch"])
+def test_what_is_wrong_with_a_command_is_said_once(on_a_login_node: Path, words: str) -> None:
+    done = cola("launch", "--nproc", 2, *words.split())
+    assert done.returncode == ExitCode.WRONG_USE
+    assert done.stderr.count("nosuch") == 1 and "Traceback" not in done.stderr
+
+
+def test_what_is_wrong_for_another_process_alone_is_said_too(on_a_login_node: Path) -> None:
+    for words, said in ((["nosuch"], "No such command 'nosuch'"), (["train", "nosuch"], "nosuch: neither a config")):
+        done = cola(*words, env={**os.environ, "RANK": "1"})
+        assert done.returncode == ExitCode.WRONG_USE and done.stderr.startswith(f"cola: {said}")
+
+
 def test_a_rendezvous_on_a_port_in_use_is_one_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -34,6 +34,11 @@ CURES = {
     "socket timed out": "Slurm may have taken the job all the same: `cola status` of its folder shows it",
     "unable to contact": "the controller does not answer: is it up (`scontrol ping`)?",
 }
+REFUSED_ENDS = {
+    "invalid job id": "Slurm knows no such job, or has forgotten it since it ended; `cola status` shows what is there",
+    "access/permission denied": "is another user's job, which Slurm does not let you end",
+}
+"""What scancel says of a job, and what it means."""
 TIMEOUT_SECONDS = 120
 UNCONFIGURED = "Could not establish a configuration source"
 # Of options those variables that are not called like them, or say the same in another way.
@@ -214,6 +219,19 @@ def check_array_size(elements: int, cure: str = "give them as several arrays") -
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Cancels jobs; one that has ended is no error. Raises SlurmError."""
-    if jobs:
+    """Cancels jobs; one that has ended and is still known is no error. Raises SlurmError."""
+    if not jobs:
+        return
+    try:
         run(["scancel", *jobs])
+    except SlurmError as error:
+        refused = {
+            job: why
+            for sign, why in REFUSED_ENDS.items()
+            for job in re.findall(rf"job id (\S+): {sign}", str(error), re.IGNORECASE)
+        }
+        if not refused:
+            raise
+        named = "; ".join(f"{job}: {why}" for job, why in sorted(refused.items()))
+        others = [job for job in jobs if job not in refused]
+        raise SlurmError(named + (f"; cancelled {', '.join(others)}" if others else "")) from None
