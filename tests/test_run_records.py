@@ -17,6 +17,7 @@ from cola_megatron.errors import UserError
 from cola_megatron.records.goodput import read_attempts
 from cola_megatron.records.json_files import read_object, to_json, write_json
 from cola_megatron.records.metrics import MetricsLog, read_metrics
+from cola_megatron.records.progress import ProgressFile
 from cola_megatron.records.run_folder import Summary, write_summary
 from cola_megatron.training.loop import train
 from launchers.output import print_json, print_table
@@ -199,3 +200,20 @@ def test_records_are_on_the_disk_before_what_counts_on_them(tiny, monkeypatch):
     metrics = run / "metrics.jsonl"
     assert b'"step": 4' in metrics.read_bytes()[: flushed[metrics.stat().st_ino]], "the last checkpoint is of step 4"
     assert (run / "progress.json").stat().st_ino not in flushed, "written every second"
+
+
+def test_a_terminal_shows_averages_and_the_metrics_single_steps(tiny, capsys):
+    config = tiny(1, *STEPS, "training.log.every=1")
+    train(config, progress=True)
+    shown = [float(each) for each in re.findall(r"loss (\d+\.\d+), [\d,]+ tokens/s", capsys.readouterr().err)]
+    single = [value for (value,) in curve(config, "loss")]
+    assert shown == pytest.approx([sum(single[: count + 1]) / (count + 1) for count in range(4)], abs=1e-4)
+    assert shown != pytest.approx(single, abs=1e-4)
+    assert read_object(config.run_folder / "progress.json")["loss"] == pytest.approx(shown[-1], abs=1e-4)
+
+
+def test_an_average_forgets_a_loss_that_is_no_number(tmp_path: Path):
+    progress = ProgressFile(tmp_path, 0, 100)
+    for step, loss in enumerate([8.0, 6.0, math.nan, *[4.0] * 60], start=1):
+        progress.stepped(step, loss, 10)
+    assert progress.progress.loss == pytest.approx(4.0, abs=1e-3)

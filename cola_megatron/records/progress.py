@@ -1,5 +1,6 @@
 """Where a run stands, for people who watch it: progress.json, written anew at most once a second."""
 
+import math
 import os
 import socket
 import time
@@ -11,6 +12,7 @@ from cola_megatron.records.json_files import read_object, to_json, write_whole
 
 PROGRESS = "progress.json"
 EVERY_SECONDS = 1.0
+LAST_STEPS = 10
 
 
 @dataclass
@@ -23,9 +25,9 @@ class Progress:
     state: str
     """starting, training, measuring, saving, finished, stopped, diverged or failed."""
     loss: float | None = None
+    """This and the next two: averages over the last steps, of which `LAST_STEPS` have most of the weight."""
     tokens_per_second: float | None = None
     seconds_per_step: float | None = None
-    """Average over the last steps."""
     job: str | None = None
     """Of Slurm."""
     host: str = ""
@@ -40,6 +42,7 @@ class ProgressFile:
         self._path = run_folder / PROGRESS
         self._last = 0.0
         self._stepped: float | None = None
+        self._steps = 0
         job, host = os.environ.get("SLURM_JOB_ID"), socket.gethostname()
         self.progress = Progress(step, steps, "starting", job=job, host=host)
         self.write("starting")
@@ -50,9 +53,13 @@ class ProgressFile:
         if self._stepped is not None:
             took = now - self._stepped
             mean = progress.seconds_per_step
-            progress.seconds_per_step = took if mean is None else mean + 0.1 * (took - mean)
+            progress.seconds_per_step = took if mean is None else mean + (took - mean) / LAST_STEPS
             progress.tokens_per_second = tokens / progress.seconds_per_step
-        self._stepped, progress.step, progress.loss = now, step, loss
+        self._steps += 1
+        before = progress.loss
+        smooth = before is not None and math.isfinite(before)  # one loss that is no number is not seen for ever
+        progress.loss = before + (loss - before) / min(self._steps, LAST_STEPS) if smooth else loss
+        self._stepped, progress.step = now, step
         if now - self._last >= EVERY_SECONDS:
             self.write("training")
 

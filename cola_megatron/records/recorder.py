@@ -39,7 +39,10 @@ class RunRecorder:
     def train(self, step: int, metrics: dict[str, float], seconds: float) -> None:
         """Records a step; `seconds` is the time of the run until here."""
         self._log.write("train", step, {**metrics, **self._accounts.metrics(seconds), "seconds": seconds})
-        said = f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s"
+        # Of single steps both jump about: metrics.jsonl has them as they are.
+        now = self._progress.progress
+        speed = metrics["tokens_per_second"] if now.tokens_per_second is None else now.tokens_per_second
+        said = f"loss {metrics['loss'] if now.loss is None else now.loss:.4f}, {speed:,.0f} tokens/s"
         self._bar.set_postfix_str(said)
         if self._lines:
             print(f"step {step:,} of {self._steps:,}: {said}", file=sys.stderr, flush=True)
