@@ -58,7 +58,7 @@ def jobs_of(opened: StudyFolder, processes: int = 1) -> dict[str, Job]:
         first = (DATA,)
     for run in opened.expanded.runs.values():
         jobs[run.name] = _training(opened, run, first, processes)
-    for point in opened.expanded.points:
+    for point in opened.expanded.measured_once():
         measure = _measurement(opened, point)
         jobs[measure.name] = measure
     return jobs

@@ -115,9 +115,10 @@ class StudyOnSlurm:
 
     @cached_property
     def _points_left(self) -> list[int]:
-        """Numbers of the points that are not measured in full."""
-        points = enumerate(self.opened.expanded.points)
-        return [number for number, point in points if self.opened.missing_measures(point)]
+        """Numbers of the points that are not measured in full, those that share their measurements once."""
+        expanded = self.opened.expanded
+        once = {point.name for point in expanded.measured_once() if self.opened.missing_measures(point)}
+        return [number for number, point in enumerate(expanded.points) if point.name in once]
 
     @cached_property
     def _data_left(self) -> Job | None:

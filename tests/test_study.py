@@ -141,6 +141,35 @@ def test_arms_that_share_a_stage_one_train_it_once(tmp_path):
     assert found.runs["slow-ratelow-20-s1"].needs == ("cola-stage1-s1",)
 
 
+@pytest.mark.parametrize("kind", ["own", "branches", "checkpoints"])
+def test_a_setting_that_two_axes_have_in_common_is_one_run_and_a_row_of_each(kind, tmp_path):
+    arms = {name: {"config": "tiny-autoregressive"} for name in ("rate", "seed")}
+    axes = {
+        "rate": {"arms": ["rate"], "settings": {"own": {}, "low": {"training.optimizer.learning_rate": 1e-3}}},
+        "order": {"arms": ["seed"], "settings": {"own": {}, "other": {"data.seed": 1}}},
+    }
+    budgets = {"column": "steps", "amounts": [20, 40], "runs": kind, "warmup_share": 0.1}
+    over = {"arms": arms, "axes": axes, "seeds": [1], "budgets": budgets}
+    found = expanded(tmp_path, over)
+    assert all(need in found.runs for run in found.runs.values() for need in run.needs)
+    of_rate, of_order = ([p for p in found.points if p.settings == {axis: "own"}] for axis in ("rate", "order"))
+    assert [(p.run, p.trunk, p.measured_as) for p in of_rate] == [(p.run, p.trunk, p.measured_as) for p in of_order]
+    assert {point.run for point in of_rate} <= found.runs.keys() and len(found.points) == 8
+    measures = [job for job in jobs_of(begun(tmp_path, over)).values() if job.kind == "measure"]
+    assert len(measures) == 6, "what is common is measured once"
+
+
+def test_arms_of_one_run_that_are_measured_differently_are_measured_apart(tmp_path):
+    arms = {
+        "few": {**SMALL["arms"]["cola"], "generation": {"steps": 4}},
+        "many": {**SMALL["arms"]["cola"], "generation": {"steps": 8}},
+        "drawn": {**SMALL["arms"]["cola"], "generation": {"steps": 8}, "likelihood": {"samples": 2}},
+    }
+    found = expanded(tmp_path, {"arms": arms, "seeds": [1], "budgets": {"column": "steps", "amounts": [20]}})
+    assert {point.run for point in found.points} == {"few-20-s1"}
+    assert len({point.measured_as for point in found.points}) == 3
+
+
 def test_rules_set_rate_and_batch_of_every_run(tmp_path):
     over = {
         "learning_rate": {"rule": "power_law", "of": "tokens", "coefficient": 1e-3, "exponent": -0.5, "reference": 1e5},
@@ -181,6 +210,10 @@ def test_the_shipped_studies_expand_at_every_scale(name, tmp_path):
         ({"budgets": {"column": "tokens", "amounts": [100]}}, "is below one step"),
         ({"budgets": {"column": "tokens", "amounts": [10_000]}}, "from the nearest whole number of steps"),
         ({"budgets": {"column": "steps", "amounts": [20, 20.1]}}, "two budgets are 20 steps each"),
+        (
+            {"budgets": {"column": "steps", "amounts": [12341, 12342], "runs": "checkpoints"}},
+            "two points have the name",
+        ),
         ({"budgets": {"column": "model", "amounts": [1e10]}}, "stage 1 (cola-stage1-s1) alone takes"),
         ({"axes": {"x": {"arms": ["llama"], "settings": {"1": {}}}}}, "axes.x names the arm llama"),
         ({"data": {}}, "data needs one of path and source"),
