@@ -10,11 +10,16 @@ from pathlib import Path
 
 from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.data.manifest import MANIFEST_NAME
+from cola_megatron.families import family_of
+from cola_megatron.inference.requests import read_settings
 from cola_megatron.planning.memory import rank_memory
 from cola_megatron.planning.split import pipeline_split
 from cola_megatron.studies.folder import LOG, StudyFolder, last_line
 from cola_megatron.studies.measured import commands
-from cola_megatron.studies.runs import DATA, Point, StudyRun
+from cola_megatron.studies.runs import DATA, Expanded, Point, StudyRun
+from cola_megatron.studies.study_file import StudyConfig
+from launchers.generation_options import settings_of
+from launchers.prep_recipes import from_file
 
 PROCESS_BYTES = 1.2e9
 """What a process of this package takes beside its model: Python, torch and the libraries."""
@@ -49,8 +54,9 @@ def jobs_of(opened: StudyFolder, processes: int = 1) -> dict[str, Job]:
         processes: of each run that trains.
 
     Raises:
-        ConfigError: the arms cannot share one data set, or a task is unknown.
+        ConfigError: the arms cannot share one data set, or a task or a setting of measurements is unknown.
     """
+    check_settings(opened.study, opened.expanded)
     jobs: dict[str, Job] = {}
     first: tuple[str, ...] = ()
     if opened.study.data.path is None:
@@ -108,8 +114,11 @@ def preparation(opened: StudyFolder) -> Job:
         raise ConfigError(f"the arms need different data ({found}): one study has one data set")
     ((vocabulary, length),) = shapes
     output, source = opened.folder / DATA, str(opened.study.data.source)
-    words = ["prep", "run", source, "--output", str(output)]
-    if not source.endswith((".yaml", ".yml")):
+    if source.endswith((".yaml", ".yml")):
+        _check_recipe(source, vocabulary, length)
+        words = ["prep", "run", "--recipe", source, "--output", str(output)]
+    else:
+        words = ["prep", "run", source, "--output", str(output)]
         words += ["--sequence-length", str(length), "--vocab-size", str(vocabulary)]
     return Job(
         DATA,
@@ -118,6 +127,29 @@ def preparation(opened: StudyFolder) -> Job:
         lambda: (output / MANIFEST_NAME).is_file(),
         opened.folder / "data.log",
     )
+
+
+def _check_recipe(source: str, vocabulary: int, length: int) -> None:
+    """Before hours of preparation; the vocabulary of a tokenizer that is given is seen when its data are read."""
+    recipe = from_file(Path(source), [], None)
+    wanted = [("packing.sequence_length", recipe.packing.sequence_length, "data.sequence_length", length)]
+    if recipe.tokenizer.path is None:
+        wanted.append(("tokenizer.vocab_size", recipe.tokenizer.vocab_size, "model.vocab_size", vocabulary))
+    for key, there, own, here in wanted:
+        if there != here:
+            raise ConfigError(f"{source} has {key}={there}, and the runs have {own}={here}: make them equal")
+
+
+def check_settings(study: StudyConfig, expanded: Expanded) -> None:
+    """Of generation and likelihood, which are used when the training is over; raises ConfigError."""
+    for point in expanded.points:
+        family = family_of(expanded.runs[point.run].config)
+        try:
+            settings_of(family, dict(point.generation))
+            given = dict(study.arms[point.arm].likelihood)
+            read_settings(family.likelihood_settings, given, f"a likelihood by {family.title}")
+        except (ConfigError, ValueError) as error:
+            raise ConfigError(f"{point.name}: {error}") from None
 
 
 def _training(opened: StudyFolder, run: StudyRun, first: tuple[str, ...], processes: int) -> Job:
@@ -144,7 +176,12 @@ def _measurement(opened: StudyFolder, point: Point) -> Job:
         f"measure-{point.name}",
         "measure",
         lambda: commands(
-            study.measures, point.generation, study.arms[point.arm].likelihood, opened.checkpoint_of(point), output
+            study.measures,
+            point.generation,
+            study.arms[point.arm].likelihood,
+            opened.checkpoint_of(point),
+            output,
+            opened.data,
         ),
         lambda: not opened.missing_measures(point),
         output / LOG,

@@ -31,11 +31,13 @@ class Machine:
     """What of this machine a study may use."""
 
     at_once: int
-    """Processes at a time."""
+    """Jobs at a time."""
     memory: float
     """Bytes for all of them."""
     gpus: tuple[str, ...] = ()
-    """Of CUDA_VISIBLE_DEVICES, one for each job at a time; none: the CPU."""
+    """CUDA_VISIBLE_DEVICES of each job at a time, which jobs beyond their number share; none: the CPU."""
+    processes: int = 1
+    """Of each run: its share of the cores is divided among them."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,9 @@ class LocalScheduler:
                     _say(f"{job.name}: another job trains there; it is waited for")
                     self._said_waiting.add(job.name)
                 continue
+            if job.is_done():  # by somebody else, meanwhile
+                self.done.add(job.name)
+                continue
             self._begin(job, [list(words) for words in job.words()])
 
     def _ready(self) -> list[Job]:
@@ -142,8 +147,8 @@ class LocalScheduler:
         self.running[job.name] = _Running(job, words[1:], process, log, slot, time.monotonic())
 
     def _environment(self, slot: int) -> dict[str, str]:
-        cores = len(os.sched_getaffinity(0))
-        environment = {"OMP_NUM_THREADS": str(max(1, cores // self.machine.at_once)), **os.environ}
+        cores, processes = len(os.sched_getaffinity(0)), self.machine.at_once * self.machine.processes
+        environment = {"OMP_NUM_THREADS": str(max(1, cores // processes)), **os.environ}
         if self.machine.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.machine.gpus[slot % len(self.machine.gpus)]
         return environment

@@ -275,6 +275,69 @@ def test_a_run_that_has_not_begun_may_still_change(tmp_path):
     assert "cola-ratelow-20-s1" in begun(tmp_path, {"axes": axes}).expanded.runs
 
 
+def test_what_was_measured_may_not_be_measured_otherwise(tmp_path):
+    opened = begun(tmp_path)
+    point = next(point for point in opened.expanded.points if point.name == "cola-20-s1")
+    opened.measurements_of(point).mkdir(parents=True)
+    write_json(opened.measurements_of(point) / "likelihood.json", {"texts": 64})
+    arms = {**SMALL["arms"], "cola": {**SMALL["arms"]["cola"], "likelihood": {"samples": 2}}}
+    for over in ({"measures": {"likelihood_texts": 128}}, {"arms": arms}):
+        with pytest.raises(ConfigError, match=r"likelihood\.json of cola-20-s1 was .* remove measurements"):
+            begun(tmp_path, over)
+    more = begun(tmp_path, {"measures": {"likelihood_texts": 64, "last_word_items": 10}, "seeds": [1, 2, 3]})
+    assert more.missing_measures(point) == ["last_word.json"]
+
+
+def test_a_study_is_gone_on_with_from_another_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("model: {family: autoregressive}")
+    over = {"arms": {"a": {"config": "mine.yaml"}}, "data": {"source": "recipe.yaml"}, "measures": {"tasks": ["all"]}}
+    monkeypatch.chdir(tmp_path)
+    study = load_study(write(tmp_path, over), benchmarks=Path("items"))
+    assert study.arms["a"].config == str(tmp_path / "mine.yaml")
+    assert study.data.source == str(tmp_path / "recipe.yaml")
+    assert study.measures.benchmarks == tmp_path / "items"
+    named = [load_study(write(tmp_path, {"data": {"path": path}})).data.path for path in ("data", "s3://bucket/data")]
+    assert named == [str(tmp_path / "data"), "s3://bucket/data"]
+    assert load_study(write(tmp_path, {"data": {"source": "embedded"}})).data.source == "embedded"
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"generation": {"guidance": 3}}, "cola-20-s1: .*guidance"),
+        ({"likelihood": {"draws": 3}}, "cola-20-s1: .*draws"),
+    ],
+)
+def test_a_wrong_setting_of_a_measurement_is_seen_before_anything_is_trained(arm, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        jobs_of(begun(tmp_path, {"arms": {"cola": {**SMALL["arms"]["cola"], **arm}}}))
+
+
+def test_a_recipe_is_prepared_as_one_and_fits_the_runs(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    tree = {"output": "x", "sources": [{"name": "a", "inputs": ["a.txt"]}], "tokenizer": {"vocab_size": 2048}}
+    for length in (128, 64):
+        recipe.write_text(yaml.safe_dump({**tree, "packing": {"sequence_length": length}}))
+        over = {"data": {"source": str(recipe)}}
+        if length == 128:
+            (words,) = jobs_of(begun(tmp_path, over))["data"].words()
+            assert words == ["prep", "run", "--recipe", str(recipe), "--output", str(tmp_path / "out" / "data")]
+        else:
+            with pytest.raises(ConfigError, match=r"packing\.sequence_length=64, and the runs have .*=128"):
+                jobs_of(begun(tmp_path, over))
+
+
+def test_measurements_read_the_data_of_the_study(tmp_path):
+    measures = {"likelihood_texts": 8, "last_word_items": 8}
+    arm = {"config": "tiny", "generation": {"guidance_interval": [0.2, 0.8], "noise": "hashed"}}
+    over = {"arms": {"cola": {**SMALL["arms"]["cola"], **arm}}, "measures": measures, "data": {"source": "embedded"}}
+    opened = begun(tmp_path, over)
+    likelihood, last_word = jobs_of(opened)["measure-cola-20-s1"].words()
+    for words in (likelihood, last_word):
+        assert words[words.index("--data") + 1] == str(tmp_path / "out" / "data")
+    assert "guidance_interval=[0.2, 0.8]" in last_word
+
+
 def test_what_is_no_study_is_refused_and_left_alone(tmp_path):
     with pytest.raises(ConfigError, match=r"is no study: it has no index\.json"):
         StudyFolder.open(tmp_path)

@@ -18,6 +18,7 @@ import yaml
 from cola_megatron.errors import UserError
 from cola_megatron.records.run_folder import lock_run_folder
 from launchers.sweep_jobs import Job, with_needs
+from launchers.sweep_machine import machine
 from launchers.sweep_run import LocalScheduler, Machine, Outcome
 from tests import commands
 
@@ -129,6 +130,30 @@ def test_a_run_that_another_process_trains_is_waited_for(tmp_path, capfd):
 
     assert Releasing({"mine": waiting}, Machine(1, 10.0)).run().done == ["mine"]
     assert capfd.readouterr().err.count("mine: another job trains there") == 1
+
+
+def test_what_somebody_else_did_meanwhile_is_not_begun(tmp_path):
+    measured = tmp_path / "likelihood.json"
+    late = Job("measure", "measure", list, measured.is_file, tmp_path / "measure.log", ("first",), 1.0)
+    first = job(tmp_path, "first")
+
+    class Meanwhile(LocalScheduler):
+        def _ended(self, *ended: object) -> None:
+            measured.write_text("{}")
+            super()._ended(*ended)
+
+    assert Meanwhile({"first": first, "measure": late}, Machine(1, 10.0)).run().done == ["first", "measure"]
+
+
+def test_runs_of_several_processes_have_gpus_of_their_own(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    assert (machine(None, 1.0).at_once, machine(None, 1.0).gpus) == (5, ("0", "1", "2", "3", "4"))
+    assert (machine(None, 1.0, 2).at_once, machine(None, 1.0, 2).gpus) == (2, ("0,1", "2,3"))
+    assert machine(6, 1.0, 4).gpus == ("0,1,2,3",), "six jobs share them"
+    with pytest.raises(UserError, match="--processes 8: here are 5 GPUs"):
+        machine(None, 1.0, 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert machine(None, 1.0, 10**6).at_once == 1
 
 
 def test_a_run_is_taken_alone_with_what_it_needs_and_its_measurements(tmp_path):

@@ -23,8 +23,8 @@ from cola_megatron.records.json_files import read_object, write_json, write_whol
 from cola_megatron.records.progress import read_progress
 from cola_megatron.records.run_folder import LOCK, SUMMARY
 from cola_megatron.studies.expansion import expand
-from cola_megatron.studies.measured import missing
-from cola_megatron.studies.runs import RUNS, Expanded, Point, StudyRun, identity_of
+from cola_megatron.studies.measured import asked, missing
+from cola_megatron.studies.runs import DATA, RUNS, Expanded, Point, StudyRun, identity_of
 from cola_megatron.studies.study_file import StudyConfig
 
 INDEX, OF_RUN, REQUESTED, LOG = "index.json", "study.json", "requested.yaml", "log.txt"
@@ -99,6 +99,11 @@ class StudyFolder:
         write_whole(folder / REQUESTED, dump_config(run.config))
         return folder / REQUESTED
 
+    @property
+    def data(self) -> str:
+        """What its runs are trained and measured on."""
+        return self.study.data.path or str(self.folder / DATA)
+
     def run_folder(self, name: str) -> Path:
         """Of a run."""
         return self.folder / RUNS / name
@@ -153,6 +158,24 @@ class StudyFolder:
                     f"{self.folder}: the run {name} was begun with {key}={before!r} and would have {now!r} now: give "
                     "another --output"
                 )
+        if stored != self.study:
+            self._refuse_other_measurements(stored)
+
+    def _refuse_other_measurements(self, stored: StudyConfig) -> None:
+        """What was measured with other settings would stand in the table beside what is measured with these."""
+        before = {point.name: _asked(stored, point) for point in expand(stored, self.folder).points}
+        for point in self.expanded.points:
+            was, now = before.get(point.name, {}), _asked(self.study, point)
+            for name in was.keys() & now.keys():
+                if was[name] != now[name] and (self.measurements_of(point) / name).is_file():
+                    raise ConfigError(
+                        f"{self.folder}: {name} of {point.name} was measured with {was[name]}, and would be with "
+                        f"{now[name]} now: give another --output, or remove {MEASUREMENTS}/*/{name} of its runs"
+                    )
+
+
+def _asked(study: StudyConfig, point: Point) -> dict[str, dict[str, Any]]:
+    return asked(study.measures, point.generation, study.arms[point.arm].likelihood)
 
 
 def is_locked(run_folder: Path) -> bool:

@@ -91,7 +91,7 @@ class BudgetsConfig(Section):
     of one run, whose schedule is its config's."""
     warmup_share: Annotated[float | None, Field(ge=0, lt=1), OURS] = None
     """Of the steps of a run (branches: of the smallest budget's); null: the config's `warmup_steps`."""
-    decay_share: Annotated[float, Field(gt=0, le=1), OURS] = 0.2
+    decay_share: Annotated[float, Field(gt=0, lt=1), OURS] = 0.2
     """branches: the decay's share of the steps."""
 
     @model_validator(mode="after")
@@ -230,9 +230,31 @@ def load_study(
     if benchmarks is not None:
         tree["measures"] = {**(tree.get("measures") or {}), "benchmarks": str(benchmarks)}
     try:
-        return resolve_tree(StudyConfig, tree)
+        return _from_anywhere(resolve_tree(StudyConfig, tree))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _from_anywhere(study: StudyConfig) -> StudyConfig:
+    """With absolute paths: a study is gone on with from other working directories, as of a job's."""
+    arms = {name: arm.model_copy(update={"config": _absolute(arm.config)}) for name, arm in study.arms.items()}
+    data = {"path": _absolute(study.data.path, is_path=True), "source": _absolute(study.data.source)}
+    benchmarks = study.measures.benchmarks
+    measures = {"benchmarks": None if benchmarks is None else benchmarks.expanduser().absolute()}
+    return study.model_copy(
+        update={
+            "arms": arms,
+            "data": study.data.model_copy(update=data),
+            "measures": study.measures.model_copy(update=measures),
+        }
+    )
+
+
+def _absolute(given: str | None, is_path: bool = False) -> str | None:
+    """Of a path; a URL and what is the name of something stay."""
+    if given is None or "://" in given or not (is_path or given.endswith((".yaml", ".yml")) or Path(given).is_file()):
+        return given
+    return str(Path(given).expanduser().absolute())
 
 
 def laid_over(tree: Mapping[str, Any], over: Mapping[str, Any] | None) -> dict[str, Any]:
