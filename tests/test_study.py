@@ -17,7 +17,7 @@ from cola_megatron.studies.study_file import load_study
 from launchers.sweep_files import study_file
 from launchers.sweep_jobs import jobs_of
 
-SHIPPED = ("rq1", "rq2", "rq3", "rq4")
+SHIPPED = sorted(path.stem for path in (Path(__file__).parents[1] / "launchers" / "sweeps").glob("*.yaml"))
 SMALL: dict[str, Any] = {
     "name": "small",
     "arms": {
@@ -234,7 +234,7 @@ def test_an_unknown_scale_is_refused_with_those_there_are(tmp_path):
 
 
 def test_an_unknown_study_is_refused_with_those_there_are():
-    with pytest.raises(ConfigError, match="rq9: neither a study file nor one of the studies rq1, rq2"):
+    with pytest.raises(ConfigError, match="rq9: neither a study file nor one of the studies ladder, rq1, rq2"):
         study_file("rq9")
 
 
