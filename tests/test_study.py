@@ -275,6 +275,20 @@ def test_a_run_that_has_not_begun_may_still_change(tmp_path):
     assert "cola-ratelow-20-s1" in begun(tmp_path, {"axes": axes}).expanded.runs
 
 
+def test_a_run_of_checkpoints_goes_on_to_a_larger_budget_and_not_back_to_a_smaller(tmp_path):
+    def with_budgets(*amounts: int) -> StudyFolder:
+        return begun(tmp_path, {"budgets": {"column": "steps", "amounts": list(amounts), "runs": "checkpoints"}})
+
+    opened = with_budgets(20, 40)
+    finish(opened, "ar-s1")
+    write_json(opened.run_folder("ar-s1") / "summary.json", {"finished": True, "step": 40})
+    assert with_budgets(20, 40).state_of("ar-s1") == "finished"
+    (opened.run_folder("ar-s1") / "checkpoints" / "step_00000020").mkdir(parents=True)
+    assert with_budgets(20, 80).state_of("ar-s1") == "stopped"
+    with pytest.raises(ConfigError, match="ar-s1 is beyond step 30, where it would need a checkpoint now"):
+        with_budgets(20, 30, 40)
+
+
 def test_what_was_measured_may_not_be_measured_otherwise(tmp_path):
     opened = begun(tmp_path)
     point = next(point for point in opened.expanded.points if point.name == "cola-20-s1")

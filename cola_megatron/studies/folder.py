@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,13 +124,14 @@ class StudyFolder:
 
     def state_of(self, name: str) -> RunState:
         """What has become of a run, from its folder alone."""
-        folder = self.run_folder(name)
-        if read_object(folder / SUMMARY).get("finished"):
+        folder, run = self.run_folder(name), self.expanded.runs.get(name)
+        summary = read_object(folder / SUMMARY)
+        if summary.get("finished") and (run is None or summary.get("step", math.inf) >= run.config.training.steps):
             return "finished"
         if is_locked(folder):
             return "running"
         state = read_progress(folder).get("state")
-        if state == "stopped":
+        if state == "stopped" or summary.get("finished"):  # a larger budget has come since
             return "stopped"
         return "failed" if state or (folder / LOG).is_file() else "not begun"
 
@@ -158,8 +161,21 @@ class StudyFolder:
                     f"{self.folder}: the run {name} was begun with {key}={before!r} and would have {now!r} now: give "
                     "another --output"
                 )
+            self._refuse_steps_that_are_over(run, entry["config"])
         if stored != self.study:
             self._refuse_other_measurements(stored)
+
+    def _refuse_steps_that_are_over(self, run: StudyRun, before: Mapping[str, Any]) -> None:
+        """Checkpoints that a run was not asked for before, and is beyond."""
+        folder = self.run_folder(run.name)
+        added = set(run.config.training.checkpoint.at) - set(before["training"]["checkpoint"].get("at", ()))
+        done = max(read_progress(folder).get("step", 0), read_object(folder / SUMMARY).get("step", 0))
+        over = [step for step in sorted(added) if step <= done and not folder_of(folder, step).is_dir()]
+        if over:
+            raise ConfigError(
+                f"{self.folder}: the run {run.name} is beyond step {over[0]}, where it would need a checkpoint now, "
+                "and has none: give another --output, or only budgets beyond what it has done"
+            )
 
     def _refuse_other_measurements(self, stored: StudyConfig) -> None:
         """What was measured with other settings would stand in the table beside what is measured with these."""
