@@ -244,6 +244,13 @@ def test_a_scale_lies_over_the_rest_and_null_takes_out(tmp_path):
     assert (list(study.arms), study.budgets.amounts, study.budgets.column) == (["ar"], [10], "steps")
 
 
+def test_numbers_of_an_axis_ascend_where_a_scale_adds_some(tmp_path):
+    settings = {label: {"data.seed": int(label)} for label in ("16", "64", "128")}
+    scales = {"less": {"axes": {"x": {"settings": {"4": {"data.seed": 4}, "128": None}}}}}
+    study = load_study(write(tmp_path, {"axes": {"x": {"settings": settings}}, "scales": scales}), "less")
+    assert list(study.axes["x"].settings) == ["4", "16", "64"]
+
+
 # ---- folder ---------------------------------------------------------------------------------------------------------
 
 

@@ -14,11 +14,12 @@ null there is taken out.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cola_megatron.config import ConfigError, Section, resolve_tree
 from cola_megatron.config.changes import Change
@@ -61,18 +62,21 @@ class AxisConfig(Section):
     title: Annotated[str | None, OURS] = None
     """In figures and tables; null: the axis' name."""
     settings: Annotated[dict[str, Overrides], OURS]
-    """The keys that each setting sets, by its label, in the order of figures."""
+    """The keys that each setting sets, by its label, in the order of figures: numbers ascend, others as they stand."""
     arms: Annotated[list[Name] | None, OURS] = None
     """The arms that it is varied in; null: all."""
     varies: Annotated[Literal["training", "both_stages", "generation"], OURS] = "training"
     """What the keys are of: training, with one stage 1 for all settings; both stages; or generation, where the settings
     are of the measurement and share their runs."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> AxisConfig:
-        if not self.settings:
+    @field_validator("settings")
+    @classmethod
+    def _in_order(cls, settings: dict[str, Overrides]) -> dict[str, Overrides]:
+        if not settings:
             raise ValueError("settings is empty: give a label and its keys for each")
-        return self
+        with contextlib.suppress(ValueError):  # a scale adds its own behind those of the file
+            return dict(sorted(settings.items(), key=lambda each: float(each[0])))
+        return settings
 
 
 class BudgetsConfig(Section):
