@@ -101,6 +101,7 @@ def run(
     from launchers.sweep_files import study_file
 
     study = load_study(study_file(source), scale, data, benchmarks)
+    _refuse_second(output)
     _go_on(StudyFolder.begin(output, study), [], at_once, memory, processes, as_json)
 
 
@@ -175,6 +176,7 @@ def resume(
     """
     from cola_megatron.studies.folder import StudyFolder
 
+    _refuse_second(folder)
     _go_on(StudyFolder.open(folder), only, at_once, memory, processes, as_json)
 
 
@@ -229,6 +231,18 @@ def collect(folder: Path = FOLDER, as_json: bool = AS_JSON) -> None:
 app.command("fit")(sweep_results.fit)
 app.command("plot")(sweep_results.plot)
 app.command("report")(sweep_results.report)
+
+
+def _refuse_second(folder: Path) -> None:
+    """Before the index is written, which the other goes by."""
+    from cola_megatron.errors import UserError
+    from cola_megatron.studies.folder import is_locked
+
+    if is_locked(folder):
+        raise UserError(
+            f"{folder}: another `cola sweep` runs this study here; wait for its end, or end it with Ctrl-C there: "
+            f"`cola sweep status {folder}` shows how far it is"
+        )
 
 
 def _go_on(

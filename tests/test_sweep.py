@@ -184,6 +184,14 @@ def test_a_study_from_its_file_to_its_table(tmp_path, corpus):
     assert {row["state"] for row in shown} == {"finished"} and len(shown) == 2
 
 
+def test_a_second_scheduler_is_refused_before_it_writes(tmp_path, corpus):
+    path, out = study(tmp_path, corpus), tmp_path / "out"
+    with lock_run_folder(out):
+        refused = commands.cola("sweep", "run", path, "--output", out)
+        assert refused.returncode == 1 and "another `cola sweep` runs this study here" in refused.stderr
+        assert not (out / "index.json").exists()
+
+
 @pytest.mark.slow
 def test_a_failed_run_is_shown_with_its_last_error_and_rerun_alone(tmp_path, corpus):
     late, out = tmp_path / "late", tmp_path / "out"
