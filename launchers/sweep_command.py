@@ -27,7 +27,7 @@ SCALE = typer.Option(None, help="One of the file's scales; by default the publis
 DATA = typer.Option(None, help="Prepared data, in place of the file's.")
 BENCHMARKS = typer.Option(None, help="Folder of the tasks' items, in place of the file's.")
 AT_ONCE = typer.Option(None, min=1, help="Jobs at a time; by default one for each GPU or core that a run takes.")
-MEMORY = typer.Option(None, min=0.1, help="GiB for all of them; by default nine tenths of what is free.")
+MEMORY = typer.Option(None, min=0.1, help="GiB of host memory for all of them; by default nine tenths of what is free.")
 PROCESSES = typer.Option(1, min=1, help="Processes of each run, each on a GPU of its own where there are any.")
 AS_JSON = typer.Option(False, "--json", help="As JSON.")
 
@@ -259,11 +259,12 @@ def _go_on(
     from launchers.sweep_machine import machine
     from launchers.sweep_run import LocalScheduler
 
-    jobs = jobs_of(opened, processes)
+    here = machine(at_once, memory, processes)
+    jobs = jobs_of(opened, processes, on_gpus=bool(here.gpus))
     if only:
         jobs = with_needs(jobs, only)
     with lock_run_folder(opened.folder):
-        outcome = LocalScheduler(jobs, machine(at_once, memory, processes)).run()
+        outcome = LocalScheduler(jobs, here).run()
         _conclude(opened, outcome, as_json)
     if outcome.stopped:
         raise typer.Exit(ExitCode.STOPPED)

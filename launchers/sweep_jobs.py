@@ -12,6 +12,7 @@ from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.data.manifest import MANIFEST_NAME
 from cola_megatron.families import family_of
 from cola_megatron.inference.requests import read_settings
+from cola_megatron.planning.compute import parameters_of
 from cola_megatron.planning.memory import rank_memory
 from cola_megatron.planning.split import pipeline_split
 from cola_megatron.studies.folder import LOG, StudyFolder, last_line
@@ -23,6 +24,10 @@ from launchers.prep_recipes import from_file
 
 PROCESS_BYTES = 1.2e9
 """What a process of this package takes beside its model: Python, torch and the libraries."""
+CUDA_PROCESS_BYTES = 4e9
+"""The same where the model lies on a GPU, with the libraries of CUDA and pinned batches: a guess, on the large side."""
+COPY_BYTES = 12
+"""Of host memory for each parameter, while a checkpoint is written (`training.checkpoint.asynchronous`)."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,12 @@ class Job:
     """Of a measurement."""
 
 
-def jobs_of(opened: StudyFolder, processes: int = 1) -> dict[str, Job]:
+def jobs_of(opened: StudyFolder, processes: int = 1, on_gpus: bool = False) -> dict[str, Job]:
     """All jobs of a study, each after those that it needs.
 
     Args:
         processes: of each run that trains.
+        on_gpus: the models lie in the memory of GPUs, of which nothing is reckoned here.
 
     Raises:
         ConfigError: the arms cannot share one data set, or a task or a setting of measurements is unknown.
@@ -63,9 +69,9 @@ def jobs_of(opened: StudyFolder, processes: int = 1) -> dict[str, Job]:
         jobs[DATA] = preparation(opened)
         first = (DATA,)
     for run in opened.expanded.runs.values():
-        jobs[run.name] = _training(opened, run, first, processes)
+        jobs[run.name] = _training(opened, run, first, processes, on_gpus)
     for point in opened.expanded.measured_once():
-        measure = _measurement(opened, point)
+        measure = _measurement(opened, point, on_gpus)
         jobs[measure.name] = measure
     return jobs
 
@@ -152,7 +158,7 @@ def check_settings(study: StudyConfig, expanded: Expanded) -> None:
             raise ConfigError(f"{point.name}: {error}") from None
 
 
-def _training(opened: StudyFolder, run: StudyRun, first: tuple[str, ...], processes: int) -> Job:
+def _training(opened: StudyFolder, run: StudyRun, first: tuple[str, ...], processes: int, on_gpus: bool) -> Job:
     folder = opened.run_folder(run.name)
     before = ["launch", "--nproc", str(processes)] if processes > 1 else []
     training = run.config.training
@@ -163,13 +169,13 @@ def _training(opened: StudyFolder, run: StudyRun, first: tuple[str, ...], proces
         lambda: opened.state_of(run.name) == "finished",
         folder / LOG,
         run.needs or first,
-        _memory(run.config, processes),
+        _memory(run.config, processes, on_gpus),
         flops=float(training.steps * training.global_batch_size * run.config.data.sequence_length),
         run_folder=folder,
     )
 
 
-def _measurement(opened: StudyFolder, point: Point) -> Job:
+def _measurement(opened: StudyFolder, point: Point, on_gpus: bool = False) -> Job:
     study, output = opened.study, opened.measurements_of(point)
     config = opened.expanded.runs[point.run].config
     return Job(
@@ -186,13 +192,15 @@ def _measurement(opened: StudyFolder, point: Point) -> Job:
         lambda: not opened.missing_measures(point),
         output / LOG,
         (point.run,),
-        _memory(config, 1),
+        _memory(config, 1, on_gpus),
         point=point,
     )
 
 
-def _memory(config: RunConfig, processes: int) -> float:
-    """Of all processes, as one replica each where the model is not cut."""
+def _memory(config: RunConfig, processes: int, on_gpus: bool) -> float:
+    """Of this machine, of all processes, as one replica each where the model is not cut."""
+    if on_gpus:
+        return processes * CUDA_PROCESS_BYTES + COPY_BYTES * parameters_of(config)["all"]
     parallel = config.parallel
     replicas = max(1, processes // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size))
     stages = rank_memory(config, replicas, pipeline_split(config, replicas))

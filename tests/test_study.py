@@ -208,6 +208,7 @@ def test_the_shipped_studies_expand_at_every_scale(name, tmp_path):
         ({"axes": {"x": {"settings": {"a": {}, "b": {}}}}}, "two equal runs"),
         ({"axes": {"x": {"settings": {"a/b": {}, "a+b": {"data.seed": 1}}}}}, "two runs have the name"),
         ({"budgets": {"column": "tokens", "amounts": [100]}}, "is below one step"),
+        ({"overrides": {"training.schedule.warmup_steps": 30}}, "budgets.warmup_share sets it for every length"),
         ({"budgets": {"column": "tokens", "amounts": [10_000]}}, "from the nearest whole number of steps"),
         ({"budgets": {"column": "steps", "amounts": [20, 20.1]}}, "two budgets are 20 steps each"),
         (
@@ -346,6 +347,13 @@ def test_a_recipe_is_prepared_as_one_and_fits_the_runs(tmp_path):
         else:
             with pytest.raises(ConfigError, match=r"packing\.sequence_length=64, and the runs have .*=128"):
                 jobs_of(begun(tmp_path, over))
+
+
+def test_on_gpus_the_memory_of_the_machine_does_not_hold_the_models(tmp_path):
+    arms = {"ar": {"config": "paper-2b-autoregressive"}}
+    opened = begun(tmp_path, {"arms": arms, "overrides": {"training.schedule.warmup_steps": 2}, "seeds": [1]})
+    on_cpu, on_gpus = (jobs_of(opened, 8, on_gpus=gpus)["ar-20-s1"].memory for gpus in (False, True))
+    assert on_cpu > 200e9 > 100e9 > on_gpus
 
 
 def test_measurements_read_the_data_of_the_study(tmp_path):
