@@ -283,6 +283,17 @@ def test_a_run_that_has_not_begun_may_still_change(tmp_path):
     assert "cola-ratelow-20-s1" in begun(tmp_path, {"axes": axes}).expanded.runs
 
 
+def test_a_killed_run_is_said_to_have_been_killed(tmp_path):
+    opened = begun(tmp_path)
+    folder = opened.prepare(opened.expanded.runs["ar-20-s1"]).parent
+    (folder / "log.txt").write_text("step 12 loss 3.1\n")
+    write_json(folder / "progress.json", {"state": "training", "step": 12})
+    assert opened.state_of("ar-20-s1") == "failed"
+    assert opened.error_of("ar-20-s1") == "killed while training, after step 12; the last line: step 12 loss 3.1"
+    write_json(folder / "progress.json", {"state": "failed", "step": 12})
+    assert opened.error_of("ar-20-s1") == "step 12 loss 3.1"
+
+
 def test_a_run_of_checkpoints_goes_on_to_a_larger_budget_and_not_back_to_a_smaller(tmp_path):
     def with_budgets(*amounts: int) -> StudyFolder:
         return begun(tmp_path, {"budgets": {"column": "steps", "amounts": list(amounts), "runs": "checkpoints"}})

@@ -32,6 +32,9 @@ from cola_megatron.studies.study_file import StudyConfig
 INDEX, OF_RUN, REQUESTED, LOG = "index.json", "study.json", "requested.yaml", "log.txt"
 MEASUREMENTS = "measurements"
 
+AT_WORK = ("starting", "training", "measuring", "saving")
+"""States of progress.json that a process which ends in order leaves behind."""
+
 RunState = Literal["finished", "running", "failed", "stopped", "not begun"]
 
 
@@ -136,8 +139,13 @@ class StudyFolder:
         return "failed" if state or (folder / LOG).is_file() else "not begun"
 
     def error_of(self, name: str) -> str:
-        """The last line that a run's process printed."""
-        return last_line(self.run_folder(name) / LOG)
+        """The last line that a run's process printed, and that it was killed where it did not come to say its end."""
+        folder = self.run_folder(name)
+        progress, said = read_progress(folder), last_line(folder / LOG)
+        if progress.get("state") in AT_WORK and not is_locked(folder):
+            killed = f"killed while {progress['state']}, after step {progress.get('step', 0)}"
+            return f"{killed}; the last line: {said}" if said else killed
+        return said
 
     def _refuse_another(self, index: dict[str, Any]) -> None:
         stored = _study_of(index, self.folder / INDEX)
