@@ -432,11 +432,12 @@ def test_the_table_has_a_row_for_every_point_whatever_is_missing(tmp_path):
     assert {each["point"] for each in document["lost"]} == rows.keys() - {"ar-20-s1"}
 
 
-def test_a_measurement_of_another_version_is_named(tmp_path):
+@pytest.mark.parametrize("content", ['{"elbo": 3}', "{", ""])
+def test_a_measurement_that_cannot_be_read_is_named_and_takes_no_other_point_away(content, tmp_path):
     opened = begun(tmp_path)
     finish(opened, "ar-20-s1")
     folder = opened.measurements_of(next(point for point in opened.expanded.points if point.name == "ar-20-s1"))
     folder.mkdir(parents=True)
-    write_json(folder / "likelihood.json", {"elbo": 3})
-    with pytest.raises(Exception, match="not what this version writes; remove it"):
-        collect(opened)
+    (folder / "likelihood.json").write_text(content)
+    row = next(row for row in collect(opened)["rows"] if row["point"] == "ar-20-s1")
+    assert row["state"] == "damaged" and f"{folder / 'likelihood.json'}: not what this version writes" in row["error"]

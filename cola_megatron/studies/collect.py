@@ -109,7 +109,11 @@ class _Row:
         """As docs/scaling.md describes it."""
         point, opened = self.point, self.opened
         run, unreadable = self.records(point.run)
-        measures = {**self._held_out(run), **measures_in(opened.measurements_of(point))}
+        measures = self._held_out(run)
+        try:
+            measures |= measures_in(opened.measurements_of(point))
+        except UserError as error:  # of this point alone
+            unreadable = unreadable or str(error)
         state, why = self._state(unreadable)
         first = opened.expanded.runs[point.stage_one] if point.stage_one is not None else None
         data = self.config.data

@@ -79,15 +79,14 @@ def measures_in(output: Path) -> Mapping[str, Measure]:
     """The figures in the files of a point.
 
     Raises:
-        UserError: a file is something else.
+        UserError: a file is something else, or damaged.
     """
     found: dict[str, Measure] = {}
     for name, read in ((LIKELIHOOD, _likelihood), (LAST_WORD, _last_word)):
-        document = read_object(output / name)
-        if not document:
+        if not (output / name).is_file():
             continue
         try:
-            found |= read(document)
+            found |= read(read_object(output / name))
         except (KeyError, TypeError):
             raise UserError(
                 f"{output / name}: not what this version writes; remove it, and `cola sweep resume` measures again"
