@@ -94,31 +94,38 @@ class LocalScheduler:
                 )
         _say(f"{len(self.jobs)} jobs, {len(self.done)} done before; {self.machine.at_once} at a time")
         with self._stopping_on_signals():
-            while not self.asked_to_stop:
-                self._reap()
-                if not self.asked_to_stop:
-                    self._begin_what_can()
-                if not self.running and not self._waits_for_others():
-                    break
-                time.sleep(POLL_SECONDS)
-            self._end_all()
+            try:
+                while not self.asked_to_stop:
+                    self._reap()
+                    goes_on = not self.asked_to_stop and self._begin_what_can()
+                    if not (goes_on or self.running or self._waits_for_others()):
+                        break
+                    time.sleep(POLL_SECONDS)
+            finally:
+                self._end_all()
         waiting = [name for name in self.jobs if name not in self.done and name not in self.failed]
         return Outcome(sorted(self.done), self.failed, waiting, self.asked_to_stop)
 
-    def _begin_what_can(self) -> None:
+    def _begin_what_can(self) -> bool:
+        """Returns whether something was found done, by somebody else meanwhile, so that more may be ready."""
+        found = False
         for job in sorted(self._ready(), key=lambda job: (job.kind != "measure", -job.flops)):
             used = sum(each.job.memory for each in self.running.values())
             if len(self.running) >= self.machine.at_once or used + job.memory > self.machine.memory:
-                return
+                break
             if job.run_folder is not None and is_locked(job.run_folder):
                 if job.name not in self._said_waiting:
                     _say(f"{job.name}: another job trains there; it is waited for")
                     self._said_waiting.add(job.name)
-                continue
-            if job.is_done():  # by somebody else, meanwhile
+            elif job.is_done():
                 self.done.add(job.name)
-                continue
-            self._begin(job, [list(words) for words in job.words()])
+                found = True
+            else:
+                try:
+                    self._begin(job, [list(words) for words in job.words()])
+                except OSError as error:  # such as a full disk
+                    self._has_failed(job.name, f"could not begin: {error}")
+        return found
 
     def _ready(self) -> list[Job]:
         return [
@@ -176,7 +183,9 @@ class LocalScheduler:
         if again and self.tries[name] < TRIES:
             _say(f"{name}: ended with code {code}, and is begun again")
             return
-        said = last_line(each.job.log) or f"ended with code {code}"
+        self._has_failed(name, last_line(each.job.log) or f"ended with code {code}")
+
+    def _has_failed(self, name: str, said: str) -> None:
         self.failed[name] = said
         _say(f"{name}: failed: {said}")
 

@@ -132,17 +132,25 @@ def test_a_run_that_another_process_trains_is_waited_for(tmp_path, capfd):
     assert capfd.readouterr().err.count("mine: another job trains there") == 1
 
 
+def test_a_job_that_cannot_begin_has_failed_and_holds_up_no_other(tmp_path):
+    (tmp_path / "taken").write_text("")
+    bad = Job("bad", "train", lambda: [["config", "tiny"]], lambda: False, tmp_path / "taken" / "log", memory=1.0)
+    outcome = run([bad, job(tmp_path, "good")])
+    assert outcome.done == ["good"] and outcome.failed["bad"].startswith("could not begin: ")
+
+
 def test_what_somebody_else_did_meanwhile_is_not_begun(tmp_path):
     measured = tmp_path / "likelihood.json"
     late = Job("measure", "measure", list, measured.is_file, tmp_path / "measure.log", ("first",), 1.0)
-    first = job(tmp_path, "first")
+    first, after = job(tmp_path, "first"), job(tmp_path, "after", "measure")
 
     class Meanwhile(LocalScheduler):
         def _ended(self, *ended: object) -> None:
             measured.write_text("{}")
             super()._ended(*ended)
 
-    assert Meanwhile({"first": first, "measure": late}, Machine(1, 10.0)).run().done == ["first", "measure"]
+    jobs = {"first": first, "measure": late, "after": after}
+    assert Meanwhile(jobs, Machine(1, 10.0)).run().done == ["after", "first", "measure"]
 
 
 def test_runs_of_several_processes_have_gpus_of_their_own(monkeypatch):
