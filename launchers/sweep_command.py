@@ -26,9 +26,9 @@ FOLDER = typer.Argument(..., help="Folder of a study.")
 SCALE = typer.Option(None, help="One of the file's scales; by default the published setting.")
 DATA = typer.Option(None, help="Prepared data, in place of the file's.")
 BENCHMARKS = typer.Option(None, help="Folder of the tasks' items, in place of the file's.")
-AT_ONCE = typer.Option(None, min=1, help="Jobs at a time; by default one for each GPU, or for each core.")
-MEMORY = typer.Option(None, min=0.1, help="GiB for all of them; by default nine tenths of what is free.")
-PROCESSES = typer.Option(1, min=1, help="Processes of each run.")
+AT_ONCE = typer.Option(None, min=1, help="Jobs at a time; by default one for each GPU or core that a run takes.")
+MEMORY = typer.Option(None, min=0.1, help="GiB of host memory for all of them; by default nine tenths of what is free.")
+PROCESSES = typer.Option(1, min=1, help="Processes of each run, each on a GPU of its own where there are any.")
 AS_JSON = typer.Option(False, "--json", help="As JSON.")
 
 
@@ -55,6 +55,7 @@ def plan(
     from cola_megatron.studies.expansion import expand
     from cola_megatron.studies.study_file import load_study
     from launchers.sweep_files import study_file
+    from launchers.sweep_jobs import check_settings
     from launchers.sweep_plan import rows_of, shares_of, steps_done
 
     study = load_study(study_file(source), scale, data, benchmarks)
@@ -62,6 +63,7 @@ def plan(
         raise ConfigError(f"--gpu {gpu}: not in the table of {', '.join(GPUS)}; docs/planning.md says how to add one")
     cluster = None if gpus is None else Cluster(gpus, GPUS[gpu], GPUS[gpu].memory_bytes, gpus_per_node)
     expanded = expand(study, Path("STUDY"))
+    check_settings(study, expanded)
     shares = shares_of(study, expanded, cluster)
     if as_json:
         print_json({"study": study.name, "scale": study.scale, "arms": [share.as_json() for share in shares]})
@@ -99,6 +101,7 @@ def run(
     from launchers.sweep_files import study_file
 
     study = load_study(study_file(source), scale, data, benchmarks)
+    _refuse_second(output)
     _go_on(StudyFolder.begin(output, study), [], at_once, memory, processes, as_json)
 
 
@@ -173,6 +176,7 @@ def resume(
     """
     from cola_megatron.studies.folder import StudyFolder
 
+    _refuse_second(folder)
     _go_on(StudyFolder.open(folder), only, at_once, memory, processes, as_json)
 
 
@@ -229,6 +233,18 @@ app.command("plot")(sweep_results.plot)
 app.command("report")(sweep_results.report)
 
 
+def _refuse_second(folder: Path) -> None:
+    """Before the index is written, which the other goes by."""
+    from cola_megatron.errors import UserError
+    from cola_megatron.studies.folder import is_locked
+
+    if is_locked(folder):
+        raise UserError(
+            f"{folder}: another `cola sweep` runs this study here; wait for its end, or end it with Ctrl-C there: "
+            f"`cola sweep status {folder}` shows how far it is"
+        )
+
+
 def _go_on(
     opened: "StudyFolder",
     only: list[str],
@@ -243,11 +259,12 @@ def _go_on(
     from launchers.sweep_machine import machine
     from launchers.sweep_run import LocalScheduler
 
-    jobs = jobs_of(opened, processes)
+    here = machine(at_once, memory, processes)
+    jobs = jobs_of(opened, processes, on_gpus=bool(here.gpus))
     if only:
         jobs = with_needs(jobs, only)
     with lock_run_folder(opened.folder):
-        outcome = LocalScheduler(jobs, machine(at_once, memory)).run()
+        outcome = LocalScheduler(jobs, here).run()
         _conclude(opened, outcome, as_json)
     if outcome.stopped:
         raise typer.Exit(ExitCode.STOPPED)

@@ -10,14 +10,24 @@ from pathlib import Path
 
 from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.data.manifest import MANIFEST_NAME
+from cola_megatron.families import family_of
+from cola_megatron.inference.requests import read_settings
+from cola_megatron.planning.compute import parameters_of
 from cola_megatron.planning.memory import rank_memory
 from cola_megatron.planning.split import pipeline_split
 from cola_megatron.studies.folder import LOG, StudyFolder, last_line
 from cola_megatron.studies.measured import commands
-from cola_megatron.studies.runs import DATA, Point, StudyRun
+from cola_megatron.studies.runs import DATA, Expanded, Point, StudyRun
+from cola_megatron.studies.study_file import StudyConfig
+from launchers.generation_options import settings_of
+from launchers.prep_recipes import from_file
 
 PROCESS_BYTES = 1.2e9
 """What a process of this package takes beside its model: Python, torch and the libraries."""
+CUDA_PROCESS_BYTES = 4e9
+"""The same where the model lies on a GPU, with the libraries of CUDA and pinned batches: a guess, on the large side."""
+COPY_BYTES = 12
+"""Of host memory for each parameter, while a checkpoint is written (`training.checkpoint.asynchronous`)."""
 
 
 @dataclass(frozen=True)
@@ -42,24 +52,26 @@ class Job:
     """Of a measurement."""
 
 
-def jobs_of(opened: StudyFolder, processes: int = 1) -> dict[str, Job]:
+def jobs_of(opened: StudyFolder, processes: int = 1, on_gpus: bool = False) -> dict[str, Job]:
     """All jobs of a study, each after those that it needs.
 
     Args:
         processes: of each run that trains.
+        on_gpus: the models lie in the memory of GPUs, of which nothing is reckoned here.
 
     Raises:
-        ConfigError: the arms cannot share one data set, or a task is unknown.
+        ConfigError: the arms cannot share one data set, or a task or a setting of measurements is unknown.
     """
+    check_settings(opened.study, opened.expanded)
     jobs: dict[str, Job] = {}
     first: tuple[str, ...] = ()
     if opened.study.data.path is None:
         jobs[DATA] = preparation(opened)
         first = (DATA,)
     for run in opened.expanded.runs.values():
-        jobs[run.name] = _training(opened, run, first, processes)
-    for point in opened.expanded.points:
-        measure = _measurement(opened, point)
+        jobs[run.name] = _training(opened, run, first, processes, on_gpus)
+    for point in opened.expanded.measured_once():
+        measure = _measurement(opened, point, on_gpus)
         jobs[measure.name] = measure
     return jobs
 
@@ -108,8 +120,11 @@ def preparation(opened: StudyFolder) -> Job:
         raise ConfigError(f"the arms need different data ({found}): one study has one data set")
     ((vocabulary, length),) = shapes
     output, source = opened.folder / DATA, str(opened.study.data.source)
-    words = ["prep", "run", source, "--output", str(output)]
-    if not source.endswith((".yaml", ".yml")):
+    if source.endswith((".yaml", ".yml")):
+        _check_recipe(source, vocabulary, length)
+        words = ["prep", "run", "--recipe", source, "--output", str(output)]
+    else:
+        words = ["prep", "run", source, "--output", str(output)]
         words += ["--sequence-length", str(length), "--vocab-size", str(vocabulary)]
     return Job(
         DATA,
@@ -120,7 +135,30 @@ def preparation(opened: StudyFolder) -> Job:
     )
 
 
-def _training(opened: StudyFolder, run: StudyRun, first: tuple[str, ...], processes: int) -> Job:
+def _check_recipe(source: str, vocabulary: int, length: int) -> None:
+    """Before hours of preparation; the vocabulary of a tokenizer that is given is seen when its data are read."""
+    recipe = from_file(Path(source), [], None)
+    wanted = [("packing.sequence_length", recipe.packing.sequence_length, "data.sequence_length", length)]
+    if recipe.tokenizer.path is None:
+        wanted.append(("tokenizer.vocab_size", recipe.tokenizer.vocab_size, "model.vocab_size", vocabulary))
+    for key, there, own, here in wanted:
+        if there != here:
+            raise ConfigError(f"{source} has {key}={there}, and the runs have {own}={here}: make them equal")
+
+
+def check_settings(study: StudyConfig, expanded: Expanded) -> None:
+    """Of generation and likelihood, which are used when the training is over; raises ConfigError."""
+    for point in expanded.points:
+        family = family_of(expanded.runs[point.run].config)
+        try:
+            settings_of(family, dict(point.generation))
+            given = dict(study.arms[point.arm].likelihood)
+            read_settings(family.likelihood_settings, given, f"a likelihood by {family.title}")
+        except (ConfigError, ValueError) as error:
+            raise ConfigError(f"{point.name}: {error}") from None
+
+
+def _training(opened: StudyFolder, run: StudyRun, first: tuple[str, ...], processes: int, on_gpus: bool) -> Job:
     folder = opened.run_folder(run.name)
     before = ["launch", "--nproc", str(processes)] if processes > 1 else []
     training = run.config.training
@@ -131,31 +169,38 @@ def _training(opened: StudyFolder, run: StudyRun, first: tuple[str, ...], proces
         lambda: opened.state_of(run.name) == "finished",
         folder / LOG,
         run.needs or first,
-        _memory(run.config, processes),
+        _memory(run.config, processes, on_gpus),
         flops=float(training.steps * training.global_batch_size * run.config.data.sequence_length),
         run_folder=folder,
     )
 
 
-def _measurement(opened: StudyFolder, point: Point) -> Job:
+def _measurement(opened: StudyFolder, point: Point, on_gpus: bool = False) -> Job:
     study, output = opened.study, opened.measurements_of(point)
     config = opened.expanded.runs[point.run].config
     return Job(
         f"measure-{point.name}",
         "measure",
         lambda: commands(
-            study.measures, point.generation, study.arms[point.arm].likelihood, opened.checkpoint_of(point), output
+            study.measures,
+            point.generation,
+            study.arms[point.arm].likelihood,
+            opened.checkpoint_of(point),
+            output,
+            opened.data,
         ),
         lambda: not opened.missing_measures(point),
         output / LOG,
         (point.run,),
-        _memory(config, 1),
+        _memory(config, 1, on_gpus),
         point=point,
     )
 
 
-def _memory(config: RunConfig, processes: int) -> float:
-    """Of all processes, as one replica each where the model is not cut."""
+def _memory(config: RunConfig, processes: int, on_gpus: bool) -> float:
+    """Of this machine, of all processes, as one replica each where the model is not cut."""
+    if on_gpus:
+        return processes * CUDA_PROCESS_BYTES + COPY_BYTES * parameters_of(config)["all"]
     parallel = config.parallel
     replicas = max(1, processes // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size))
     stages = rank_memory(config, replicas, pipeline_split(config, replicas))

@@ -7,6 +7,7 @@ import subprocess
 
 import psutil
 
+from cola_megatron.config import ConfigError
 from cola_megatron.preflight.gpus import QUERY, TIMEOUT_SECONDS, read_query
 from launchers.sweep_run import Machine
 
@@ -14,12 +15,19 @@ MEMORY_SHARE = 0.9
 """Of what is free now."""
 
 
-def machine(at_once: int | None, memory_gib: float | None) -> Machine:
-    """With GPUs one job on each of them; else one for every core, as far as the memory goes."""
-    gpus = visible_gpus()
-    wanted = at_once or len(gpus) or len(os.sched_getaffinity(0))
+def machine(at_once: int | None, memory_gib: float | None, processes: int = 1) -> Machine:
+    """With GPUs a job on each of them, or on as many as it has processes; else one for so many cores.
+
+    Raises:
+        ConfigError: a run has more processes than there are GPUs.
+    """
+    found = visible_gpus()
+    if found and processes > len(found):
+        raise ConfigError(f"--processes {processes}: here are {len(found)} GPUs, and each process takes one")
+    gpus = [found[first : first + processes] for first in range(0, len(found) - processes + 1, processes)]
+    wanted = at_once or len(gpus) or max(1, len(os.sched_getaffinity(0)) // processes)
     memory = memory_gib * 2**30 if memory_gib is not None else MEMORY_SHARE * psutil.virtual_memory().available
-    return Machine(wanted, memory, gpus)
+    return Machine(wanted, memory, tuple(",".join(each) for each in gpus), processes)
 
 
 def visible_gpus() -> tuple[str, ...]:

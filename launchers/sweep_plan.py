@@ -57,7 +57,8 @@ def shares_of(study: StudyConfig, expanded: Expanded, cluster: Cluster | None) -
         ConfigError, PlanError: the GPUs cannot be shared so, or nothing fits.
     """
     layouts: dict[str, Layout] = {}
-    arm_of = {run: point.arm for point in expanded.points for run in (point.run, point.trunk, point.stage_one) if run}
+    points = reversed(expanded.points)  # a run that several arms share counts for the first
+    arm_of = {run: point.arm for point in points for run in (point.run, point.trunk, point.stage_one) if run}
     runs = [run for run in expanded.runs.values() if run.name in arm_of]
     runs.sort(key=lambda run: (list(study.arms).index(arm_of[run.name]), ("stage_one", "trunk", "run").index(run.role)))
     found = []
@@ -98,9 +99,13 @@ def _done(run: StudyRun) -> dict[str, float]:
 
 
 def _layout(config: RunConfig, cluster: Cluster, known: dict[str, Layout]) -> Layout:
-    """Runs that differ in seed, length or data alone have one layout."""
-    training, stage = config.training, family_of(config).describe(config)
-    key = f"{stage} {config.model!r} {training.global_batch_size} {training.precision} {config.data.sequence_length}"
+    """Runs that differ in seed, length, rate or data alone have one layout."""
+    training, family = config.training, family_of(config)
+    period = family.period(config)  # what is trained in it differs with the VAE's update
+    key = (
+        f"{family.describe(config)} {config.model!r} {training.global_batch_size} {training.precision} "
+        f"{config.data.sequence_length} {compute_of(config, period)['model'] / period}"
+    )
     if key not in known:
         known[key] = rank(config, cluster)[0][0]
     return known[key]

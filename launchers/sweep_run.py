@@ -31,11 +31,13 @@ class Machine:
     """What of this machine a study may use."""
 
     at_once: int
-    """Processes at a time."""
+    """Jobs at a time."""
     memory: float
     """Bytes for all of them."""
     gpus: tuple[str, ...] = ()
-    """Of CUDA_VISIBLE_DEVICES, one for each job at a time; none: the CPU."""
+    """CUDA_VISIBLE_DEVICES of each job at a time, which jobs beyond their number share; none: the CPU."""
+    processes: int = 1
+    """Of each run: its share of the cores is divided among them."""
 
 
 @dataclass(frozen=True)
@@ -92,28 +94,38 @@ class LocalScheduler:
                 )
         _say(f"{len(self.jobs)} jobs, {len(self.done)} done before; {self.machine.at_once} at a time")
         with self._stopping_on_signals():
-            while not self.asked_to_stop:
-                self._reap()
-                if not self.asked_to_stop:
-                    self._begin_what_can()
-                if not self.running and not self._waits_for_others():
-                    break
-                time.sleep(POLL_SECONDS)
-            self._end_all()
+            try:
+                while not self.asked_to_stop:
+                    self._reap()
+                    goes_on = not self.asked_to_stop and self._begin_what_can()
+                    if not (goes_on or self.running or self._waits_for_others()):
+                        break
+                    time.sleep(POLL_SECONDS)
+            finally:
+                self._end_all()
         waiting = [name for name in self.jobs if name not in self.done and name not in self.failed]
         return Outcome(sorted(self.done), self.failed, waiting, self.asked_to_stop)
 
-    def _begin_what_can(self) -> None:
+    def _begin_what_can(self) -> bool:
+        """Returns whether something was found done, by somebody else meanwhile, so that more may be ready."""
+        found = False
         for job in sorted(self._ready(), key=lambda job: (job.kind != "measure", -job.flops)):
             used = sum(each.job.memory for each in self.running.values())
             if len(self.running) >= self.machine.at_once or used + job.memory > self.machine.memory:
-                return
+                break
             if job.run_folder is not None and is_locked(job.run_folder):
                 if job.name not in self._said_waiting:
                     _say(f"{job.name}: another job trains there; it is waited for")
                     self._said_waiting.add(job.name)
-                continue
-            self._begin(job, [list(words) for words in job.words()])
+            elif job.is_done():
+                self.done.add(job.name)
+                found = True
+            else:
+                try:
+                    self._begin(job, [list(words) for words in job.words()])
+                except OSError as error:  # such as a full disk
+                    self._has_failed(job.name, f"could not begin: {error}")
+        return found
 
     def _ready(self) -> list[Job]:
         return [
@@ -142,8 +154,8 @@ class LocalScheduler:
         self.running[job.name] = _Running(job, words[1:], process, log, slot, time.monotonic())
 
     def _environment(self, slot: int) -> dict[str, str]:
-        cores = len(os.sched_getaffinity(0))
-        environment = {"OMP_NUM_THREADS": str(max(1, cores // self.machine.at_once)), **os.environ}
+        cores, processes = len(os.sched_getaffinity(0)), self.machine.at_once * self.machine.processes
+        environment = {"OMP_NUM_THREADS": str(max(1, cores // processes)), **os.environ}
         if self.machine.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.machine.gpus[slot % len(self.machine.gpus)]
         return environment
@@ -171,7 +183,9 @@ class LocalScheduler:
         if again and self.tries[name] < TRIES:
             _say(f"{name}: ended with code {code}, and is begun again")
             return
-        said = last_line(each.job.log) or f"ended with code {code}"
+        self._has_failed(name, last_line(each.job.log) or f"ended with code {code}")
+
+    def _has_failed(self, name: str, said: str) -> None:
         self.failed[name] = said
         _say(f"{name}: failed: {said}")
 

@@ -19,7 +19,7 @@ from launchers.slurm.queue import refuse_second
 from launchers.slurm.render import Shape, container_command, gpu_directives, render
 from launchers.slurm.site import Site, site_without_gpus
 from launchers.slurm.submission import JOB, SUBMISSIONS, check_layout, next_folder, write
-from launchers.sweep_jobs import Job, preparation
+from launchers.sweep_jobs import Job, check_settings, preparation
 
 MEASURE, REPORT = "measure", "report"
 NUMBER = '"$SLURM_ARRAY_TASK_ID"'
@@ -58,6 +58,7 @@ class StudyOnSlurm:
 
     def dry_run(self) -> str:
         """All scripts, one after another; nothing is written. Raises ConfigError where a run does not fit the shape."""
+        check_settings(self.opened.study, self.opened.expanded)
         folder = self.opened.folder / SUBMISSIONS / "NNNN"
         texts = [self._script(DATA, folder)] if self._data_left else []
         for name, each in self._arrays.items():
@@ -70,11 +71,12 @@ class StudyOnSlurm:
         """Writes and submits what is not finished.
 
         Raises:
-            ConfigError: a run does not fit the shape.
+            ConfigError: a run does not fit the shape, or a setting of measurements is unknown.
             SlurmError: Slurm refuses a part; what it had accepted is cancelled.
             UserError: something of this study is in the queue already.
         """
         refuse_second(self.opened.folder)
+        check_settings(self.opened.study, self.opened.expanded)
         for each in self._arrays.values():
             for run in each.runs:
                 check_layout(run.config, self.shape)
@@ -115,9 +117,10 @@ class StudyOnSlurm:
 
     @cached_property
     def _points_left(self) -> list[int]:
-        """Numbers of the points that are not measured in full."""
-        points = enumerate(self.opened.expanded.points)
-        return [number for number, point in points if self.opened.missing_measures(point)]
+        """Numbers of the points that are not measured in full, those that share their measurements once."""
+        expanded = self.opened.expanded
+        once = {point.name for point in expanded.measured_once() if self.opened.missing_measures(point)}
+        return [number for number, point in enumerate(expanded.points) if point.name in once]
 
     @cached_property
     def _data_left(self) -> Job | None:

@@ -17,7 +17,7 @@ from cola_megatron.studies.study_file import load_study
 from launchers.sweep_files import study_file
 from launchers.sweep_jobs import jobs_of
 
-SHIPPED = ("rq1", "rq2", "rq3", "rq4")
+SHIPPED = sorted(path.stem for path in (Path(__file__).parents[1] / "launchers" / "sweeps").glob("*.yaml"))
 SMALL: dict[str, Any] = {
     "name": "small",
     "arms": {
@@ -141,6 +141,35 @@ def test_arms_that_share_a_stage_one_train_it_once(tmp_path):
     assert found.runs["slow-ratelow-20-s1"].needs == ("cola-stage1-s1",)
 
 
+@pytest.mark.parametrize("kind", ["own", "branches", "checkpoints"])
+def test_a_setting_that_two_axes_have_in_common_is_one_run_and_a_row_of_each(kind, tmp_path):
+    arms = {name: {"config": "tiny-autoregressive"} for name in ("rate", "seed")}
+    axes = {
+        "rate": {"arms": ["rate"], "settings": {"own": {}, "low": {"training.optimizer.learning_rate": 1e-3}}},
+        "order": {"arms": ["seed"], "settings": {"own": {}, "other": {"data.seed": 1}}},
+    }
+    budgets = {"column": "steps", "amounts": [20, 40], "runs": kind, "warmup_share": 0.1}
+    over = {"arms": arms, "axes": axes, "seeds": [1], "budgets": budgets}
+    found = expanded(tmp_path, over)
+    assert all(need in found.runs for run in found.runs.values() for need in run.needs)
+    of_rate, of_order = ([p for p in found.points if p.settings == {axis: "own"}] for axis in ("rate", "order"))
+    assert [(p.run, p.trunk, p.measured_as) for p in of_rate] == [(p.run, p.trunk, p.measured_as) for p in of_order]
+    assert {point.run for point in of_rate} <= found.runs.keys() and len(found.points) == 8
+    measures = [job for job in jobs_of(begun(tmp_path, over)).values() if job.kind == "measure"]
+    assert len(measures) == 6, "what is common is measured once"
+
+
+def test_arms_of_one_run_that_are_measured_differently_are_measured_apart(tmp_path):
+    arms = {
+        "few": {**SMALL["arms"]["cola"], "generation": {"steps": 4}},
+        "many": {**SMALL["arms"]["cola"], "generation": {"steps": 8}},
+        "drawn": {**SMALL["arms"]["cola"], "generation": {"steps": 8}, "likelihood": {"samples": 2}},
+    }
+    found = expanded(tmp_path, {"arms": arms, "seeds": [1], "budgets": {"column": "steps", "amounts": [20]}})
+    assert {point.run for point in found.points} == {"few-20-s1"}
+    assert len({point.measured_as for point in found.points}) == 3
+
+
 def test_rules_set_rate_and_batch_of_every_run(tmp_path):
     over = {
         "learning_rate": {"rule": "power_law", "of": "tokens", "coefficient": 1e-3, "exponent": -0.5, "reference": 1e5},
@@ -179,8 +208,13 @@ def test_the_shipped_studies_expand_at_every_scale(name, tmp_path):
         ({"axes": {"x": {"settings": {"a": {}, "b": {}}}}}, "two equal runs"),
         ({"axes": {"x": {"settings": {"a/b": {}, "a+b": {"data.seed": 1}}}}}, "two runs have the name"),
         ({"budgets": {"column": "tokens", "amounts": [100]}}, "is below one step"),
+        ({"overrides": {"training.schedule.warmup_steps": 30}}, "budgets.warmup_share sets it for every length"),
         ({"budgets": {"column": "tokens", "amounts": [10_000]}}, "from the nearest whole number of steps"),
         ({"budgets": {"column": "steps", "amounts": [20, 20.1]}}, "two budgets are 20 steps each"),
+        (
+            {"budgets": {"column": "steps", "amounts": [12341, 12342], "runs": "checkpoints"}},
+            "two points have the name",
+        ),
         ({"budgets": {"column": "model", "amounts": [1e10]}}, "stage 1 (cola-stage1-s1) alone takes"),
         ({"axes": {"x": {"arms": ["llama"], "settings": {"1": {}}}}}, "axes.x names the arm llama"),
         ({"data": {}}, "data needs one of path and source"),
@@ -201,7 +235,7 @@ def test_an_unknown_scale_is_refused_with_those_there_are(tmp_path):
 
 
 def test_an_unknown_study_is_refused_with_those_there_are():
-    with pytest.raises(ConfigError, match="rq9: neither a study file nor one of the studies rq1, rq2"):
+    with pytest.raises(ConfigError, match="rq9: neither a study file nor one of the studies ladder, rq1, rq2"):
         study_file("rq9")
 
 
@@ -209,6 +243,13 @@ def test_a_scale_lies_over_the_rest_and_null_takes_out(tmp_path):
     scales = {"half": {"arms": {"cola": None}, "budgets": {"amounts": [10]}, "overrides": {"seed": None}}}
     study = load_study(write(tmp_path, {"scales": scales}), "half")
     assert (list(study.arms), study.budgets.amounts, study.budgets.column) == (["ar"], [10], "steps")
+
+
+def test_numbers_of_an_axis_ascend_where_a_scale_adds_some(tmp_path):
+    settings = {label: {"data.seed": int(label)} for label in ("16", "64", "128")}
+    scales = {"less": {"axes": {"x": {"settings": {"4": {"data.seed": 4}, "128": None}}}}}
+    study = load_study(write(tmp_path, {"axes": {"x": {"settings": settings}}, "scales": scales}), "less")
+    assert list(study.axes["x"].settings) == ["4", "16", "64"]
 
 
 # ---- folder ---------------------------------------------------------------------------------------------------------
@@ -240,6 +281,101 @@ def test_a_run_that_has_not_begun_may_still_change(tmp_path):
     finish(begun(tmp_path), "ar-20-s1")
     axes = {"rate": {"arms": ["cola"], "settings": {"low": {"training.optimizer.learning_rate": 1e-3}}}}
     assert "cola-ratelow-20-s1" in begun(tmp_path, {"axes": axes}).expanded.runs
+
+
+def test_a_killed_run_is_said_to_have_been_killed(tmp_path):
+    opened = begun(tmp_path)
+    folder = opened.prepare(opened.expanded.runs["ar-20-s1"]).parent
+    (folder / "log.txt").write_text("step 12 loss 3.1\n")
+    write_json(folder / "progress.json", {"state": "training", "step": 12})
+    assert opened.state_of("ar-20-s1") == "failed"
+    assert opened.error_of("ar-20-s1") == "killed while training, after step 12; the last line: step 12 loss 3.1"
+    write_json(folder / "progress.json", {"state": "failed", "step": 12})
+    assert opened.error_of("ar-20-s1") == "step 12 loss 3.1"
+
+
+def test_a_run_of_checkpoints_goes_on_to_a_larger_budget_and_not_back_to_a_smaller(tmp_path):
+    def with_budgets(*amounts: int) -> StudyFolder:
+        return begun(tmp_path, {"budgets": {"column": "steps", "amounts": list(amounts), "runs": "checkpoints"}})
+
+    opened = with_budgets(20, 40)
+    finish(opened, "ar-s1")
+    write_json(opened.run_folder("ar-s1") / "summary.json", {"finished": True, "step": 40})
+    assert with_budgets(20, 40).state_of("ar-s1") == "finished"
+    (opened.run_folder("ar-s1") / "checkpoints" / "step_00000020").mkdir(parents=True)
+    assert with_budgets(20, 80).state_of("ar-s1") == "stopped"
+    with pytest.raises(ConfigError, match="ar-s1 is beyond step 30, where it would need a checkpoint now"):
+        with_budgets(20, 30, 40)
+
+
+def test_what_was_measured_may_not_be_measured_otherwise(tmp_path):
+    opened = begun(tmp_path)
+    point = next(point for point in opened.expanded.points if point.name == "cola-20-s1")
+    opened.measurements_of(point).mkdir(parents=True)
+    write_json(opened.measurements_of(point) / "likelihood.json", {"texts": 64})
+    arms = {**SMALL["arms"], "cola": {**SMALL["arms"]["cola"], "likelihood": {"samples": 2}}}
+    for over in ({"measures": {"likelihood_texts": 128}}, {"arms": arms}):
+        with pytest.raises(ConfigError, match=r"likelihood\.json of cola-20-s1 was .* remove measurements"):
+            begun(tmp_path, over)
+    more = begun(tmp_path, {"measures": {"likelihood_texts": 64, "last_word_items": 10}, "seeds": [1, 2, 3]})
+    assert more.missing_measures(point) == ["last_word.json"]
+
+
+def test_a_study_is_gone_on_with_from_another_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("model: {family: autoregressive}")
+    over = {"arms": {"a": {"config": "mine.yaml"}}, "data": {"source": "recipe.yaml"}, "measures": {"tasks": ["all"]}}
+    monkeypatch.chdir(tmp_path)
+    study = load_study(write(tmp_path, over), benchmarks=Path("items"))
+    assert study.arms["a"].config == str(tmp_path / "mine.yaml")
+    assert study.data.source == str(tmp_path / "recipe.yaml")
+    assert study.measures.benchmarks == tmp_path / "items"
+    named = [load_study(write(tmp_path, {"data": {"path": path}})).data.path for path in ("data", "s3://bucket/data")]
+    assert named == [str(tmp_path / "data"), "s3://bucket/data"]
+    assert load_study(write(tmp_path, {"data": {"source": "embedded"}})).data.source == "embedded"
+
+
+@pytest.mark.parametrize(
+    ("arm", "message"),
+    [
+        ({"generation": {"guidance": 3}}, "cola-20-s1: .*guidance"),
+        ({"likelihood": {"draws": 3}}, "cola-20-s1: .*draws"),
+    ],
+)
+def test_a_wrong_setting_of_a_measurement_is_seen_before_anything_is_trained(arm, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        jobs_of(begun(tmp_path, {"arms": {"cola": {**SMALL["arms"]["cola"], **arm}}}))
+
+
+def test_a_recipe_is_prepared_as_one_and_fits_the_runs(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    tree = {"output": "x", "sources": [{"name": "a", "inputs": ["a.txt"]}], "tokenizer": {"vocab_size": 2048}}
+    for length in (128, 64):
+        recipe.write_text(yaml.safe_dump({**tree, "packing": {"sequence_length": length}}))
+        over = {"data": {"source": str(recipe)}}
+        if length == 128:
+            (words,) = jobs_of(begun(tmp_path, over))["data"].words()
+            assert words == ["prep", "run", "--recipe", str(recipe), "--output", str(tmp_path / "out" / "data")]
+        else:
+            with pytest.raises(ConfigError, match=r"packing\.sequence_length=64, and the runs have .*=128"):
+                jobs_of(begun(tmp_path, over))
+
+
+def test_on_gpus_the_memory_of_the_machine_does_not_hold_the_models(tmp_path):
+    arms = {"ar": {"config": "paper-2b-autoregressive"}}
+    opened = begun(tmp_path, {"arms": arms, "overrides": {"training.schedule.warmup_steps": 2}, "seeds": [1]})
+    on_cpu, on_gpus = (jobs_of(opened, 8, on_gpus=gpus)["ar-20-s1"].memory for gpus in (False, True))
+    assert on_cpu > 200e9 > 100e9 > on_gpus
+
+
+def test_measurements_read_the_data_of_the_study(tmp_path):
+    measures = {"likelihood_texts": 8, "last_word_items": 8}
+    arm = {"config": "tiny", "generation": {"guidance_interval": [0.2, 0.8], "noise": "hashed"}}
+    over = {"arms": {"cola": {**SMALL["arms"]["cola"], **arm}}, "measures": measures, "data": {"source": "embedded"}}
+    opened = begun(tmp_path, over)
+    likelihood, last_word = jobs_of(opened)["measure-cola-20-s1"].words()
+    for words in (likelihood, last_word):
+        assert words[words.index("--data") + 1] == str(tmp_path / "out" / "data")
+    assert "guidance_interval=[0.2, 0.8]" in last_word
 
 
 def test_what_is_no_study_is_refused_and_left_alone(tmp_path):
@@ -296,11 +432,12 @@ def test_the_table_has_a_row_for_every_point_whatever_is_missing(tmp_path):
     assert {each["point"] for each in document["lost"]} == rows.keys() - {"ar-20-s1"}
 
 
-def test_a_measurement_of_another_version_is_named(tmp_path):
+@pytest.mark.parametrize("content", ['{"elbo": 3}', "{", ""])
+def test_a_measurement_that_cannot_be_read_is_named_and_takes_no_other_point_away(content, tmp_path):
     opened = begun(tmp_path)
     finish(opened, "ar-20-s1")
     folder = opened.measurements_of(next(point for point in opened.expanded.points if point.name == "ar-20-s1"))
     folder.mkdir(parents=True)
-    write_json(folder / "likelihood.json", {"elbo": 3})
-    with pytest.raises(Exception, match="not what this version writes; remove it"):
-        collect(opened)
+    (folder / "likelihood.json").write_text(content)
+    row = next(row for row in collect(opened)["rows"] if row["point"] == "ar-20-s1")
+    assert row["state"] == "damaged" and f"{folder / 'likelihood.json'}: not what this version writes" in row["error"]

@@ -18,6 +18,7 @@ import yaml
 from cola_megatron.errors import UserError
 from cola_megatron.records.run_folder import lock_run_folder
 from launchers.sweep_jobs import Job, with_needs
+from launchers.sweep_machine import machine
 from launchers.sweep_run import LocalScheduler, Machine, Outcome
 from tests import commands
 
@@ -131,6 +132,38 @@ def test_a_run_that_another_process_trains_is_waited_for(tmp_path, capfd):
     assert capfd.readouterr().err.count("mine: another job trains there") == 1
 
 
+def test_a_job_that_cannot_begin_has_failed_and_holds_up_no_other(tmp_path):
+    (tmp_path / "taken").write_text("")
+    bad = Job("bad", "train", lambda: [["config", "tiny"]], lambda: False, tmp_path / "taken" / "log", memory=1.0)
+    outcome = run([bad, job(tmp_path, "good")])
+    assert outcome.done == ["good"] and outcome.failed["bad"].startswith("could not begin: ")
+
+
+def test_what_somebody_else_did_meanwhile_is_not_begun(tmp_path):
+    measured = tmp_path / "likelihood.json"
+    late = Job("measure", "measure", list, measured.is_file, tmp_path / "measure.log", ("first",), 1.0)
+    first, after = job(tmp_path, "first"), job(tmp_path, "after", "measure")
+
+    class Meanwhile(LocalScheduler):
+        def _ended(self, *ended: object) -> None:
+            measured.write_text("{}")
+            super()._ended(*ended)
+
+    jobs = {"first": first, "measure": late, "after": after}
+    assert Meanwhile(jobs, Machine(1, 10.0)).run().done == ["after", "first", "measure"]
+
+
+def test_runs_of_several_processes_have_gpus_of_their_own(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    assert (machine(None, 1.0).at_once, machine(None, 1.0).gpus) == (5, ("0", "1", "2", "3", "4"))
+    assert (machine(None, 1.0, 2).at_once, machine(None, 1.0, 2).gpus) == (2, ("0,1", "2,3"))
+    assert machine(6, 1.0, 4).gpus == ("0,1,2,3",), "six jobs share them"
+    with pytest.raises(UserError, match="--processes 8: here are 5 GPUs"):
+        machine(None, 1.0, 8)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert machine(None, 1.0, 10**6).at_once == 1
+
+
 def test_a_run_is_taken_alone_with_what_it_needs_and_its_measurements(tmp_path):
     jobs = {each.name: each for each in (job(tmp_path, "vae"), job(tmp_path, "a", "vae"), job(tmp_path, "b", "vae"))}
     jobs["measure-a"] = Job("measure-a", "measure", list, lambda: False, tmp_path / "m.log", ("a",))
@@ -157,6 +190,14 @@ def test_a_study_from_its_file_to_its_table(tmp_path, corpus):
     assert table(out) == rows
     shown = json.loads(commands.cola("sweep", "status", out, "--json").stdout)
     assert {row["state"] for row in shown} == {"finished"} and len(shown) == 2
+
+
+def test_a_second_scheduler_is_refused_before_it_writes(tmp_path, corpus):
+    path, out = study(tmp_path, corpus), tmp_path / "out"
+    with lock_run_folder(out):
+        refused = commands.cola("sweep", "run", path, "--output", out)
+        assert refused.returncode == 1 and "another `cola sweep` runs this study here" in refused.stderr
+        assert not (out / "index.json").exists()
 
 
 @pytest.mark.slow

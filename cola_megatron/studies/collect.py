@@ -6,6 +6,7 @@ docs/scaling.md describes the columns. Nothing is computed here but costs: what 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,9 @@ def collect(opened: StudyFolder, state_of: Callable[[str], tuple[str, str]] | No
         state_of: the state and last error of a run, by its name; None: as its folder alone says.
     """
     state_of = state_of or (lambda name: (opened.state_of(name), opened.error_of(name)))
-    rows = [_Row(opened, point, state_of).as_json() for point in opened.expanded.points]
+    # Points of one run or trunk follow each other; all at once, the records of long runs may not fit the memory.
+    records = functools.lru_cache(maxsize=4)(functools.partial(_records, opened))
+    rows = [_Row(opened, point, state_of, records).as_json() for point in opened.expanded.points]
     lost = [{"point": row["point"], "why": row["error"]} for row in rows if row["state"] != "finished"]
     document = {"study": _study(opened), "rows": rows, "lost": lost}
     write_json(opened.folder / RESULTS, document)
@@ -78,18 +81,39 @@ def _spent(opened: StudyFolder) -> dict[str, float]:
     return hours
 
 
+def _records(opened: StudyFolder, name: str) -> tuple[Run | None, str]:
+    """What a run left, and else why it cannot be read."""
+    folder = opened.run_folder(name)
+    if not folder.is_dir():
+        return None, ""
+    try:
+        return read_run(folder), ""
+    except UserError as error:
+        return None, str(error)
+
+
 class _Row:
     """One point."""
 
-    def __init__(self, opened: StudyFolder, point: Point, state_of: Callable[[str], tuple[str, str]]):
-        self.opened, self.point, self.state_of = opened, point, state_of
+    def __init__(
+        self,
+        opened: StudyFolder,
+        point: Point,
+        state_of: Callable[[str], tuple[str, str]],
+        records: Callable[[str], tuple[Run | None, str]],
+    ):
+        self.opened, self.point, self.state_of, self.records = opened, point, state_of, records
         self.config: RunConfig = opened.expanded.runs[point.run].config
 
     def as_json(self) -> dict[str, Any]:
         """As docs/scaling.md describes it."""
         point, opened = self.point, self.opened
-        run, unreadable = self._records(point.run)
-        measures = {**self._held_out(run), **measures_in(opened.measurements_of(point))}
+        run, unreadable = self.records(point.run)
+        measures = self._held_out(run)
+        try:
+            measures |= measures_in(opened.measurements_of(point))
+        except UserError as error:  # of this point alone
+            unreadable = unreadable or str(error)
         state, why = self._state(unreadable)
         first = opened.expanded.runs[point.stage_one] if point.stage_one is not None else None
         data = self.config.data
@@ -120,15 +144,6 @@ class _Row:
             "curve": [*self._curve_of_trunk(), *_curve(run, point.step)],
             "samples": _samples(run, point.step),
         }
-
-    def _records(self, name: str) -> tuple[Run | None, str]:
-        folder = self.opened.run_folder(name)
-        if not folder.is_dir():
-            return None, ""
-        try:
-            return read_run(folder), ""
-        except UserError as error:
-            return None, str(error)
 
     def _state(self, unreadable: str) -> tuple[str, str | None]:
         """Of the point: its run, then what is measured of it; else the first run before it that is not done."""
@@ -169,7 +184,7 @@ class _Row:
     def _curve_of_trunk(self) -> list[list[Any]]:
         if self.point.trunk is None:
             return []
-        return _curve(self._records(self.point.trunk)[0], fork_step(self.opened.expanded.runs[self.point.run]))
+        return _curve(self.records(self.point.trunk)[0], fork_step(self.opened.expanded.runs[self.point.run]))
 
     def _time(self, run: Run | None) -> dict[str, Any]:
         """Seconds of training to this step, its trunk's included, and what they are worth."""
@@ -177,7 +192,7 @@ class _Row:
         if run is not None:
             seconds = run.cost(point.step).seconds
         if point.trunk is not None and seconds is not None:
-            trunk, _ = self._records(point.trunk)
+            trunk, _ = self.records(point.trunk)
             before = None if trunk is None else trunk.cost(fork_step(self.opened.expanded.runs[point.run])).seconds
             seconds = None if before is None else seconds + before
         attempts = read_attempts(self.opened.run_folder(point.run)) if run is not None else []

@@ -25,27 +25,50 @@ def expand(study: StudyConfig, folder: Path) -> Expanded:
     """
     runs: dict[str, StudyRun] = {}
     by_identity: dict[str, StudyRun] = {}
-    measured: dict[tuple[str, int, str], Point] = {}
-    points: list[Point] = []
+    points: dict[str, Point] = {}
+    measured: dict[str, Point] = {}
+
+    def shared(run: StudyRun) -> StudyRun:
+        """The one run for all arms and settings that train the same."""
+        one = by_identity.setdefault(_identity(run), run)
+        if runs.setdefault(one.name, one) is not one:
+            raise ConfigError(f"two runs have the name {one.name}: labels must differ in their letters and digits")
+        return one
+
     for builder in _lines(study, folder.absolute()):
         first = builder.stage_one()
-        if first is not None:
-            first = by_identity.setdefault(_identity(first), first)  # one for all arms and settings that share it
-            runs[first.name] = first
-        line = builder.build(first)
-        same = {run.name: by_identity.setdefault(_identity(run), run) for run in line.runs}
+        line = builder.build(None if first is None else shared(first))
+        same: dict[str, str] = {}
         for run in line.runs:
-            if same[run.name] is run and run.name in runs:
-                raise ConfigError(f"two runs have the name {run.name}: labels must differ in their letters and digits")
-            runs.setdefault(same[run.name].name, same[run.name])
-        for point in (replace(point, run=same[point.run].name) for point in line.points):
-            other = measured.setdefault((point.run, point.step, json.dumps(point.generation, sort_keys=True)), point)
-            if other is not point:
+            same[run.name] = shared(replace(run, needs=tuple(same.get(need, need) for need in run.needs))).name
+        for own in line.points:
+            trunk = None if own.trunk is None else same[own.trunk]
+            point = _measured_apart(replace(own, run=same[own.run], trunk=trunk), study, measured)
+            if points.setdefault(point.name, point) is not point:
                 raise ConfigError(
-                    f"{point.name} and {other.name} are two equal runs: leave out an arm, size or setting"
+                    f"two points have the name {point.name}: labels must differ in their letters and digits, budgets "
+                    "in their first four digits"
                 )
-            points.append(point)
-    return Expanded(runs, points)
+    return Expanded(runs, list(points.values()))
+
+
+def _measured_apart(point: Point, study: StudyConfig, measured: dict[str, Point]) -> Point:
+    """The point, in a folder of its own where another of its run is measured in another way.
+
+    One that is measured in the same way is a row of another arm's axis, such as the setting that two axes have in
+    common, and has the folder of the first. Raises ConfigError where it is the same row.
+    """
+    way = json.dumps([point.run, point.step, point.generation, study.arms[point.arm].likelihood], sort_keys=True)
+    other = measured.get(way)
+    if other is None:
+        taken = {(each.run, each.measured_as) for each in measured.values()}
+        if (point.run, point.measured_as) in taken:
+            point = replace(point, measured_as=f"{point.measured_as}-{point.arm}")
+        measured[way] = point
+        return point
+    if point.arm == other.arm or not (point.settings or other.settings):
+        raise ConfigError(f"{point.name} and {other.name} are two equal runs: leave out an arm, size or setting")
+    return replace(point, measured_as=other.measured_as)
 
 
 def _identity(run: StudyRun) -> str:

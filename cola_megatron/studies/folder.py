@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +25,15 @@ from cola_megatron.records.json_files import read_object, write_json, write_whol
 from cola_megatron.records.progress import read_progress
 from cola_megatron.records.run_folder import LOCK, SUMMARY
 from cola_megatron.studies.expansion import expand
-from cola_megatron.studies.measured import missing
-from cola_megatron.studies.runs import RUNS, Expanded, Point, StudyRun, identity_of
+from cola_megatron.studies.measured import asked, missing
+from cola_megatron.studies.runs import DATA, RUNS, Expanded, Point, StudyRun, identity_of
 from cola_megatron.studies.study_file import StudyConfig
 
 INDEX, OF_RUN, REQUESTED, LOG = "index.json", "study.json", "requested.yaml", "log.txt"
 MEASUREMENTS = "measurements"
+
+AT_WORK = ("starting", "training", "measuring", "saving")
+"""States of progress.json that a process which ends in order leaves behind."""
 
 RunState = Literal["finished", "running", "failed", "stopped", "not begun"]
 
@@ -99,6 +104,11 @@ class StudyFolder:
         write_whole(folder / REQUESTED, dump_config(run.config))
         return folder / REQUESTED
 
+    @property
+    def data(self) -> str:
+        """What its runs are trained and measured on."""
+        return self.study.data.path or str(self.folder / DATA)
+
     def run_folder(self, name: str) -> Path:
         """Of a run."""
         return self.folder / RUNS / name
@@ -117,19 +127,25 @@ class StudyFolder:
 
     def state_of(self, name: str) -> RunState:
         """What has become of a run, from its folder alone."""
-        folder = self.run_folder(name)
-        if read_object(folder / SUMMARY).get("finished"):
+        folder, run = self.run_folder(name), self.expanded.runs.get(name)
+        summary = read_object(folder / SUMMARY)
+        if summary.get("finished") and (run is None or summary.get("step", math.inf) >= run.config.training.steps):
             return "finished"
         if is_locked(folder):
             return "running"
         state = read_progress(folder).get("state")
-        if state == "stopped":
+        if state == "stopped" or summary.get("finished"):  # a larger budget has come since
             return "stopped"
         return "failed" if state or (folder / LOG).is_file() else "not begun"
 
     def error_of(self, name: str) -> str:
-        """The last line that a run's process printed."""
-        return last_line(self.run_folder(name) / LOG)
+        """The last line that a run's process printed, and that it was killed where it did not come to say its end."""
+        folder = self.run_folder(name)
+        progress, said = read_progress(folder), last_line(folder / LOG)
+        if progress.get("state") in AT_WORK and not is_locked(folder):
+            killed = f"killed while {progress['state']}, after step {progress.get('step', 0)}"
+            return f"{killed}; the last line: {said}" if said else killed
+        return said
 
     def _refuse_another(self, index: dict[str, Any]) -> None:
         stored = _study_of(index, self.folder / INDEX)
@@ -153,6 +169,37 @@ class StudyFolder:
                     f"{self.folder}: the run {name} was begun with {key}={before!r} and would have {now!r} now: give "
                     "another --output"
                 )
+            self._refuse_steps_that_are_over(run, entry["config"])
+        if stored != self.study:
+            self._refuse_other_measurements(stored)
+
+    def _refuse_steps_that_are_over(self, run: StudyRun, before: Mapping[str, Any]) -> None:
+        """Checkpoints that a run was not asked for before, and is beyond."""
+        folder = self.run_folder(run.name)
+        added = set(run.config.training.checkpoint.at) - set(before["training"]["checkpoint"].get("at", ()))
+        done = max(read_progress(folder).get("step", 0), read_object(folder / SUMMARY).get("step", 0))
+        over = [step for step in sorted(added) if step <= done and not folder_of(folder, step).is_dir()]
+        if over:
+            raise ConfigError(
+                f"{self.folder}: the run {run.name} is beyond step {over[0]}, where it would need a checkpoint now, "
+                "and has none: give another --output, or only budgets beyond what it has done"
+            )
+
+    def _refuse_other_measurements(self, stored: StudyConfig) -> None:
+        """What was measured with other settings would stand in the table beside what is measured with these."""
+        before = {point.name: _asked(stored, point) for point in expand(stored, self.folder).points}
+        for point in self.expanded.points:
+            was, now = before.get(point.name, {}), _asked(self.study, point)
+            for name in was.keys() & now.keys():
+                if was[name] != now[name] and (self.measurements_of(point) / name).is_file():
+                    raise ConfigError(
+                        f"{self.folder}: {name} of {point.name} was measured with {was[name]}, and would be with "
+                        f"{now[name]} now: give another --output, or remove {MEASUREMENTS}/*/{name} of its runs"
+                    )
+
+
+def _asked(study: StudyConfig, point: Point) -> dict[str, dict[str, Any]]:
+    return asked(study.measures, point.generation, study.arms[point.arm].likelihood)
 
 
 def is_locked(run_folder: Path) -> bool:

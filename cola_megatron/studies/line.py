@@ -185,7 +185,13 @@ class StudyLine:
         return self._named(f"{budget:.4g}-s{self.seed}".replace("+", ""))
 
     def _run(self, role: Role, name: str, keys: Overrides, before: StudyRun | None) -> StudyRun:
-        return StudyRun(name, role, self._load(name, keys), (before.name,) if before is not None else ())
+        try:
+            config = self._load(name, keys)
+        except ConfigError as error:
+            if "warmup_steps=" in str(error) and self.study.budgets.warmup_share is None:
+                raise ConfigError(f"{error}; budgets.warmup_share sets it for every length") from None
+            raise
+        return StudyRun(name, role, config, (before.name,) if before is not None else ())
 
     def _points(
         self, run: StudyRun, budget: float, steps: int, first: StudyRun | None, trunk: StudyRun | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,23 @@ Measure = dict[str, Any]
 """{"value": ..., "error": standard error or None, ...}"""
 
 
+def asked(measures: MeasuresConfig, generation: Overrides, likelihood: Overrides) -> dict[str, dict[str, Any]]:
+    """The files of a point that is measured, relative to its folder, and what each is measured with.
+
+    Raises:
+        ConfigError: an unknown task.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    if measures.likelihood_texts:
+        found[LIKELIHOOD] = {"texts": measures.likelihood_texts, **likelihood}
+    if measures.last_word_items:
+        found[LAST_WORD] = {"items": measures.last_word_items, **generation}
+    return found | {f"{TASKS}/{task}.json": {"items": measures.items, **generation} for task in task_names(measures)}
+
+
 def wanted(measures: MeasuresConfig) -> list[str]:
     """The files of a point that is measured, relative to its folder; raises ConfigError for an unknown task."""
-    files = [LIKELIHOOD] if measures.likelihood_texts else []
-    files += [LAST_WORD] if measures.last_word_items else []
-    return files + [f"{TASKS}/{task}.json" for task in task_names(measures)]
+    return list(asked(measures, {}, {}))
 
 
 def missing(measures: MeasuresConfig, output: Path) -> list[str]:
@@ -31,15 +44,19 @@ def missing(measures: MeasuresConfig, output: Path) -> list[str]:
 
 
 def commands(
-    measures: MeasuresConfig, generation: Overrides, likelihood: Overrides, checkpoint: Path, output: Path
+    measures: MeasuresConfig, generation: Overrides, likelihood: Overrides, checkpoint: Path, output: Path, data: str
 ) -> list[list[str]]:
-    """The words after `cola` that measure a checkpoint, without those whose files are there."""
+    """The words after `cola` that measure a checkpoint, without those whose files are there.
+
+    Args:
+        data: of the study, which may have been moved since the checkpoint was written.
+    """
     left, found = missing(measures, output), []
     if LIKELIHOOD in left:
-        words = ["eval", "likelihood", str(checkpoint), "--limit", str(measures.likelihood_texts)]
+        words = ["eval", "likelihood", str(checkpoint), "--data", data, "--limit", str(measures.likelihood_texts)]
         found.append([*words, *_settings(likelihood), "--output", str(output / LIKELIHOOD)])
     if LAST_WORD in left:
-        words = ["eval", "last-word", str(checkpoint), "--limit", str(measures.last_word_items)]
+        words = ["eval", "last-word", str(checkpoint), "--data", data, "--limit", str(measures.last_word_items)]
         found.append([*words, *_settings(generation), "--output", str(output / LAST_WORD)])
     tasks = [task for task in task_names(measures) if f"{TASKS}/{task}.json" in left]
     if tasks:
@@ -50,7 +67,7 @@ def commands(
 
 
 def _settings(given: Mapping[str, Any]) -> list[str]:
-    return [word for name, value in given.items() for word in ("--set", f"{name}={value}")]
+    return [word for name, value in given.items() for word in ("--set", f"{name}={json.dumps(value)}")]
 
 
 def task_names(measures: MeasuresConfig) -> list[str]:
@@ -62,15 +79,14 @@ def measures_in(output: Path) -> Mapping[str, Measure]:
     """The figures in the files of a point.
 
     Raises:
-        UserError: a file is something else.
+        UserError: a file is something else, or damaged.
     """
     found: dict[str, Measure] = {}
     for name, read in ((LIKELIHOOD, _likelihood), (LAST_WORD, _last_word)):
-        document = read_object(output / name)
-        if not document:
+        if not (output / name).is_file():
             continue
         try:
-            found |= read(document)
+            found |= read(read_object(output / name))
         except (KeyError, TypeError):
             raise UserError(
                 f"{output / name}: not what this version writes; remove it, and `cola sweep resume` measures again"

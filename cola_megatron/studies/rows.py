@@ -43,7 +43,8 @@ class Row:
     point: str
     run: str
     state: str
-    """`finished`, `measured in part`, `running`, `failed` or `not begun`."""
+    """`finished`, `measured in part`, `damaged`, `running`, `stopped`, `failed` or `not begun`; of Slurm's runs also as
+    Slurm calls it."""
     arm: str
     step: int | None = None
     error: str | None = None

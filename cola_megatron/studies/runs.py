@@ -40,7 +40,7 @@ class Point:
     generation: Overrides
     """Settings of generation, those of its arm among them."""
     measured_as: str
-    """Folder of its measurements below those of its run; points of one run differ in it."""
+    """Folder of its measurements below those of its run; points of one run that are measured alike share it."""
     seed: int
     budget: float
     run: str
@@ -56,6 +56,10 @@ class Expanded:
     runs: Mapping[str, StudyRun]
     """In an order in which each comes after what it needs."""
     points: Sequence[Point]
+
+    def measured_once(self) -> list[Point]:
+        """The points without those whose measurements are another's as well."""
+        return list({(point.run, point.measured_as): point for point in reversed(self.points)}.values())[::-1]
 
 
 def fork_step(branch: StudyRun) -> int:

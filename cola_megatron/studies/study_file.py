@@ -14,11 +14,12 @@ null there is taken out.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cola_megatron.config import ConfigError, Section, resolve_tree
 from cola_megatron.config.changes import Change
@@ -61,18 +62,21 @@ class AxisConfig(Section):
     title: Annotated[str | None, OURS] = None
     """In figures and tables; null: the axis' name."""
     settings: Annotated[dict[str, Overrides], OURS]
-    """The keys that each setting sets, by its label, in the order of figures."""
+    """The keys that each setting sets, by its label, in the order of figures: numbers ascend, others as they stand."""
     arms: Annotated[list[Name] | None, OURS] = None
     """The arms that it is varied in; null: all."""
     varies: Annotated[Literal["training", "both_stages", "generation"], OURS] = "training"
     """What the keys are of: training, with one stage 1 for all settings; both stages; or generation, where the settings
     are of the measurement and share their runs."""
 
-    @model_validator(mode="after")
-    def _consistent(self) -> AxisConfig:
-        if not self.settings:
+    @field_validator("settings")
+    @classmethod
+    def _in_order(cls, settings: dict[str, Overrides]) -> dict[str, Overrides]:
+        if not settings:
             raise ValueError("settings is empty: give a label and its keys for each")
-        return self
+        with contextlib.suppress(ValueError):  # a scale adds its own behind those of the file
+            return dict(sorted(settings.items(), key=lambda each: float(each[0])))
+        return settings
 
 
 class BudgetsConfig(Section):
@@ -91,7 +95,7 @@ class BudgetsConfig(Section):
     of one run, whose schedule is its config's."""
     warmup_share: Annotated[float | None, Field(ge=0, lt=1), OURS] = None
     """Of the steps of a run (branches: of the smallest budget's); null: the config's `warmup_steps`."""
-    decay_share: Annotated[float, Field(gt=0, le=1), OURS] = 0.2
+    decay_share: Annotated[float, Field(gt=0, lt=1), OURS] = 0.2
     """branches: the decay's share of the steps."""
 
     @model_validator(mode="after")
@@ -230,9 +234,31 @@ def load_study(
     if benchmarks is not None:
         tree["measures"] = {**(tree.get("measures") or {}), "benchmarks": str(benchmarks)}
     try:
-        return resolve_tree(StudyConfig, tree)
+        return _from_anywhere(resolve_tree(StudyConfig, tree))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _from_anywhere(study: StudyConfig) -> StudyConfig:
+    """With absolute paths: a study is gone on with from other working directories, as of a job's."""
+    arms = {name: arm.model_copy(update={"config": _absolute(arm.config)}) for name, arm in study.arms.items()}
+    data = {"path": _absolute(study.data.path, is_path=True), "source": _absolute(study.data.source)}
+    benchmarks = study.measures.benchmarks
+    measures = {"benchmarks": None if benchmarks is None else benchmarks.expanduser().absolute()}
+    return study.model_copy(
+        update={
+            "arms": arms,
+            "data": study.data.model_copy(update=data),
+            "measures": study.measures.model_copy(update=measures),
+        }
+    )
+
+
+def _absolute(given: str | None, is_path: bool = False) -> str | None:
+    """Of a path; a URL and what is the name of something stay."""
+    if given is None or "://" in given or not (is_path or given.endswith((".yaml", ".yml")) or Path(given).is_file()):
+        return given
+    return str(Path(given).expanduser().absolute())
 
 
 def laid_over(tree: Mapping[str, Any], over: Mapping[str, Any] | None) -> dict[str, Any]:

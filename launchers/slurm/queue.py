@@ -8,6 +8,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from cola_megatron.errors import UserError
@@ -36,7 +37,7 @@ class QueuedJob:
     """Why it waits, or its nodes."""
     script: Path
 
-    @property
+    @cached_property  # of hundreds of runs each looks for its jobs among hundreds
     def folder(self) -> Path:
         """The submission folder: that of the script, or of an element of an array its own."""
         folder = self.script.parent
