@@ -57,8 +57,10 @@ class ProgressFile:
             progress.tokens_per_second = tokens / progress.seconds_per_step
         self._steps += 1
         before = progress.loss
-        smooth = before is not None and math.isfinite(before)  # one loss that is no number is not seen for ever
-        progress.loss = before + (loss - before) / min(self._steps, LAST_STEPS) if smooth else loss
+        if before is None or not math.isfinite(before):  # one loss that is no number is not seen for ever
+            progress.loss = loss
+        else:
+            progress.loss = before + (loss - before) / min(self._steps, LAST_STEPS)
         self._stepped, progress.step = now, step
         if now - self._last >= EVERY_SECONDS:
             self.write("training")
