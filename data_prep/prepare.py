@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cola_megatron.data.manifest import MANIFEST_NAME, ShardError, file_problems, read_manifest
+from cola_megatron.records.json_files import read_object
 from data_prep.errors import DataPrepError
 from data_prep.folders import place_folder
 from data_prep.local import run_steps
@@ -134,6 +135,12 @@ def _is_finished(output: Path, plan: Plan, force: bool) -> bool:
 
 def _written_since(output: Path, plan: Plan) -> str:
     """What tells a plan from a folder that was prepared with the same recipe and versions."""
+    then = read_object(output / REPORT_NAME).get("sources", {})
+    for source in plan.recipe.sources:
+        size = sum(each.bytes for each in plan.inputs if each.source == source.name)
+        before = then.get(source.name, {}).get("bytes", size)
+        if size != before:
+            return f"source {source.name}: {size:,} bytes now, {before:,} then"
     prepared = (output / MANIFEST_NAME).stat().st_mtime
     parts = [part for each in plan.inputs for part in each.parts]
     newer = next((part for part in parts if _modified(part.location) > prepared), None)

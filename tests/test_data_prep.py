@@ -159,7 +159,7 @@ def test_other_settings_or_sources_are_refused_without_force(tmp_path: Path, cor
     assert "\n" not in str(caught.value)
     with corpus.open("a") as file:
         file.write(json.dumps({"text": "one more"}) + "\n")
-    with pytest.raises(DataPrepError, match=r"a source or the tokenizer has changed"):
+    with pytest.raises(DataPrepError, match=r"source text: [\d,]+ bytes now, [\d,]+ then"):
         run(corpus, output)
     assert files_of(output) == before
     prepare(settings_for(corpus, output, sequence_length=64), progress=False, force=True)
