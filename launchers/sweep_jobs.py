@@ -13,6 +13,7 @@ from cola_megatron.data.manifest import MANIFEST_NAME
 from cola_megatron.families import family_of
 from cola_megatron.inference.requests import read_settings
 from cola_megatron.planning.compute import parameters_of
+from cola_megatron.planning.flops import training_flops
 from cola_megatron.planning.memory import rank_memory
 from cola_megatron.planning.split import pipeline_split
 from cola_megatron.studies.folder import LOG, StudyFolder, last_line
@@ -161,7 +162,6 @@ def check_settings(study: StudyConfig, expanded: Expanded) -> None:
 def _training(opened: StudyFolder, run: StudyRun, first: tuple[str, ...], processes: int, on_gpus: bool) -> Job:
     folder = opened.run_folder(run.name)
     before = ["launch", "--nproc", str(processes)] if processes > 1 else []
-    training = run.config.training
     return Job(
         run.name,
         "train",
@@ -170,7 +170,7 @@ def _training(opened: StudyFolder, run: StudyRun, first: tuple[str, ...], proces
         folder / LOG,
         run.needs or first,
         _memory(run.config, processes, on_gpus),
-        flops=float(training.steps * training.global_batch_size * run.config.data.sequence_length),
+        flops=training_flops(run.config, run.config.training.steps),
         run_folder=folder,
     )
 
