@@ -10,9 +10,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from cola_megatron.records.on_disk import flush
 from data_prep.errors import DataPrepError
 
-__all__ = ["new_folder", "place_folder"]
+__all__ = ["new_folder", "place_folder", "remove_folder"]
 
 
 @contextlib.contextmanager
@@ -56,32 +57,33 @@ def place_folder(finished: Path, output: Path, replace: bool) -> None:
         raise DataPrepError(_cause_and_cure(error, output)) from error
 
 
+def remove_folder(folder: Path) -> None:
+    """Removes a folder; what cannot be removed, a file that another process holds on NFS, is no longer in its place."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        with contextlib.suppress(OSError):
+            aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.removed-", dir=folder.parent))
+            folder.rename(aside)
+
+
 def _put_in_place(temporary: Path, output: Path, replace: bool) -> None:
     """Renames `temporary` to `output`; a folder that it replaces keeps its content until then. Raises OSError."""
     if replace and output.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=output.parent))
         output.rename(old)
         temporary.rename(output)
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     else:
         temporary.rename(output)
-    _flush_one(output.parent)
+    flush(output.parent)
 
 
 def _flush_to_disk(folder: Path) -> None:
     """Force everything below `folder` to the disk, so that a crash after the rename cannot leave empty files."""
     for parent, _, names in os.walk(folder):
         for name in names:
-            _flush_one(Path(parent, name))
-        _flush_one(Path(parent))
-
-
-def _flush_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            flush(Path(parent, name))
+        flush(Path(parent))
 
 
 def _umask() -> int:

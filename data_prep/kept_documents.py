@@ -15,19 +15,27 @@ from data_prep.packages import require
 from data_prep.plan import Plan
 from data_prep.work import WorkFolder
 
-__all__ = ["CLEANED_NAME", "DROPPED_NAME", "CleanedWriter", "kept_documents"]
+__all__ = ["CLEANED_NAME", "DROPPED_NAME", "EXACT", "EXACT_NAME", "NEAR", "CleanedWriter", "kept_documents"]
 
 CLEANED_NAME = "documents.jsonl.zst"
 DROPPED_NAME = "dropped_{task:05d}.npy"
+EXACT_NAME = "exact_{task:05d}.npy"
+"""Those of the dropped that are exact copies."""
+EXACT, NEAR = "duplicate/exact", "duplicate/near"
 
 
 def kept_documents(
-    plan: Plan, work: WorkFolder, task: int, bad: Callable[[BadDocument], None] = lambda document: None
+    plan: Plan,
+    work: WorkFolder,
+    task: int,
+    bad: Callable[[BadDocument], None] = lambda document: None,
+    copy: Callable[[str, Document], None] = lambda rule, document: None,
 ) -> Iterator[Document]:
     """The documents of input `task` that go on to the tokenizer, in order.
 
     Args:
         bad: told of every record that is no document, where the source skips those and nothing was cleaned before.
+        copy: told of every document that goes as a duplicate, and by which rule.
 
     Raises:
         DataPrepError: a source is at fault, or a step before is not finished.
@@ -39,13 +47,20 @@ def kept_documents(
             else:
                 yield document
         return
-    dropped = np.empty(0, np.int64)
-    if plan.recipe.deduplication is not None:
-        dropped = np.load(work.folder("cluster", 0) / DROPPED_NAME.format(task=task))
-    drop = set(dropped.tolist())
+    dropped, exact = _numbers(plan, work, DROPPED_NAME, task), _numbers(plan, work, EXACT_NAME, task)
     for index, document in enumerate(_cleaned(work.folder("clean", task) / CLEANED_NAME)):
-        if index not in drop:
+        if index not in dropped:
             yield document
+        else:
+            copy(EXACT if index in exact else NEAR, document)
+
+
+def _numbers(plan: Plan, work: WorkFolder, name: str, task: int) -> set[int]:
+    """Of the kept documents of a task those that a file of the step `cluster` has, where there is one."""
+    path = work.folder("cluster", 0) / name.format(task=task)
+    if plan.recipe.deduplication is None or (name == EXACT_NAME and not path.exists()):  # work of an older version
+        return set()
+    return set(np.load(path).tolist())
 
 
 class CleanedWriter:

@@ -9,10 +9,19 @@ from cola_megatron.data.manifest import Manifest
 from cola_megatron.data.mixture import passes_and_shares
 from data_prep.documents import LeftOut
 from data_prep.errors import DataPrepError
+from data_prep.examples import Example, merged
 from data_prep.plan import Plan
 from data_prep.work import WorkFolder
 
-__all__ = ["left_out_lines", "losses_of", "refuse_losses", "refuse_missing_urls", "refuse_unknown_tokens", "summary"]
+__all__ = [
+    "examples_of",
+    "left_out_lines",
+    "losses_of",
+    "refuse_losses",
+    "refuse_missing_urls",
+    "refuse_unknown_tokens",
+    "summary",
+]
 
 # Lines of a terminal; the report names all.
 NAMED = 20
@@ -36,15 +45,26 @@ def losses_of(plan: Plan, work: WorkFolder, name: str) -> tuple[Counter[str], Co
     return read, removed
 
 
-def refuse_losses(plan: Plan, name: str, documents: int, removed: dict[str, int]) -> None:
+def examples_of(plan: Plan, work: WorkFolder, name: str) -> dict[str, list[Example]]:
+    """Examples of the documents of a source that each rule removed, by the tasks that are finished."""
+    tasks = [task for task, part in enumerate(plan.inputs) if part.source == name]
+    steps = ("clean", "tokenize") if plan.recipe.cleans else ("tokenize",)
+    finished = [(step, task) for step in steps for task in tasks if work.is_finished(step, task)]
+    return merged(work.report(step, task).get("examples", {}) for step, task in finished)
+
+
+def refuse_losses(plan: Plan, work: WorkFolder, name: str, documents: int, removed: dict[str, int]) -> None:
     """Raises DataPrepError where one rule removes more of a source than its recipe allows."""
     allowed = plan.recipe.most_removed_of(plan.recipe.source(name))
     rule = max(removed, key=lambda rule: removed[rule], default=None)
     if rule is not None and removed[rule] > allowed * documents:
         share = f"{removed[rule]:,} of {documents:,} documents ({removed[rule] / documents:.1%})"
+        first = next(iter(examples_of(plan, work, name).get(rule, ())), None)
+        shown = f" (the first: {': '.join(filter(None, (first['place'], first['detail'])))})" if first else ""
         raise DataPrepError(
-            f"source {name}: {rule} removes {share}, most_removed allows {allowed:.1%}; change the rule or the source, "
-            "or, if it is meant, raise most_removed of this source and run again (finished tasks are kept)"
+            f"source {name}: {rule} removes {share}, most_removed allows {allowed:.1%}{shown}; look at them with `cola "
+            f"prep inspect {work.path}`, change the rule or the source, or, if it is meant, raise most_removed of this "
+            "source and run again (finished tasks are kept)"
         )
 
 
@@ -98,4 +118,6 @@ def summary(report: dict[str, Any], manifest: Manifest) -> list[str]:
         else:
             line += "; NOTHING of it is in training: its documents do not fill one sequence"
         lines.append(line)
+        damaged = source.get("examples", {}).get("bad_archive", [])
+        lines += [f"source {name}: damaged: {each['place']}: {each['detail']}" for each in damaged]
     return lines

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from data_prep.contamination import added_up
-from data_prep.losses import losses_of, refuse_losses, refuse_unknown_tokens
+from data_prep.losses import examples_of, losses_of, refuse_losses, refuse_unknown_tokens
 from data_prep.pack import HELD_OUT, TRAIN
 from data_prep.plan import Plan
 from data_prep.work import WorkFolder
@@ -24,8 +24,9 @@ def report_of(plan: Plan, work: WorkFolder, tokenized: list[dict[str, Any]]) -> 
 
     Returns:
         `sources`: for each its parts, files left out, bytes, documents and characters read and kept, documents removed
-        by each rule, documents and characters per split, a histogram of lengths in tokens, tokens that the tokenizer
-        does not know, and the round-trip check; `contamination`: what the decontamination hit, where there is one.
+        by each rule with examples of them, documents and characters per split, a histogram of lengths in tokens, tokens
+        that the tokenizer does not know, and the round-trip check; `contamination`: what the decontamination hit, where
+        there is one.
 
     Raises:
         DataPrepError: a source lost more to one rule than the recipe allows.
@@ -60,7 +61,7 @@ def _source(plan: Plan, work: WorkFolder, tokenized: list[dict[str, Any]], name:
             kept.update({key: each["splits"][split][key] for key in ("documents", "characters")})
     if not plan.recipe.cleans:
         read.update({"documents": kept["documents"] + removed.total(), "characters": kept["characters"]})
-    refuse_losses(plan, name, read["documents"], removed)
+    refuse_losses(plan, work, name, read["documents"], removed)
     refuse_unknown_tokens(plan, name, unknown, tokens)
     return {
         "parts": sum(len(plan.inputs[task].parts) for task in tasks),
@@ -68,6 +69,7 @@ def _source(plan: Plan, work: WorkFolder, tokenized: list[dict[str, Any]], name:
         "bytes": sum(plan.inputs[task].bytes for task in tasks),
         "read": dict(read),
         "removed": {rule: count for rule, count in sorted(removed.items()) if count},
+        "examples": examples_of(plan, work, name),
         "kept": dict(kept),
         "lengths": dict(sorted(lengths.items(), key=lambda item: int(item[0]))),
         "unknown_tokens": unknown,

@@ -98,10 +98,13 @@ def make_plan(recipe: Recipe) -> Plan:
         EvaluationError: an evaluation set is not where it should be.
     """
     left_out: dict[str, list[LeftOut]] = {source.name: [] for source in recipe.sources}
+    own = (recipe.output.expanduser().absolute(), work_folder_of(recipe.output).path)
     inputs = [
         each
         for source in recipe.sources
-        for each in _grouped(find_parts(source, recipe.task_bytes, _noting(left_out[source.name])), recipe.task_bytes)
+        for each in _grouped(
+            find_parts(source, recipe.task_bytes, _noting(left_out[source.name]), own), recipe.task_bytes
+        )
     ]
     files = _files_of(recipe)
     versions = {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}

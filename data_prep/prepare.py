@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from cola_megatron.data.manifest import ShardError, file_problems, read_manifest
+from cola_megatron.data.manifest import MANIFEST_NAME, ShardError, file_problems, read_manifest
 from data_prep.errors import DataPrepError
 from data_prep.folders import place_folder
 from data_prep.local import run_steps
@@ -88,13 +90,13 @@ def begin(plan: Plan, force: bool = False) -> WorkFolder | None:
         if force or unfinished is None:
             work.refuse_if_in_use()
             work.remove()
+            work.write_plan(plan.model_dump_json(indent=1))
         elif unfinished.fingerprint != plan.fingerprint:
             work.refuse_if_in_use()
             _take_over(work, unfinished, plan)
-        elif work.path.exists():
+        else:
             work.write_plan(plan.model_dump_json(indent=1))  # what decides no byte may be another
-    if not work.path.exists():
-        work.path.mkdir(parents=True)
+    else:
         work.write_plan(plan.model_dump_json(indent=1))
     if force:
         work.allow_replacing()
@@ -122,12 +124,30 @@ def _is_finished(output: Path, plan: Plan, force: bool) -> bool:
         difference = next(_differing(manifest.recipe, _comparable(plan.recipe)), None)
         versions = next(_differing(manifest.versions, plan.versions), None)
         raise DataPrepError(
-            f"{output}: was prepared differently ({difference or versions or 'a source or the tokenizer has changed'});"
+            f"{output}: was prepared differently ({difference or versions or _written_since(output, plan)});"
             " choose another --output, or replace it with --force"
         )
     for problem in file_problems(output, manifest.files, "size"):
         raise DataPrepError(f"{problem}; prepare it again with --force")
     return True
+
+
+def _written_since(output: Path, plan: Plan) -> str:
+    """What tells a plan from a folder that was prepared with the same recipe and versions."""
+    prepared = (output / MANIFEST_NAME).stat().st_mtime
+    parts = [part for each in plan.inputs for part in each.parts]
+    newer = next((part for part in parts if _modified(part.location) > prepared), None)
+    if newer is None:
+        return "the files of a source, or another file of the recipe, are others than then"
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(_modified(newer.location)))
+    return f"{newer.location} was written at {when}, after it; if its content is as before, the folder is good as it is"
+
+
+def _modified(location: str) -> float:
+    try:
+        return os.path.getmtime(location)
+    except OSError:  # a URL
+        return 0.0
 
 
 def _take_over(work: WorkFolder, unfinished: Plan, plan: Plan) -> None:
@@ -149,6 +169,7 @@ def _take_over(work: WorkFolder, unfinished: Plan, plan: Plan) -> None:
         )
     if difference is not None:
         work.remove()
+        work.write_plan(plan.model_dump_json(indent=1))
         return
     for step in steps_of(plan):
         for task in range(step.tasks):

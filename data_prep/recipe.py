@@ -33,7 +33,8 @@ class SourceSettings(Section):
     format: Literal["auto", "text", "jsonl", "parquet", "csv", "warc", "webdataset", "huggingface"] = "auto"
     """`auto` goes by the names of the files, and by the content of those whose names say nothing."""
     text_field: str = "text"
-    """JSON field, column of a table, or extension of a WebDataset member that holds the document."""
+    """JSON field, column of a table, or extension of a WebDataset member that holds the document; one inside of others
+    by its path, such as `data.text`."""
     url_field: str | None = None
     """The field that says where the document came from; the URL rules need it. It must be in some of the documents, and
     with bad_documents=error in all."""

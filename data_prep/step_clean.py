@@ -12,6 +12,7 @@ from data_prep.contamination import ContaminationCounter
 from data_prep.decontaminate import ContaminationIndex
 from data_prep.deduplicate import Signatures
 from data_prep.documents import BadDocument
+from data_prep.examples import Examples
 from data_prep.kept_documents import CLEANED_NAME, CleanedWriter
 from data_prep.plan import Plan
 from data_prep.work import WorkFolder
@@ -37,8 +38,8 @@ def clean_input(
 ) -> dict[str, Any]:
     """Leaves the kept documents, repaired, and their signatures where duplicates are looked for.
 
-    The report holds `documents` and `characters` read, those `with_url`, `removed` by rule, and `contamination` by
-    evaluation task.
+    The report holds `documents` and `characters` read, those `with_url`, `removed` by rule with `examples`, and
+    `contamination` by evaluation task.
     """
     recipe, source = plan.recipe, plan.recipe.source(plan.inputs[task].source)
     clean = Cleaner(recipe.cleaning_of(source))
@@ -47,6 +48,7 @@ def clean_input(
     if recipe.decontamination is not None:
         contamination = ContaminationCounter(ContaminationIndex.load(work.folder("contamination", 0)))
     removed: Counter[str] = Counter()
+    examples = Examples()
     documents = characters = with_url = 0
     with CleanedWriter(folder / CLEANED_NAME) as writer:
         for document in plan.documents(task):
@@ -54,15 +56,18 @@ def clean_input(
             documents += 1
             if isinstance(document, BadDocument):
                 removed[document.rule] += 1
+                examples.add(document.rule, document.place, document.message)
                 continue
             characters += len(document.text)
             with_url += document.url is not None
             kept = clean(document)
             if isinstance(kept, Removed):
                 removed[kept.rule] += 1
+                examples.add(kept.rule, document.place, kept.detail, document.text)
                 continue
             if contamination is not None and contamination.found_in(kept):
                 removed[CONTAMINATED] += 1
+                examples.add(CONTAMINATED, document.place, text=document.text)
                 continue
             writer.write(kept)
             if signatures is not None:
@@ -75,5 +80,6 @@ def clean_input(
         "with_url": with_url,
         "kept": documents - removed.total(),
         "removed": dict(removed),
+        "examples": examples.found,
         "contamination": contamination.report if contamination is not None else {},
     }

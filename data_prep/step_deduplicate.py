@@ -14,14 +14,13 @@ import numpy as np
 
 from data_prep.clean.settings import DeduplicationSettings
 from data_prep.deduplicate import Signatures, Sketches, find_pairs, near_copies, similarity
-from data_prep.kept_documents import DROPPED_NAME
+from data_prep.kept_documents import DROPPED_NAME, EXACT, EXACT_NAME, NEAR
 from data_prep.plan import Plan
 from data_prep.work import WorkFolder
 
 __all__ = ["cluster", "keys_of", "match"]
 
 PAIRS_NAME = "pairs.npy"
-EXACT, NEAR = "duplicate/exact", "duplicate/near"
 
 
 def keys_of(settings: DeduplicationSettings) -> int:
@@ -70,6 +69,7 @@ def cluster(plan: Plan, work: WorkFolder, task: int, folder: Path, advance: Call
     for part, count in enumerate(counts):
         own = slice(start, start + count)
         np.save(folder / DROPPED_NAME.format(task=part), np.flatnonzero(exact[own] | near[own]))
+        np.save(folder / EXACT_NAME.format(task=part), np.flatnonzero(exact[own]))
         rules[str(part)] = {EXACT: int(exact[own].sum()), NEAR: int(near[own].sum())}
         start += count
     return {"documents": start, "dropped": rules}

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from cola_megatron.data.manifest import TOKENIZER_NAME, FileRecord, sha256_of
-from data_prep.documents import Document
+from data_prep.documents import BadDocument, Document
 from data_prep.errors import DataPrepError
+from data_prep.examples import Examples
 from data_prep.kept_documents import kept_documents
 from data_prep.pack import HELD_OUT, TRAIN, new_packer, share_of, split_of
 from data_prep.pieces import LONGEST_PIECE, TooLong
@@ -58,10 +59,19 @@ def tokenize_input(
     lengths: Counter[int] = Counter()
     check = _RoundTrip(tokenizer, recipe.tokenizer.round_trip_share, recipe.seed)
     bad: Counter[str] = Counter()
+    examples = Examples()
     empty = unknown = written = 0
     with ExitStack() as stack:
         writers = {split: stack.enter_context(_writer(plan, tokenizer, folder / split)) for split in (TRAIN, HELD_OUT)}
-        documents = kept_documents(plan, work, task, lambda document: bad.update([document.rule]))
+
+        def is_bad(document: BadDocument) -> None:
+            bad[document.rule] += 1
+            examples.add(document.rule, document.place, document.message)
+
+        def is_copy(rule: str, document: Document) -> None:
+            examples.add(rule, document.place, text=document.text)
+
+        documents = kept_documents(plan, work, task, is_bad, is_copy)
         for batch in _batches(documents):
             for document, tokens in zip(batch, tokenizer.encode([each.text for each in batch]), strict=True):
                 if not left:
@@ -72,6 +82,7 @@ def tokenize_input(
                 if isinstance(tokens, TooLong):
                     _refuse(document, tokens, recipe.source(plan.inputs[task].source))
                     bad["too_long"] += 1
+                    examples.add("too_long", document.place, str(tokens), document.text)
                     continue
                 check(document, tokens[:-1])
                 lengths[int(math.log2(len(tokens)))] += 1
@@ -88,6 +99,7 @@ def tokenize_input(
         "splits": {split: writer.record for split, writer in writers.items()},
         "empty": empty,
         "bad": dict(bad),
+        "examples": examples.found,
         "tokens": written,
         "unknown_tokens": unknown,
         "lengths": {str(2**power): count for power, count in sorted(lengths.items())},

@@ -28,7 +28,7 @@ def place_tokenizer(
     for source in plan.recipe.sources:
         read, removed = losses_of(plan, work, source.name)
         refuse_missing_urls(plan, source.name, read)
-        refuse_losses(plan, source.name, read["documents"], removed)
+        refuse_losses(plan, work, source.name, read["documents"], removed)
     settings, path = plan.recipe.tokenizer, folder / TOKENIZER_NAME
     pads = plan.recipe.packing.method == "best_fit"
     if settings.path is not None:

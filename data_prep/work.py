@@ -15,13 +15,12 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from data_prep.errors import DataPrepError
-from data_prep.folders import new_folder
+from data_prep.folders import new_folder, remove_folder
 
 __all__ = ["PLAN_NAME", "REPORT_NAME", "WorkFolder", "write_report"]
 
@@ -136,12 +135,13 @@ class WorkFolder:
 
     def forget(self, step: str, task: int) -> None:
         """Makes a finished task unfinished."""
-        shutil.rmtree(self.folder(step, task), ignore_errors=True)
+        remove_folder(self.folder(step, task))
 
     def write_plan(self, text: str) -> None:
-        """Puts the plan in place at once; raises DataPrepError where the folder cannot be written."""
+        """Puts the plan in place at once, the folder too; raises DataPrepError where the folder cannot be written."""
         temporary = self.path / f".{PLAN_NAME}.{os.getpid()}"
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             temporary.write_text(text + "\n", encoding="utf-8")
             temporary.rename(self.path / PLAN_NAME)
         except OSError as error:
@@ -151,4 +151,4 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Removes everything, unfinished tasks of killed processes included."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_folder(self.path)

@@ -4,6 +4,7 @@ How it ends is in `cola_megatron.errors`.
 """
 
 import contextlib
+import io
 import sys
 import traceback
 
@@ -77,6 +78,9 @@ def main() -> None:
     from cola_megatron.records.output import Output
 
     set_allocator()  # no command has imported torch yet
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale may lack the characters of a name
+            stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = Output(sys.stdout, ends=True), Output(sys.stderr)
     try:
         app()

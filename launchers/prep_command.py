@@ -32,8 +32,14 @@ def run(
     sequence_length: int = typer.Option(512, help="Tokens per sequence."),
     tokenizer: Path = typer.Option(None, help="A tokenizer.json; without it a byte-level BPE is trained."),
     vocab_size: int = typer.Option(4096, help="Vocabulary of a trained tokenizer."),
+    end_of_text: str = typer.Option("<|endoftext|>", help="Token that ends every document."),
+    padding: str = typer.Option("<|pad|>", help="Token that fills a sequence."),
     held_out_fraction: float = typer.Option(0.02, help="Share of documents that are held out, by hash of the text."),
     text_field: str = typer.Option("text", help="Field or column that holds the text."),
+    input_format: str = typer.Option(
+        "auto", "--format", help="How files are read whose names do not say it: text, jsonl, parquet, csv, warc, ..."
+    ),
+    bad_documents: str = typer.Option("error", help="What a damaged record does: error ends the run, skip counts it."),
     max_tokens: int = typer.Option(None, help="Cap on the tokens."),
     most_removed: float = typer.Option(0.5, help="Stop where one rule removes a larger share of the documents."),
     shard_format: str = typer.Option("mds", help="mds (mosaicml-streaming) or webdataset."),
@@ -46,7 +52,7 @@ def run(
     Examples: `cola prep run embedded --output data/embedded --vocab-size 2048 --sequence-length 128`;
     `cola prep run --recipe web.yaml --workers 16`
     """
-    from launchers.prep_recipes import describe, from_file, from_options
+    from launchers.prep_recipes import describe, from_file, from_options, refuse_nothing_held_out
 
     if recipe is not None:
         wanted = from_file(recipe, inputs or [], output)
@@ -56,14 +62,24 @@ def run(
         wanted = from_options(
             inputs,
             output,
-            text_field=text_field,
-            max_tokens=max_tokens,
-            tokenizer={"path": tokenizer, "vocab_size": vocab_size},
+            source={
+                "text_field": text_field,
+                "format": input_format,
+                "bad_documents": bad_documents,
+                "max_tokens": max_tokens,
+            },
+            tokenizer={
+                "path": tokenizer,
+                "vocab_size": vocab_size,
+                "end_of_text": end_of_text,
+                "padding": padding,
+            },
             packing={"sequence_length": sequence_length},
             shards={"format": shard_format},
             held_out_fraction=held_out_fraction,
             most_removed=most_removed,
         )
+    refuse_nothing_held_out(wanted)
     if dry_run:
         print(describe(wanted))
         return
@@ -72,12 +88,13 @@ def run(
     from data_prep.local import usable_cores
     from data_prep.prepare import prepare
 
+    fraction = "--held-out-fraction" if recipe is None else "held_out_fraction="
     folder = prepare(wanted, workers or usable_cores(), force=force)
     for split, streams in read_manifest(folder).splits.items():
         if not streams:
             raise UserError(
                 f"{folder}: no document fell into {split}, so nothing can be trained on this. Documents are split by "
-                "hash: give more documents (one per line of a JSONL), or a larger --held-out-fraction, with --force"
+                f"hash: give more documents (one per line of a JSONL), or a larger {fraction}, with --force"
             )
     print(folder)
 
@@ -104,10 +121,12 @@ def submit(
     from data_prep.plan import make_plan, work_folder_of
     from data_prep.prepare import begin
     from launchers import prep_slurm
-    from launchers.prep_recipes import from_file
+    from launchers.prep_recipes import from_file, refuse_nothing_held_out
     from launchers.slurm.queue import refuse_second
 
-    plan = make_plan(from_file(recipe, overrides or [], output))
+    wanted = from_file(recipe, overrides or [], output)
+    refuse_nothing_held_out(wanted)
+    plan = make_plan(wanted)
     settings = prep_slurm.ArraySettings(_site(site, directive, setup), elements, concurrency)
     if dry_run:
         print("\n".join(prep_slurm.scripts(plan, work_folder_of(plan.recipe.output), settings).values()), end="")
@@ -186,6 +205,27 @@ def verify(
         for problem in report.problems:
             fail(problem, 1)
         raise typer.Exit(1)
+
+
+@app.command("inspect")
+def inspect(
+    folder: Path = typer.Argument(
+        ..., help="A prepared folder, or the work folder NAME.work of one that is not ready."
+    ),
+    rule: str = typer.Option(None, help="Only this rule, or the rules of this section."),
+    as_json: bool = typer.Option(False, "--json", help="Print them as JSON."),
+) -> None:
+    """Look at documents that were removed: of each source and rule the number, and examples with their places.
+
+    Example: `cola prep inspect data/web --rule gopher_quality`
+    """
+    from launchers.prep_inspect import print_removed, read_removed
+
+    removed = read_removed(folder, rule)
+    if as_json:
+        print_json(removed)
+    else:
+        print_removed(removed)
 
 
 @app.command("stats")

@@ -24,13 +24,21 @@ def from_file(path: Path, overrides: list[str], output: Path | None) -> Recipe:
     return load_tree(Recipe, path, [*overrides, *([f"output={output}"] if output is not None else [])])
 
 
-def from_options(
-    inputs: list[str], output: Path, text_field: str = "text", max_tokens: int | None = None, **sections: Any
-) -> Recipe:
+def from_options(inputs: list[str], output: Path, source: dict[str, Any] | None = None, **sections: Any) -> Recipe:
     """One source, nothing cleaned; raises ConfigError."""
     name = "embedded" if inputs == ["embedded"] else "text"
-    source = {"name": name, "inputs": inputs, "text_field": text_field, "max_tokens": max_tokens}
-    return resolve_tree(Recipe, {"output": output, "sources": [source], **sections})
+    return resolve_tree(
+        Recipe, {"output": output, "sources": [{"name": name, "inputs": inputs, **(source or {})}], **sections}
+    )
+
+
+def refuse_nothing_held_out(recipe: Recipe) -> None:
+    """Raises ConfigError for a recipe of which every training would say, at its start, that it cannot measure."""
+    if recipe.held_out_fraction == 0:
+        raise ConfigError(
+            "held_out_fraction=0: training measures on documents that were held out, and is refused without any; give "
+            "0.001 for few of them"
+        )
 
 
 def describe(recipe: Recipe) -> str:

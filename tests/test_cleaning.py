@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import textwrap
@@ -507,3 +508,32 @@ def test_a_language_that_the_model_does_not_know_is_refused():
     pytest.importorskip("fasttext")
     with pytest.raises(DataPrepError, match=r"languages: .*lid\.176\.ftz does not know 'eng'; did you mean en\?"):
         Cleaner(CleaningSettings(language={"languages": ["de", "eng"]}))
+
+
+def test_a_document_that_a_rule_never_ends_with_is_removed_and_the_next_is_not(monkeypatch):
+    monkeypatch.setattr("data_prep.clean.limit.SECONDS", 0.3)
+    clean = Cleaner(CleaningSettings.model_validate({"lines": {"drop_matching": ["^(a+)+$"]}, "unicode": {}}))
+    began = time.monotonic()
+    assert clean(Document("a" * 60 + "!", "here")) == Removed("too_slow", "61 characters")  # longer than the universe
+    assert time.monotonic() - began < 30
+    assert clean(Document("aaa\nkept", "here")).text == "kept"
+    time.sleep(0.01)
+    assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL and signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
+
+
+def test_a_splitter_that_was_interrupted_is_built_anew(monkeypatch):
+    words = pytest.importorskip("data_prep.clean.words")
+    clean = Cleaner(CleaningSettings.model_validate({"gopher_quality": {}}))
+    before = words.word_tokenizer("en")
+
+    def endless(self, chunks):
+        self._words |= {chunk: ["interrupted"] for chunk in chunks}
+        while True:
+            pass
+
+    monkeypatch.setattr("data_prep.clean.limit.SECONDS", 0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(words.RememberingTokenizer, "_remember", endless)
+        assert clean(Document("the ship sailed with that", "here")).rule == "too_slow"
+    assert words.word_tokenizer("en") is not before
+    assert clean(Document("the ship sailed with that", "here")) == Removed("gopher_quality/short_document")

@@ -96,3 +96,27 @@ def test_statistics_are_tables_and_pictures(recipe: Path, tmp_path: Path) -> Non
         assert wanted in shown.output
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"lengths.png", "removed.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "figures").iterdir())
+
+
+def test_removed_documents_can_be_looked_at(recipe: Path, tmp_path: Path) -> None:
+    assert prep("run", "--recipe", recipe, "--workers", 1).exit_code == 0
+    shown = prep("inspect", tmp_path / "out").output
+    assert "source first: nothing was removed" in shown
+    assert "source second: length/short removed 1 documents, for example\n" in shown
+    assert f"  {tmp_path}/second.jsonl:4: 9 characters\n    too short\n" in shown
+    found = json.loads(prep("inspect", tmp_path / "out", "--json", "--rule", "duplicate").stdout)["second"]
+    assert {rule: [each["place"].rpartition(":")[2] for each in of["examples"]] for rule, of in found.items()} == {
+        "duplicate/exact": ["1"],
+        "duplicate/near": ["2"],
+    }
+    assert "contamination removed 1" in prep("inspect", tmp_path / "out", "--rule", "contamination").output
+
+
+def test_documents_can_be_looked_at_where_a_rule_removed_most(recipe: Path, tmp_path: Path) -> None:
+    refused = prep("run", "--recipe", recipe, "--workers", 1, "cleaning.length.minimum_characters=5000")
+    work = tmp_path / "out.work"
+    assert f"(the first: {tmp_path}/first.jsonl:1: " in str(refused.exception)
+    assert f"`cola prep inspect {work}`" in str(refused.exception)
+    shown = prep("inspect", work).output
+    assert "source first: length/short removed 60 documents" in shown and shown.count("/first.jsonl:") == 6
+    assert text(0)[:100] in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from pathlib import Path
@@ -20,7 +21,7 @@ from tests.test_data_prep import document, write_jsonl
 
 def prepared(folder: Path, sources: dict[str, dict[str, object]], **changes: object) -> Path:
     for name, source in sources.items():
-        source |= {"name": name, "inputs": [str(folder / f"{name}.jsonl")]}
+        source |= {"name": name, "inputs": source.get("inputs", [str(folder / f"{name}.jsonl")])}
     tree = {
         "output": str(folder / "out"),
         "sources": list(sources.values()),
@@ -103,3 +104,13 @@ def test_a_url_field_that_no_document_has_is_named(tmp_path: Path) -> None:
         file.write(json.dumps({"text": document(99), "url": "http://a.org/bad/"}) + "\n")
     output = prepared(tmp_path, {"text": source}, cleaning={"urls": {"blocked_words": ["bad"]}})
     assert "41 documents read, 40 kept; removed urls/blocked_word 1" in said_at_the_end(output)[0]
+
+
+def test_a_damaged_file_is_named_at_the_end(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "text.jsonl", [document(seed) for seed in range(40)])
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(gzip.compress((tmp_path / "text.jsonl").read_bytes())[:-9])
+    output = prepared(tmp_path, {"text": {"bad_documents": "skip", "inputs": [str(cut), str(tmp_path / "text.jsonl")]}})
+    assert said_at_the_end(output)[1].startswith(
+        f"source text: damaged: {cut}: not a whole gzip file (it ends too early)"
+    )

@@ -176,3 +176,26 @@ def test_a_document_is_written_whole_or_not_at_all(tmp_path: Path):
     with pytest.raises(TypeError):
         write_json(path, {"step": object()})
     assert read_object(path) == {"step": 1}
+
+
+def test_records_are_on_the_disk_before_what_counts_on_them(tiny, monkeypatch):
+    """A power cut leaves of a file what was flushed, and of a rename that of its folder."""
+    flushed: dict[int, int] = {}
+    real = os.fsync
+
+    def noted(descriptor: int) -> None:
+        real(descriptor)
+        found = os.fstat(descriptor)
+        flushed[found.st_ino] = found.st_size
+
+    monkeypatch.setattr(os, "fsync", noted)
+    config = tiny(1, *STEPS)
+    train(config, progress=False)
+    run = config.run_folder
+    for name in ("config.yaml", "manifest.json", "summary.json"):
+        status = (run / name).stat()
+        assert flushed[status.st_ino] == status.st_size > 0, name
+    assert {run.stat().st_ino, run.parent.stat().st_ino} <= flushed.keys()
+    metrics = run / "metrics.jsonl"
+    assert b'"step": 4' in metrics.read_bytes()[: flushed[metrics.stat().st_ino]], "the last checkpoint is of step 4"
+    assert (run / "progress.json").stat().st_ino not in flushed, "written every second"

@@ -15,8 +15,8 @@ import shutil
 from pathlib import Path
 
 from cola_megatron.checkpoint.errors import CheckpointError
-from cola_megatron.checkpoint.sharded_tensors import flush
 from cola_megatron.config import CheckpointConfig
+from cola_megatron.records.on_disk import flush
 
 logger = logging.getLogger(__name__)
 

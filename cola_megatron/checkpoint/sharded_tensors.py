@@ -9,7 +9,6 @@ Nothing in it depends on how the writers or the readers cut the tensors.
 
 import json
 import math
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import chain, groupby
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from cola_megatron.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from cola_megatron.checkpoint.tensor_files import write_tensors
+from cola_megatron.records.on_disk import flush
 
 INDEX = "index.json"
 PIECE_BYTES = 16 * 2**20
@@ -159,15 +159,6 @@ def write_index(folder: Path, written: Iterable[Written]) -> None:
     (folder / INDEX).write_text(f"{{\n{lines}\n}}\n")
     flush(folder / INDEX)
     flush(folder)
-
-
-def flush(path: Path) -> None:
-    """Returns when a file, or the list of names of a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class StoredTensors:

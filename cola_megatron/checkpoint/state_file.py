@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from cola_megatron.checkpoint.errors import CheckpointError, DamagedCheckpoint
-from cola_megatron.checkpoint.sharded_tensors import INDEX, StoredTensors, flush
+from cola_megatron.checkpoint.sharded_tensors import INDEX, StoredTensors
 from cola_megatron.config import RunConfig, stored_config
+from cola_megatron.records.on_disk import flush
 
 STATE, TENSORS = "state.json", "tensors"
 _FORMAT, _INDEX_CRC32, _STATE_CRC32 = "format", "index_crc32", "state_crc32"

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from cola_megatron.records.on_disk import flush
+
 logger = logging.getLogger(__name__)
 
 IsRecord = Callable[[dict[str, Any]], bool]
@@ -29,11 +31,19 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, to_json(value, indent=1) + "\n")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a whole file or nothing: who reads it meanwhile finds the old one."""
+def write_whole(path: Path, text: str, durable: bool = True) -> None:
+    """Writes a whole file or nothing: who reads it meanwhile, or after a power cut, finds the old one.
+
+    Args:
+        durable: False for what is written again every second: without waiting for the disk.
+    """
     unfinished = path.with_name(f".{path.name}.writing")
     unfinished.write_text(text, encoding="utf-8")
+    if durable:
+        flush(unfinished)
     unfinished.replace(path)
+    if durable:
+        flush(path.parent)
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.records.json_files import IsRecord, as_lines, read_lines, repair_lines, write_whole
+from cola_megatron.records.on_disk import flush
 from cola_megatron.records.tensorboard_log import TensorBoardLog
 
 
@@ -36,6 +37,11 @@ class MetricsLog:
             self.wandb.log({"step": step, **{f"{kind}/{name}": value for name, value in values.items()}})
         if self.tensorboard is not None:
             self.tensorboard.write(kind, step, values)
+
+    def flush(self) -> None:
+        """Returns when the records are on the disk: a run that goes on from a checkpoint has those before it."""
+        flush(self.path)
+        flush(self.path.parent)
 
     def close(self) -> None:
         """Flushes, and ends the wandb run."""

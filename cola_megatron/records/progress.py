@@ -61,7 +61,7 @@ class ProgressFile:
         self.progress.state, self.progress.time, self._last = state, time.time(), time.monotonic()
         if state in ("measuring", "saving"):
             self._stepped = None  # the next step's time would include it
-        write_whole(self._path, to_json(asdict(self.progress)) + "\n")
+        write_whole(self._path, to_json(asdict(self.progress)) + "\n", durable=False)
 
 
 def read_progress(run_folder: Path) -> dict[str, Any]:

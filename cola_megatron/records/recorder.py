@@ -53,7 +53,9 @@ class RunRecorder:
         self._texts.write(kind, step, texts)
 
     def state(self, state: str) -> None:
-        """What the run does from now on, for progress.json."""
+        """What the run does from now on, for progress.json; before a checkpoint its records go to the disk."""
+        if state == "saving":
+            self._log.flush()
         self._progress.write(state)
 
     def goodput(self, seconds: float) -> Goodput:

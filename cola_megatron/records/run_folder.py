@@ -19,6 +19,7 @@ from cola_megatron.config import RunConfig, dump_config
 from cola_megatron.errors import ExitCode, UserError
 from cola_megatron.records.json_files import read_object, set_aside_if_damaged, write_json, write_whole
 from cola_megatron.records.metrics import read_metrics
+from cola_megatron.records.on_disk import flush
 from cola_megatron.records.progress import PROGRESS
 from cola_megatron.records.provenance import provenance
 
@@ -122,6 +123,7 @@ def record_start(config: RunConfig) -> None:
     else:
         manifest = provenance()
     write_json(path, manifest)
+    flush(folder.parent)
 
 
 def placed(path: str | Path, config: RunConfig, folder: Path) -> str | Path:

@@ -9,6 +9,7 @@ from typing import Any
 
 from cola_megatron.records.json_files import as_lines
 from cola_megatron.records.metrics import drop_after, readable_metrics
+from cola_megatron.records.on_disk import flush
 
 TEXTS = "texts.jsonl"
 
@@ -24,6 +25,7 @@ class TextsLog:
         """What was written after a step (counted from 1)."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(as_lines([{"kind": kind, "step": step, "texts": texts}]))
+        flush(self._path)
 
 
 def readable_texts(run_folder: Path) -> tuple[list[dict[str, Any]], list[int]]:

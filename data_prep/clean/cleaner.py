@@ -7,6 +7,7 @@ import sys
 import unicodedata
 from collections.abc import Callable
 
+from data_prep.clean.limit import TooSlow, limited
 from data_prep.clean.rules import LanguageRule, LengthRule, LineRule, Removed, Rule, UnicodeRule, URLRule
 from data_prep.clean.settings import CleaningSettings
 from data_prep.documents import Document
@@ -48,8 +49,16 @@ class Cleaner:
         """The document as it is kept, or why it is not.
 
         One without a visible character is `empty`; one with many marks on one letter, which normalising would sort for
-        minutes, has `combining_marks`.
+        minutes, has `combining_marks`; one that the rules take longer for than any sound one needs is `too_slow`.
         """
+        try:
+            with limited(len(document.text)):
+                return self._cleaned(document)
+        except TooSlow:
+            self._rules = _rules_anew(self._settings)
+            return Removed("too_slow", f"{len(document.text):,} characters")
+
+    def _cleaned(self, document: Document) -> Document | Removed:
         if _is_empty(document.text):
             return Removed("empty")
         if _has_many_marks(document.text):
@@ -90,6 +99,14 @@ def _rules(settings: CleaningSettings) -> list[tuple[str, Rule]]:
     if settings.length is not None:
         rules.append(("length", LengthRule(settings.length)))
     return rules + list(published.items())
+
+
+def _rules_anew(settings: CleaningSettings) -> list[tuple[str, Rule]]:
+    """As `_rules`, with nothing of what was interrupted at any place, such as a splitter that remembers words."""
+    words = sys.modules.get("data_prep.clean.words")  # imported where a rule needs it
+    if words is not None:
+        words.word_tokenizer.cache_clear()
+    return _rules(settings)
 
 
 def _published_rules(settings: CleaningSettings) -> dict[str, Rule]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from data_prep.packages import require
-from data_prep.readers.faults import CutFile, DamagedFile, one_line
+from data_prep.readers.faults import DamagedFile, one_line
 from data_prep.readers.stores import StoredFile
 
 __all__ = ["open_decompressed"]
@@ -53,7 +53,7 @@ class _Decompressed(io.RawIOBase):
                 self._compressed = self._stored.read(CHUNK_BYTES)
             if not self._compressed:
                 if self._stream is not None:
-                    raise CutFile(
+                    raise DamagedFile(
                         f"not a whole {self._compression} file (it ends too early); copy or compress it again"
                     )
                 return 0

@@ -22,6 +22,7 @@ COMPRESSION_MARKS = {
 FORMAT_MARKS = (
     (0, b"PAR1", "parquet"),
     (0, b"\xff\xff\xff\xff", "arrow"),
+    (0, b"ARROW1", "arrow"),
     (0, b"WARC/", "warc"),
     (257, b"ustar", "webdataset"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BadRecord", "CutFile", "DamagedFile", "one_line", "printable"]
+__all__ = ["BadRecord", "DamagedFile", "one_line", "printable"]
 
 
 class BadRecord(Exception):
@@ -18,10 +18,6 @@ class BadRecord(Exception):
 
 class DamagedFile(Exception):
     """A compressed file, archive or table is cut or corrupt: nothing after this can be read."""
-
-
-class CutFile(DamagedFile):
-    """It ends too early, and what stands before its end is as it was written."""
 
 
 def printable(name: str) -> str:

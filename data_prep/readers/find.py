@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import glob
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.documents import Part
@@ -34,7 +35,13 @@ __all__ = ["find_parts"]
 
 # Sizes and Parquet footers of remote files are asked for at once: each answer takes tens of milliseconds.
 THREADS = 16
-NOT_UTF8 = "its name is not UTF-8; rename it, e.g. with convmv"
+# Files in one message.
+NAMED = 20
+NOT_UTF8 = (
+    "its name is not UTF-8; rename it, e.g. with convmv"
+    if sys.getfilesystemencoding() == "utf-8"
+    else f"names are read as {sys.getfilesystemencoding()} here; set PYTHONUTF8=1"
+)
 
 
 class _File(NamedTuple):
@@ -47,7 +54,12 @@ LeaveOut = Callable[[str, str], None]
 """Told of a location and why it is left out."""
 
 
-def find_parts(source: SourceSettings, task_bytes: int, leave_out: LeaveOut = lambda location, why: None) -> list[Part]:
+def find_parts(
+    source: SourceSettings,
+    task_bytes: int,
+    leave_out: LeaveOut = lambda location, why: None,
+    own: Sequence[Path] = (),
+) -> list[Part]:
     """The parts of a source, in the order in which they are read.
 
     A folder stands for the files below it that are data, by their names or, where those say nothing, their content; a
@@ -59,19 +71,23 @@ def find_parts(source: SourceSettings, task_bytes: int, leave_out: LeaveOut = la
         task_bytes: larger JSONL files are cut to ranges of at most this size, unless they are compressed, and larger
             Parquet files to ranges of row groups of about this size. Other files are one part each.
         leave_out: told of every file of a folder or glob that is not read, and why.
+        own: absolute paths of what the preparation makes, which is no input of it.
 
     Raises:
         DataPrepError: an input is missing, of an unknown kind, holds no data or cannot be read, a file is named twice,
             or a package is missing. Files that are empty or damaged are left to `read_part` where bad documents are
             skipped.
     """
-    files = list(chain.from_iterable(_files_of(text, source, leave_out) for text in source.inputs))
+    files = list(chain.from_iterable(_files_of(text, source, leave_out, own) for text in source.inputs))
     _refuse_repeats([file.location for file in files])
     with ThreadPool(THREADS) as pool:
-        return list(chain.from_iterable(pool.imap(lambda file: _parts_of(file, source, task_bytes), files)))
+        parts = list(chain.from_iterable(pool.imap(lambda file: _parts_of(file, source, task_bytes), files)))
+    if source.bad_documents == "error":
+        _refuse_empty([part.location for part in parts if part.bytes == 0 and part.format != EMBEDDED])
+    return parts
 
 
-def _files_of(text: str, source: SourceSettings, leave_out: LeaveOut) -> list[_File]:
+def _files_of(text: str, source: SourceSettings, leave_out: LeaveOut, own: Sequence[Path]) -> list[_File]:
     """Each file that an input stands for."""
     if text == EMBEDDED:
         return [_File(EMBEDDED, EMBEDDED, None)]
@@ -89,18 +105,31 @@ def _files_of(text: str, source: SourceSettings, leave_out: LeaveOut) -> list[_F
     if kind == "file":
         return [_named_file(location, wanted)]
     if kind == "folder":
-        files = _files_in_folder(store, location, source, leave)
+        files = _files_in_folder(store, location, source, leave, own)
         if not files:
             raise DataPrepError(
                 f"{location}: holds no {_names(wanted)} file; give a folder with data{''.join(left[:1])}"
             )
-        return files
+        return _each_once(store, files, leave)
     if not glob.has_magic(text):
         raise DataPrepError(f"{location}: does not exist; give a file, a folder, a glob, a URL or `{EMBEDDED}`")
-    files = _matching_files(store, location, source, leave)
+    files = _matching_files(store, location, source, leave, own)
     if not files:
         raise DataPrepError(f"{location}: matches no {_names(wanted)} file; check the pattern{''.join(left[:1])}")
-    return files
+    return _each_once(store, files, leave)
+
+
+def _each_once(store: Store, files: list[_File], leave_out: LeaveOut) -> list[_File]:
+    """Of the names of one file in a folder or glob its own; the others are links, such as `latest`."""
+    names: dict[str, list[str]] = {}
+    for file in files:
+        names.setdefault(store.identity(file.location), []).append(file.location)
+    kept = {real if real in found else found[0] for real, found in names.items()}
+    for real, found in names.items():
+        for location in found:
+            if location not in kept:
+                leave_out(location, f"a link to {real}, which is read once")
+    return [file for file in files if file.location in kept]
 
 
 def _kind_of(location: str) -> tuple[str | None, str | None]:
@@ -120,12 +149,19 @@ def _named_file(location: str, wanted: str) -> _File:
     return _File(location, format, compression)
 
 
-def _files_in_folder(store: Store, folder: str, source: SourceSettings, leave_out: LeaveOut) -> list[_File]:
+def _files_in_folder(
+    store: Store, folder: str, source: SourceSettings, leave_out: LeaveOut, own: Sequence[Path]
+) -> list[_File]:
     wanted = source.format
-    files, hidden = store.files_below(folder)
+    files, hidden_or_linked = store.files_below(folder)
+    for each in own:
+        if any(_is_below(file, each) for file in files):
+            leave_out(str(each), "this preparation makes it")
+            files = [file for file in files if not _is_below(file, each)]
     files = [file for file in files if _has_text_as_name(file, leave_out)]
-    for location in hidden:
-        leave_out(location, "hidden")
+    for location, why in sorted(hidden_or_linked.items()):
+        if not any(_is_below(location, each) for each in own):
+            leave_out(location, why)
     if wanted == "huggingface" or (wanted == "auto" and is_dataset(folder, files)):
         rows = data_files(folder, files)
         for location in sorted(set(files) - set(rows)):
@@ -156,6 +192,10 @@ def _is_beside_the_data(file: _File, source: SourceSettings, leave_out: LeaveOut
     return False
 
 
+def _is_below(location: str, folder: Path) -> bool:
+    return location == str(folder) or location.startswith(f"{folder}/")
+
+
 def _has_text_as_name(location: str, leave_out: LeaveOut) -> bool:
     """Whether plans and messages can hold the name."""
     if printable(location) == location:
@@ -164,14 +204,19 @@ def _has_text_as_name(location: str, leave_out: LeaveOut) -> bool:
     return False
 
 
-def _matching_files(store: Store, pattern: str, source: SourceSettings, leave_out: LeaveOut) -> list[_File]:
+def _matching_files(
+    store: Store, pattern: str, source: SourceSettings, leave_out: LeaveOut, own: Sequence[Path]
+) -> list[_File]:
     found: dict[str, _File] = {}
     wanted = source.format
-    for location, kind in store.matches(pattern).items():
-        if not _has_text_as_name(location, leave_out):
+    matched, linked = store.matches(pattern)
+    for location, why in sorted(linked.items()):
+        leave_out(location, why)
+    for location, kind in matched.items():
+        if any(_is_below(location, each) for each in own) or not _has_text_as_name(location, leave_out):
             continue
         if kind == "folder":
-            files = _files_in_folder(store, location, source, leave_out)
+            files = _files_in_folder(store, location, source, leave_out, own)
         elif wanted not in ("auto", "huggingface"):
             files = [_named_file(location, wanted)]
         else:
@@ -203,6 +248,16 @@ def _names(wanted: str) -> str:
     return ", ".join(suffixes)
 
 
+def _refuse_empty(locations: list[str]) -> None:
+    if len(locations) == 1:
+        raise DataPrepError(f"{locations[0]}: is empty; remove it from the inputs, or set bad_documents to skip")
+    if locations:
+        named = ", ".join(locations[:NAMED]) + (", ..." if len(locations) > NAMED else "")
+        raise DataPrepError(
+            f"{len(locations):,} files are empty; remove them from the inputs, or set bad_documents to skip: {named}"
+        )
+
+
 def _refuse_repeats(locations: list[str]) -> None:
     seen: dict[str, str] = {}
     for location in locations:
@@ -221,8 +276,6 @@ def _parts_of(file: _File, source: SourceSettings, task_bytes: int) -> list[Part
         return [Part(source=source.name, location=EMBEDDED, format=EMBEDDED, bytes=0, version=sys.version)]
     require_packages(location, format, compression)
     state = store_of(location).state(location, listed=True)
-    if state.bytes == 0 and source.bad_documents == "error":
-        raise DataPrepError(f"{location}: is empty; remove it from the inputs")
     if format == "text" and state.bytes > LARGEST_TEXT_BYTES:
         raise DataPrepError(
             f"{location}: {state.bytes} bytes would be one document, the limit is {LARGEST_TEXT_BYTES}; "

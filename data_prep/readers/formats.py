@@ -23,7 +23,7 @@ SUFFIXES = {
     "text": (".txt", ".md", ".text"),
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "parquet": (".parquet",),
-    "arrow": (".arrow",),
+    "arrow": (".arrow", ".feather"),
     "csv": (".csv", ".tsv"),
     "warc": (".warc", ".wet"),
     "webdataset": (".tar", ".tgz"),

@@ -5,7 +5,6 @@ Credentials, endpoints and the like are fsspec's to know: its environment variab
 
 from __future__ import annotations
 
-import glob
 import io
 import os
 import re
@@ -19,6 +18,7 @@ import fsspec
 
 from data_prep.errors import DataPrepError
 from data_prep.readers.faults import one_line
+from data_prep.readers.local_folders import matches_of, walk
 
 __all__ = ["FileState", "Store", "StoredFile", "absolute", "open_stored", "store_of"]
 
@@ -56,11 +56,11 @@ class Store(Protocol):
     def kind(self, location: str) -> Kind | None:
         """What there is; None for nothing."""
 
-    def files_below(self, folder: str) -> tuple[list[str], list[str]]:
-        """Every file of a folder and its subfolders, and the hidden files and folders, in the order of their paths."""
+    def files_below(self, folder: str) -> tuple[list[str], dict[str, str]]:
+        """Every file of a folder and its subfolders, in the order of their paths, and what is left out, with why."""
 
-    def matches(self, pattern: str) -> dict[str, Kind]:
-        """What a glob stands for, hidden names left out, in the order of the paths."""
+    def matches(self, pattern: str) -> tuple[dict[str, Kind], dict[str, str]]:
+        """What a glob stands for, hidden names not, in the order of the paths, and what is left out, with why."""
 
     def state(self, location: str, *, listed: bool = False) -> FileState:
         """Size and version of a file as it is now, or as a listing of its folder has just said."""
@@ -80,21 +80,13 @@ class LocalStore:
             return "folder"
         return "file" if os.path.exists(location) else None
 
-    def files_below(self, folder: str) -> tuple[list[str], list[str]]:
-        def refuse(error: OSError) -> None:
-            raise DataPrepError(f"{error.filename}: cannot be listed ({error.strerror}); check its rights") from error
+    def files_below(self, folder: str) -> tuple[list[str], dict[str, str]]:
+        below = walk(folder)
+        return below.files, below.left_out
 
-        found, hidden = [], []
-        for parent, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
-            hidden += [os.path.join(parent, name) for name in [*subfolders, *names] if name[0] == "."]
-            subfolders[:] = [name for name in subfolders if name[0] != "." and not _leads_back(Path(parent, name))]
-            found += [os.path.join(parent, name) for name in names if name[0] != "."]
-        return sorted(found), sorted(hidden)
-
-    def matches(self, pattern: str) -> dict[str, Kind]:
-        # A broken link is matched: opening it says what is wrong.
-        found = sorted(set(glob.glob(pattern, recursive=True)))
-        return {location: "folder" if os.path.isdir(location) else "file" for location in found}
+    def matches(self, pattern: str) -> tuple[dict[str, Kind], dict[str, str]]:
+        found, left_out = matches_of(pattern)
+        return {location: "folder" if os.path.isdir(location) else "file" for location in found}, left_out
 
     def state(self, location: str, *, listed: bool = False) -> FileState:
         try:
@@ -127,15 +119,15 @@ class UrlStore:
         except FileNotFoundError:
             return None
 
-    def files_below(self, folder: str) -> tuple[list[str], list[str]]:
+    def files_below(self, folder: str) -> tuple[list[str], dict[str, str]]:
         listing = self._call(folder, partial(self._files.find, detail=True))
         visible = self._visible(folder.rstrip("/"), listing)
         hidden = {self._files.unstrip_protocol(path) for path in listing} - visible.keys()
-        return list(visible), sorted(hidden)
+        return list(visible), dict.fromkeys(sorted(hidden), "hidden")
 
-    def matches(self, pattern: str) -> dict[str, Kind]:
+    def matches(self, pattern: str) -> tuple[dict[str, Kind], dict[str, str]]:
         fixed = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
-        return self._visible(fixed, self._call(pattern, partial(self._files.glob, detail=True)))
+        return self._visible(fixed, self._call(pattern, partial(self._files.glob, detail=True))), {}
 
     def state(self, location: str, *, listed: bool = False) -> FileState:
         if not listed:
@@ -250,11 +242,6 @@ def store_of(location: str) -> Store:
 def open_stored(location: str) -> StoredFile:
     """The stored bytes of a file, as a context manager."""
     return StoredFile(store_of(location).open(location), location)
-
-
-def _leads_back(folder: Path) -> bool:
-    """Whether a folder is a link to one that holds it; what it shows is found without it."""
-    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def _cannot_be_read(location: str, error: Exception) -> DataPrepError:
