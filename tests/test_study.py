@@ -286,6 +286,8 @@ def test_a_run_that_has_not_begun_may_still_change(tmp_path):
 def test_a_killed_run_is_said_to_have_been_killed(tmp_path):
     opened = begun(tmp_path)
     folder = opened.prepare(opened.expanded.runs["ar-20-s1"]).parent
+    (folder / "log.txt").write_text("")
+    assert opened.state_of("ar-20-s1") == "not begun", "its process is on its way"
     (folder / "log.txt").write_text("step 12 loss 3.1\n")
     write_json(folder / "progress.json", {"state": "training", "step": 12})
     assert opened.state_of("ar-20-s1") == "failed"
