@@ -77,7 +77,7 @@ def jobs_of(opened: StudyFolder, processes: int = 1, on_gpus: bool = False) -> d
     return jobs
 
 
-def measure_point(opened: StudyFolder, number: int) -> int:
+def measure_point(opened: StudyFolder, name: str) -> int:
     """Runs here the commands that are left of a point; returns the exit code of the first that fails, or 0.
 
     What they print goes to the log beside the measurements, where `cola sweep status` finds it.
@@ -85,10 +85,10 @@ def measure_point(opened: StudyFolder, number: int) -> int:
     Raises:
         ConfigError: there is no such point.
     """
-    points = opened.expanded.points
-    if number >= len(points):
-        raise ConfigError(f"point {number}: the study has points 0 to {len(points) - 1}")
-    job = _measurement(opened, points[number])
+    point = next((each for each in opened.expanded.points if each.name == name), None)
+    if point is None:
+        raise ConfigError(f"{name}: the study in {opened.folder} has no such point (any more)")
+    job = _measurement(opened, point)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     for words in job.words():
         with job.log.open("ab") as log:

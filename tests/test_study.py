@@ -443,3 +443,12 @@ def test_a_measurement_that_cannot_be_read_is_named_and_takes_no_other_point_awa
     (folder / "likelihood.json").write_text(content)
     row = next(row for row in collect(opened)["rows"] if row["point"] == "ar-20-s1")
     assert row["state"] == "damaged" and f"{folder / 'likelihood.json'}: not what this version writes" in row["error"]
+
+
+def test_a_stage_one_from_elsewhere_is_charged_where_its_cost_is_known_and_named_where_not(tmp_path, tiny):
+    arms = {"cola": {"config": "tiny", "overrides": {"training.stage_one": str(tmp_path / "published")}}}
+    (document,) = [collect(begun(tmp_path, {"arms": arms}))]
+    assert document["rows"][0]["stage_one_compute"]["model"] == 0
+    assert document["study"]["notes"] == [
+        f"What {tmp_path / 'published'} cost, which cola starts from, is not known and not charged."
+    ]
