@@ -7,7 +7,7 @@ VENV ?= .venv
 EXTRAS ?= dev,report,prep
 SETUP_FLAGS ?=
 PYTEST_FLAGS ?=
-JOBS ?= 2
+JOBS ?= 3
 
 # A PYTHON that the user named is the only one tried; our own default may give way to a fitting neighbour.
 PYTHONS := $(if $(filter file,$(origin PYTHON)),$(PYTHON) python3.11 python3.12,$(PYTHON))

@@ -152,13 +152,18 @@ def submit(
 @app.command("measure", hidden=True)
 def measure(
     folder: Path = FOLDER,
-    number: int = typer.Argument(..., min=0, help="Of the point, as in results.json."),
+    points: Path = typer.Argument(..., help="File of the names of points, one per line."),
+    number: int = typer.Argument(..., min=0, help="Line of the point, from 0."),
 ) -> None:
     """Measure one point of a study; what `cola sweep submit` runs on a node."""
+    from cola_megatron.config import ConfigError
     from cola_megatron.studies.folder import StudyFolder
     from launchers.sweep_jobs import measure_point
 
-    raise typer.Exit(measure_point(StudyFolder.open(folder), number))
+    names = points.read_text(encoding="utf-8").splitlines()
+    if number >= len(names):
+        raise ConfigError(f"{points} has {len(names)} lines, and {number} is asked for, from 0")
+    raise typer.Exit(measure_point(StudyFolder.open(folder), names[number]))
 
 
 @app.command("resume")

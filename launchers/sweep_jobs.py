@@ -13,6 +13,7 @@ from cola_megatron.data.manifest import MANIFEST_NAME
 from cola_megatron.families import family_of
 from cola_megatron.inference.requests import read_settings
 from cola_megatron.planning.compute import parameters_of
+from cola_megatron.planning.flops import training_flops
 from cola_megatron.planning.memory import rank_memory
 from cola_megatron.planning.split import pipeline_split
 from cola_megatron.studies.folder import LOG, StudyFolder, last_line
@@ -76,7 +77,7 @@ def jobs_of(opened: StudyFolder, processes: int = 1, on_gpus: bool = False) -> d
     return jobs
 
 
-def measure_point(opened: StudyFolder, number: int) -> int:
+def measure_point(opened: StudyFolder, name: str) -> int:
     """Runs here the commands that are left of a point; returns the exit code of the first that fails, or 0.
 
     What they print goes to the log beside the measurements, where `cola sweep status` finds it.
@@ -84,10 +85,10 @@ def measure_point(opened: StudyFolder, number: int) -> int:
     Raises:
         ConfigError: there is no such point.
     """
-    points = opened.expanded.points
-    if number >= len(points):
-        raise ConfigError(f"point {number}: the study has points 0 to {len(points) - 1}")
-    job = _measurement(opened, points[number])
+    point = next((each for each in opened.expanded.points if each.name == name), None)
+    if point is None:
+        raise ConfigError(f"{name}: the study in {opened.folder} has no such point (any more)")
+    job = _measurement(opened, point)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     for words in job.words():
         with job.log.open("ab") as log:
@@ -161,7 +162,6 @@ def check_settings(study: StudyConfig, expanded: Expanded) -> None:
 def _training(opened: StudyFolder, run: StudyRun, first: tuple[str, ...], processes: int, on_gpus: bool) -> Job:
     folder = opened.run_folder(run.name)
     before = ["launch", "--nproc", str(processes)] if processes > 1 else []
-    training = run.config.training
     return Job(
         run.name,
         "train",
@@ -170,7 +170,7 @@ def _training(opened: StudyFolder, run: StudyRun, first: tuple[str, ...], proces
         folder / LOG,
         run.needs or first,
         _memory(run.config, processes, on_gpus),
-        flops=float(training.steps * training.global_batch_size * run.config.data.sequence_length),
+        flops=training_flops(run.config, run.config.training.steps),
         run_folder=folder,
     )
 

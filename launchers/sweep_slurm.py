@@ -21,7 +21,7 @@ from launchers.slurm.site import Site, site_without_gpus
 from launchers.slurm.submission import JOB, SUBMISSIONS, check_layout, next_folder, write
 from launchers.sweep_jobs import Job, check_settings, preparation
 
-MEASURE, REPORT = "measure", "report"
+MEASURE, REPORT, POINTS = "measure", "report", "measure.points"
 NUMBER = '"$SLURM_ARRAY_TASK_ID"'
 MAX_ARRAY_CURE = "take seeds, sizes or budgets out of the study, and put them back when these have finished"
 
@@ -80,7 +80,7 @@ class StudyOnSlurm:
         for each in self._arrays.values():
             for run in each.runs:
                 check_layout(run.config, self.shape)
-        sizes = [max(self._points_left, default=0) + 1, *(len(each.runs) for each in self._arrays.values())]
+        sizes = [len(self._points_left), *(len(each.runs) for each in self._arrays.values())]
         commands.check_array_size(max(sizes), MAX_ARRAY_CURE)
         folder = next_folder(self.opened.folder)
         parts: dict[str, Part] = {}
@@ -116,11 +116,10 @@ class StudyOnSlurm:
         return found
 
     @cached_property
-    def _points_left(self) -> list[int]:
-        """Numbers of the points that are not measured in full, those that share their measurements once."""
-        expanded = self.opened.expanded
-        once = {point.name for point in expanded.measured_once() if self.opened.missing_measures(point)}
-        return [number for number, point in enumerate(expanded.points) if point.name in once]
+    def _points_left(self) -> list[str]:
+        """Names of the points that are not measured in full, those that share their measurements once."""
+        points = self.opened.expanded.measured_once()
+        return [point.name for point in points if self.opened.missing_measures(point)]
 
     @cached_property
     def _data_left(self) -> Job | None:
@@ -146,6 +145,8 @@ class StudyOnSlurm:
         self, name: str, folder: Path, after: Sequence[str] = (), after_any: Sequence[str] = ()
     ) -> Part:
         path = folder / f"{name}.sbatch"
+        if name == MEASURE:  # by name: the study may have more points when they are measured
+            write(folder / POINTS, "".join(f"{point}\n" for point in self._points_left))
         write(path, self._script(name, folder))
         commands.test_only(str(path))
         job = commands.submit(path, folder / JOB, after, after_any=after_any)
@@ -162,13 +163,13 @@ class StudyOnSlurm:
             name=self._titled(name),
             log=str(folder / (f"{name}-%A_%a.log" if name == MEASURE else f"{name}-%j.log")),
             resources=[f"--chdir={Path.cwd()}", "--nodes=1", "--ntasks=1", *self._resources(name)],
-            commands=self._commands(name, site),
+            commands=self._commands(name, site, folder),
         )
 
-    def _commands(self, name: str, site: Site) -> list[str]:
+    def _commands(self, name: str, site: Site, submission: Path) -> list[str]:
         folder = str(self.opened.folder)
         if name == MEASURE:
-            return [f"{container_command(site, ['sweep', 'measure', folder])} {NUMBER}"]
+            return [f"{container_command(site, ['sweep', 'measure', folder, str(submission / POINTS)])} {NUMBER}"]
         if name == REPORT:
             return [container_command(site, ["sweep", each, folder]) for each in ("collect", "report")]
         assert self._data_left is not None, "asked only where data are to be prepared"
@@ -182,6 +183,6 @@ class StudyOnSlurm:
         if name == REPORT:
             return []
         limit = f"%{self.concurrency}" if self.concurrency else ""
-        found = [f"--array={','.join(map(str, self._points_left))}{limit}"]
+        found = [f"--array=0-{len(self._points_left) - 1}{limit}"]
         found += [f"--cpus-per-task={max(1, cores // self.shape.processes)}"] if cores else []
         return [*found, *gpu_directives(self.site, min(1, self.site.gpus_per_node))]

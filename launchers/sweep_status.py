@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from launchers.slurm.runs import RunState
 from launchers.slurm.runs import state_of as slurm_state_of
 from launchers.slurm.submission import JOB, SUBMISSIONS
 from launchers.sweep_jobs import preparation
+from launchers.sweep_slurm import POINTS
 
 AFTERMATH = re.compile(
     r"srun: |slurmstepd: |cola: (the job ends |try \d+ ended |rank \d+ ended with exit code (1|2|74)$)"
@@ -42,12 +43,12 @@ class StudyStates:
         found = slurm_state_of(folder, self.queue)
         return found.state, _last_error(folder, found) or found.note
 
-    def of_point(self, number: int, point: Point) -> tuple[str, str]:
+    def of_point(self, point: Point) -> tuple[str, str]:
         """(state, last line of its log) of the measurements of a point."""
         asked, missing = len(wanted(self.opened.study.measures)), len(self.opened.missing_measures(point))
         if not missing:
             return "finished", ""
-        job = self._measures(number)
+        job = self._measures(point.name)
         if job is not None:
             return job.state.lower(), job.reason if job.state == "PENDING" else ""
         state = "not begun" if missing == asked else "in part"
@@ -60,19 +61,22 @@ class StudyStates:
             return read_queue()
         return None
 
-    def _measures(self, number: int) -> QueuedJob | None:
+    def _measures(self, name: str) -> QueuedJob | None:
         """The job in the queue that measures this point."""
-        if not self._submissions or self.queue is None:
+        if not self._elements.get(name) or self.queue is None:
             return None
-        return next((job for job in self.queue.jobs if job.id in {f"{each}_{number}" for each in self._noted}), None)
+        return next((job for job in self.queue.jobs if job.id in self._elements[name]), None)
 
     @cached_property
-    def _submissions(self) -> Sequence[Path]:
-        return sorted((self.opened.folder / SUBMISSIONS).glob(f"*/{JOB}"))
-
-    @cached_property
-    def _noted(self) -> set[str]:
-        return {job for path in self._submissions for job in path.read_text().split()}
+    def _elements(self) -> dict[str, set[str]]:
+        """Ids of the elements of arrays that were to measure a point, by its name."""
+        found: dict[str, set[str]] = {}
+        for points in sorted((self.opened.folder / SUBMISSIONS).glob(f"*/{POINTS}")):
+            note = points.with_name(JOB)
+            jobs = note.read_text().split() if note.is_file() else []
+            for number, name in enumerate(points.read_text(encoding="utf-8").splitlines()):
+                found.setdefault(name, set()).update(f"{job}_{number}" for job in jobs)
+        return found
 
 
 def status_rows(opened: StudyFolder) -> list[dict[str, Any]]:
@@ -101,8 +105,8 @@ def _of_run(opened: StudyFolder, states: StudyStates, run: StudyRun) -> dict[str
 
 def _of_points(opened: StudyFolder, states: StudyStates) -> Iterator[dict[str, Any]]:
     asked = len(wanted(opened.study.measures))
-    for number, point in enumerate(opened.expanded.points):
-        state, note = states.of_point(number, point)
+    for point in opened.expanded.points:
+        state, note = states.of_point(point)
         progress = f"{asked - len(opened.missing_measures(point))}/{asked}"
         yield {"name": point.name, "role": "measured", "state": state, "progress": progress, "note": note}
 

@@ -286,6 +286,8 @@ def test_a_run_that_has_not_begun_may_still_change(tmp_path):
 def test_a_killed_run_is_said_to_have_been_killed(tmp_path):
     opened = begun(tmp_path)
     folder = opened.prepare(opened.expanded.runs["ar-20-s1"]).parent
+    (folder / "log.txt").write_text("")
+    assert opened.state_of("ar-20-s1") == "not begun", "its process is on its way"
     (folder / "log.txt").write_text("step 12 loss 3.1\n")
     write_json(folder / "progress.json", {"state": "training", "step": 12})
     assert opened.state_of("ar-20-s1") == "failed"
@@ -441,3 +443,12 @@ def test_a_measurement_that_cannot_be_read_is_named_and_takes_no_other_point_awa
     (folder / "likelihood.json").write_text(content)
     row = next(row for row in collect(opened)["rows"] if row["point"] == "ar-20-s1")
     assert row["state"] == "damaged" and f"{folder / 'likelihood.json'}: not what this version writes" in row["error"]
+
+
+def test_a_stage_one_from_elsewhere_is_charged_where_its_cost_is_known_and_named_where_not(tmp_path, tiny):
+    arms = {"cola": {"config": "tiny", "overrides": {"training.stage_one": str(tmp_path / "published")}}}
+    (document,) = [collect(begun(tmp_path, {"arms": arms}))]
+    assert document["rows"][0]["stage_one_compute"]["model"] == 0
+    assert document["study"]["notes"] == [
+        f"What {tmp_path / 'published'} cost, which cola starts from, is not known and not charged."
+    ]

@@ -10,10 +10,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from cola_megatron.checkpoint.find import require_checkpoint
+from cola_megatron.checkpoint.state_file import read_config, read_state
 from cola_megatron.config import RunConfig
 from cola_megatron.errors import UserError
 from cola_megatron.families import family_of
-from cola_megatron.planning.compute import compute_of, parameters_of
+from cola_megatron.planning.compute import COLUMNS, compute_of, parameters_of
 from cola_megatron.planning.hardware import gpu_of_device
 from cola_megatron.records.goodput import read_attempts
 from cola_megatron.records.json_files import write_json
@@ -66,7 +68,31 @@ def _study(opened: StudyFolder) -> dict[str, Any]:
         },
         "published": [point.model_dump(mode="json") for point in study.published],
         "spent": _spent(opened),
+        "notes": _notes(opened),
     }
+
+
+def earlier_compute(config: RunConfig) -> dict[str, float] | None:
+    """What the run cost that a config starts from by a path of its own; None: it starts from none, or nobody knows."""
+    given = getattr(config.training, "stage_one", None)
+    if given is None:
+        return None
+    try:
+        checkpoint = require_checkpoint(given)
+        return compute_of(read_config(checkpoint), read_state(checkpoint)["step"])
+    except UserError:  # such as a published model
+        return None
+
+
+def _notes(opened: StudyFolder) -> list[str]:
+    """What a reader of the costs must know."""
+    notes = {}
+    for point in opened.expanded.points:
+        config = opened.expanded.runs[point.run].config
+        given = getattr(config.training, "stage_one", None)
+        if point.stage_one is None and given is not None and earlier_compute(config) is None:
+            notes[point.arm] = f"What {given} cost, which {point.arm} starts from, is not known and not charged."
+    return list(notes.values())
 
 
 def _spent(opened: StudyFolder) -> dict[str, float]:
@@ -135,7 +161,7 @@ class _Row:
             "tokens": point.step * self.config.training.global_batch_size * data.sequence_length,
             "compute": compute_of(self.config, point.step),
             "stage_one_compute": (
-                dict.fromkeys(("nominal", "model", "hardware"), 0.0)
+                (earlier_compute(self.config) or dict.fromkeys(COLUMNS, 0.0))
                 if first is None
                 else compute_of(first.config, first.config.training.steps)
             ),

@@ -136,7 +136,8 @@ class StudyFolder:
         state = read_progress(folder).get("state")
         if state == "stopped" or summary.get("finished"):  # a larger budget has come since
             return "stopped"
-        return "failed" if state or (folder / LOG).is_file() else "not begun"
+        # The log is there before the process has said or locked anything.
+        return "failed" if state or last_line(folder / LOG) else "not begun"
 
     def error_of(self, name: str) -> str:
         """The last line that a run's process printed, and that it was killed where it did not come to say its end."""

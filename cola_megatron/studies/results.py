@@ -104,6 +104,7 @@ def results_of(found: Any) -> Results:
             for each in _list(found.get("lost", []), "lost")
         ),
         spent={role: _number(spent, role, "study.spent") or 0.0 for role in spent},
+        notes=tuple(map(str, _list(study.get("notes", []), "study.notes"))),
     )
 
 

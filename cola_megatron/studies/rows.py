@@ -146,6 +146,8 @@ class Results:
     lost: tuple[Lost, ...]
     spent: Mapping[str, float] = field(default_factory=dict)
     """Device-hours of all its runs, each once, by role: stage_one, trunk, run."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the costs must know, in sentences."""
 
     def finished(self) -> tuple[Row, ...]:
         """Rows that fits and figures have: finished ones, in the study's order whatever the order of the file."""

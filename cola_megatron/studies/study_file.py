@@ -174,7 +174,8 @@ class StudyConfig(Section):
     """What is varied beside size, budget and seed."""
     budgets: BudgetsConfig
     learning_rate: Annotated[LearningRate | None, OURS] = None
-    """A rule that sets it for every run from its size and length (docs/scaling.md lists them); null: the config's."""
+    """A rule that sets it for every run after stage 1 from its size and length (docs/scaling.md lists them); null: the
+    config's, as that of stage 1 always is."""
     batch: Annotated[Batch | None, OURS] = None
     """A rule for the global batch, likewise."""
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1), OURS] = Field(default_factory=lambda: [66])

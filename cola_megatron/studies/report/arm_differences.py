@@ -127,7 +127,7 @@ def _common_budgets(results: Results, first: CurveFit, second: CurveFit, low: fl
     cost: dict[str, list[float]] = defaultdict(list)
     for fit in (first, second):
         for budget, rows in budget_steps(results, fit.rows):
-            cost[f"{budget:.2g}"].append(geometric_mean([row.charged(fit.column) or 1.0 for row in rows]))
+            cost[f"{budget:.4g}"].append(geometric_mean([row.charged(fit.column) or 1.0 for row in rows]))
     found = []
     for costs in cost.values():
         middle = geometric_mean(costs)

@@ -37,5 +37,8 @@ def against_counting(results: Results, fits: StudyFits) -> Iterator[Conclusion]:
 def _is_better(results: Results, fit: CurveFit, baseline: float) -> bool:
     largest = max(results.budget_of(row) for row in fit.rows)
     rows = [row.measures[fit.measure] for row in fit.rows if results.budget_of(row) == largest]
-    mean, error = fmean(row.value for row in rows), fmean(row.error or 0.0 for row in rows)
+    errors = [row.error for row in rows if row.error is not None]
+    if len(errors) < len(rows):
+        return False  # nobody knows how far the figure may be off
+    mean, error = fmean(row.value for row in rows), fmean(errors)
     return mean + Z * error < baseline if fit.quantity == "loss" else mean - Z * error > baseline

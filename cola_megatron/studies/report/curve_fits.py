@@ -122,7 +122,7 @@ def paired_curves(results: Results, first: CurveFit, second: CurveFit) -> tuple[
     """
     if first.curve is None or second.curve is None:
         return None
-    ids = [[f"{results.budget_of(row):.2g} {row.seed}" for row in fit.rows] for fit in (first, second)]
+    ids = [[f"{results.budget_of(row):.4g} {row.seed}" for row in fit.rows] for fit in (first, second)]
     residuals = [
         dict(zip(keys, fit.curve.residuals, strict=True))
         for keys, fit in zip(ids, (first, second), strict=True)

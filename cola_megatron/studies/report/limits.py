@@ -29,6 +29,7 @@ class Conclusion:
 
 def limits(results: Results, fits: StudyFits) -> Iterator[Conclusion]:
     """Every sentence of this kind."""
+    yield from (Conclusion(note, False) for note in results.notes)
     yield from _kinds(results, fits)
     budgets = budget_steps(results, results.finished())
     if len(budgets) == 1:
