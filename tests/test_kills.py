@@ -83,7 +83,7 @@ def test_a_kill_during_a_save_leaves_the_previous_checkpoint_good(tiny, tmp_path
 )
 def test_a_signal_to_the_process_group_ends_the_step_saves_and_resumes(tiny, tmp_path, number, anew):
     """As schedulers send it: the loader's worker gets it too."""
-    longer = ["training.steps=400", "training.log.every=1", "training.loader_workers=1"]
+    longer = ["training.steps=4000", "training.log.every=1", "training.loader_workers=1"]
     config = tiny(1, *longer)
     process = start(config, tmp_path, anew)
     metrics = config.run_folder / "metrics.jsonl"
@@ -92,7 +92,7 @@ def test_a_signal_to_the_process_group_ends_the_step_saves_and_resumes(tiny, tmp
     output = "".join(process.communicate(timeout=60))
     assert process.returncode == ExitCode.STOPPED and "run again to go on" in output
     stopped_at = losses(config)[-1][0]
-    assert newest_checkpoint(config.run_folder).name == f"step_{stopped_at:08d}" and stopped_at < 400
+    assert newest_checkpoint(config.run_folder).name == f"step_{stopped_at:08d}" and stopped_at < 4000
     more = tiny(1, *longer, f"training.stop_after={stopped_at + 2}")
     assert train(more, progress=False).step == stopped_at + 2
 

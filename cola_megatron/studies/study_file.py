@@ -24,7 +24,7 @@ from pydantic import Field, field_validator, model_validator
 from cola_megatron.config import ConfigError, Section, resolve_tree
 from cola_megatron.config.changes import Change
 from cola_megatron.config.facts import OURS
-from cola_megatron.config.types import NonNegativeInt, PositiveFloat, PositiveInt
+from cola_megatron.config.types import NOT_BOOL, Float, NonNegativeInt, PositiveFloat, PositiveInt
 from cola_megatron.config.yaml_files import read_yaml
 from cola_megatron.scaling.rules import Batch, LearningRate
 
@@ -93,9 +93,9 @@ class BudgetsConfig(Section):
     """own: each budget is a run with a schedule of its own. branches: one trunk at constant rate for all budgets, and
     from its checkpoints a branch with a decay for each (warm-up, stable, decay). checkpoints: budgets are checkpoints
     of one run, whose schedule is its config's."""
-    warmup_share: Annotated[float | None, Field(ge=0, lt=1), OURS] = None
+    warmup_share: Annotated[float | None, Field(ge=0, lt=1), NOT_BOOL, OURS] = None
     """Of the steps of a run (branches: of the smallest budget's); null: the config's `warmup_steps`."""
-    decay_share: Annotated[float, Field(gt=0, lt=1), OURS] = 0.2
+    decay_share: Annotated[float, Field(gt=0, lt=1), NOT_BOOL, OURS] = 0.2
     """branches: the decay's share of the steps."""
 
     @model_validator(mode="after")
@@ -136,7 +136,7 @@ class FitConfig(Section):
     """A measure that falls towards a floor; null: none."""
     score: Annotated[str | None, OURS] = None
     """A measure that rises to a ceiling, in 0 .. 1, such as `last_word` or `task_average`; null: none."""
-    chance: Annotated[float, Field(ge=0, lt=1), OURS] = 0.0
+    chance: Annotated[float, Field(ge=0, lt=1), NOT_BOOL, OURS] = 0.0
     """Score of guessing."""
 
 
@@ -149,7 +149,7 @@ class PublishedPoint(Section):
     column: Annotated[Literal["nominal", "model", "hardware"], OURS] = "nominal"
     compute: Annotated[PositiveFloat, OURS]
     """FLOPs in that column."""
-    score: Annotated[float, OURS]
+    score: Annotated[Float, OURS]
     """In 0 .. 1."""
 
 
