@@ -100,7 +100,7 @@ def run(config: RunConfig) -> None:
     train(config, progress=False)
 
 
-@pytest.mark.parametrize("layout", ["DP 2, ZeRO 3", "PP 2"])
+@pytest.mark.parametrize("layout", [pytest.param("DP 2, ZeRO 3", marks=pytest.mark.slow), "PP 2"])
 def test_training_does_not_notice(tiny, layout):
     ranks, overrides = LAYOUTS[layout]
     common = ("training.evaluation.every=3", "training.precision=bf16", *overrides)

@@ -240,6 +240,7 @@ def test_a_run_that_loses_a_rank_in_the_middle_of_a_step_ends_and_resumes_to_the
     assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_message_is_out_before_the_launcher_kills(tiny, tmp_path):
     """The launcher sends SIGTERM to the ranks that remain, which end their step first: that step never ends."""
     config = tiny(1, "training.steps=100000", "parallel.peer_timeout_seconds=20")

@@ -29,6 +29,7 @@ from cola_megatron.config.yaml_files import read_yaml
 from cola_megatron.scaling.rules import Batch, LearningRate
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+Share = Annotated[float, Field(ge=0, lt=1), NOT_BOOL]
 Overrides = dict[str, Any]
 """Keys of a config, dotted, and their values."""
 PUBLISHED_SCALE = "published"
@@ -93,7 +94,7 @@ class BudgetsConfig(Section):
     """own: each budget is a run with a schedule of its own. branches: one trunk at constant rate for all budgets, and
     from its checkpoints a branch with a decay for each (warm-up, stable, decay). checkpoints: budgets are checkpoints
     of one run, whose schedule is its config's."""
-    warmup_share: Annotated[float | None, Field(ge=0, lt=1), NOT_BOOL, OURS] = None
+    warmup_share: Annotated[Share | None, OURS] = None
     """Of the steps of a run (branches: of the smallest budget's); null: the config's `warmup_steps`."""
     decay_share: Annotated[float, Field(gt=0, lt=1), NOT_BOOL, OURS] = 0.2
     """branches: the decay's share of the steps."""
@@ -136,7 +137,7 @@ class FitConfig(Section):
     """A measure that falls towards a floor; null: none."""
     score: Annotated[str | None, OURS] = None
     """A measure that rises to a ceiling, in 0 .. 1, such as `last_word` or `task_average`; null: none."""
-    chance: Annotated[float, Field(ge=0, lt=1), NOT_BOOL, OURS] = 0.0
+    chance: Annotated[Share, OURS] = 0.0
     """Score of guessing."""
 
 
