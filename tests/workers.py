@@ -1,4 +1,4 @@
-"""How the tests are dealt out to the workers of pytest-xdist (`make test JOBS=2`); docs/testing.md has the why."""
+"""How the tests are dealt out to the workers of pytest-xdist (`make test JOBS=3`); docs/testing.md has the why."""
 
 from pathlib import PurePath
 
