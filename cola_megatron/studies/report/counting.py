@@ -9,7 +9,7 @@ from cola_megatron.studies.report.curve_fits import CurveFit
 from cola_megatron.studies.report.fits import QUANTITIES, StudyFits
 from cola_megatron.studies.report.limits import Conclusion
 from cola_megatron.studies.rows import Results
-from cola_megatron.studies.words import listed, name, number
+from cola_megatron.studies.words import name, number, shortened
 
 Z = 1.96
 
@@ -29,9 +29,11 @@ def against_counting(results: Results, fits: StudyFits) -> Iterator[Conclusion]:
             others = [fit.series.title for fit in chosen if fit.series.title not in better]
             than = f"counting ({name(counted)}, {number(value)})"
             if better:
-                yield Conclusion(f"At its largest budget the {what} of {listed(better)} is better than {than}.", True)
+                yield Conclusion(
+                    f"At its largest budget the {what} of {shortened(better)} is better than {than}.", True
+                )
             if others:
-                yield Conclusion(f"That the {what} of {listed(others)} is better than {than} is not shown.", False)
+                yield Conclusion(f"That the {what} of {shortened(others)} is better than {than} is not shown.", False)
 
 
 def _is_better(results: Results, fit: CurveFit, baseline: float) -> bool:
