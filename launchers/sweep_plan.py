@@ -12,7 +12,7 @@ from cola_megatron.families import family_of
 from cola_megatron.planning.compute import COLUMNS, compute_of, tokens_of
 from cola_megatron.planning.plan import Cluster, Layout
 from cola_megatron.planning.plan import plan as rank
-from cola_megatron.studies.runs import Expanded, StudyRun, fork_step
+from cola_megatron.studies.runs import Expanded, StudyRun
 from cola_megatron.studies.study_file import StudyConfig
 
 
@@ -86,15 +86,11 @@ def shares_of(study: StudyConfig, expanded: Expanded, cluster: Cluster | None) -
 
 def steps_done(run: StudyRun) -> int:
     """The steps that a run does itself: a branch leaves out its trunk's."""
-    begin = fork_step(run) if run.config.training.start_from is not None else 0
-    return run.config.training.steps - begin
+    return run.config.training.steps - run.begins_at
 
 
 def _done(run: StudyRun) -> dict[str, float]:
-    whole = compute_of(run.config, run.config.training.steps)
-    if run.config.training.start_from is None:
-        return whole
-    before = compute_of(run.config, fork_step(run))
+    whole, before = (compute_of(run.config, steps) for steps in (run.config.training.steps, run.begins_at))
     return {column: whole[column] - before[column] for column in COLUMNS}
 
 

@@ -52,10 +52,6 @@ class Outcome:
     stopped: bool
 
 
-class JobsFailed(UserError):
-    """Some jobs of a study failed."""
-
-
 @dataclass
 class _Running:
     job: Job

@@ -16,6 +16,7 @@ from cola_megatron.studies.folder import INDEX, StudyFolder
 from cola_megatron.studies.study_file import load_study
 from launchers.sweep_files import study_file
 from launchers.sweep_jobs import jobs_of
+from launchers.sweep_plan import shares_of
 
 SHIPPED = sorted(path.stem for path in (Path(__file__).parents[1] / "launchers" / "sweeps").glob("*.yaml"))
 SMALL: dict[str, Any] = {
@@ -452,3 +453,20 @@ def test_a_stage_one_from_elsewhere_is_charged_where_its_cost_is_known_and_named
     assert document["study"]["notes"] == [
         f"What {tmp_path / 'published'} cost, which cola starts from, is not known and not charged."
     ]
+
+
+def test_an_arm_that_goes_on_from_elsewhere_is_planned_as_a_whole(tmp_path):
+    arms = {"ar": {"config": "tiny-autoregressive", "overrides": {"training.start_from": "/elsewhere"}}}
+    study = load_study(write(tmp_path, {"arms": arms, "seeds": [1]}))
+    (share,) = shares_of(study, expand(study, tmp_path), None)
+    assert (share.role, share.runs, share.steps) == ("run", 2, 60)
+
+
+def test_a_branch_is_planned_without_its_trunk(tmp_path):
+    budgets = {"column": "steps", "amounts": [20, 40], "runs": "branches", "decay_share": 0.25, "warmup_share": 0.1}
+    arms = {"ar": {"config": "tiny-autoregressive"}}
+    study = load_study(write(tmp_path, {"arms": arms, "budgets": budgets, "seeds": [1]}))
+    trunk, branches = shares_of(study, expand(study, tmp_path), None)
+    assert (trunk.role, trunk.steps, branches.role, branches.steps) == ("trunk", 30, "run", 5 + 10)
+    one_step = trunk.compute["model"] / 30
+    assert branches.compute["model"] == pytest.approx(15 * one_step)

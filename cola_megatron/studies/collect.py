@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cola_megatron.checkpoint.find import require_checkpoint
-from cola_megatron.checkpoint.state_file import read_config, read_state
+from cola_megatron.checkpoint.state_file import STATE, read_config, read_state
 from cola_megatron.config import RunConfig
 from cola_megatron.errors import UserError
 from cola_megatron.families import family_of
@@ -23,7 +23,7 @@ from cola_megatron.reporting.run_records import Run, read_run
 from cola_megatron.studies.folder import StudyFolder
 from cola_megatron.studies.measured import Measure, measures_in
 from cola_megatron.studies.results import RESULTS, read_results, write_table
-from cola_megatron.studies.runs import Point, fork_step
+from cola_megatron.studies.runs import Point, StudyRun
 
 _ERROR = "_standard_error"
 
@@ -129,7 +129,8 @@ class _Row:
         records: Callable[[str], tuple[Run | None, str]],
     ):
         self.opened, self.point, self.state_of, self.records = opened, point, state_of, records
-        self.config: RunConfig = opened.expanded.runs[point.run].config
+        self.run: StudyRun = opened.expanded.runs[point.run]
+        self.config: RunConfig = self.run.config
 
     def as_json(self) -> dict[str, Any]:
         """As docs/scaling.md describes it."""
@@ -147,7 +148,6 @@ class _Row:
             "point": point.name,
             "run": point.run,
             "step": point.step,
-            "steps": point.step,
             "state": state,
             "error": why,
             "arm": point.arm,
@@ -178,7 +178,7 @@ class _Row:
             if name is None:
                 continue
             state, said = self.state_of(name)
-            if name == point.run and state != "finished" and (opened.checkpoint_of(point) / "state.json").is_file():
+            if name == point.run and state != "finished" and (opened.checkpoint_of(point) / STATE).is_file():
                 continue  # the run goes on, and was here
             if state != "finished":
                 return state, f"{name}: {state}" + (f", {said}" if said else "")
@@ -210,7 +210,7 @@ class _Row:
     def _curve_of_trunk(self) -> list[list[Any]]:
         if self.point.trunk is None:
             return []
-        return _curve(self.records(self.point.trunk)[0], fork_step(self.opened.expanded.runs[self.point.run]))
+        return _curve(self.records(self.point.trunk)[0], self.run.begins_at)
 
     def _time(self, run: Run | None) -> dict[str, Any]:
         """Seconds of training to this step, its trunk's included, and what they are worth."""
@@ -219,7 +219,7 @@ class _Row:
             seconds = run.cost(point.step).seconds
         if point.trunk is not None and seconds is not None:
             trunk, _ = self.records(point.trunk)
-            before = None if trunk is None else trunk.cost(fork_step(self.opened.expanded.runs[point.run])).seconds
+            before = None if trunk is None else trunk.cost(self.run.begins_at).seconds
             seconds = None if before is None else seconds + before
         attempts = read_attempts(self.opened.run_folder(point.run)) if run is not None else []
         last = attempts[-1] if attempts else {}

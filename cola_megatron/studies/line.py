@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,7 +157,7 @@ class StudyLine:
                 "training.schedule.decay_steps": steps,
             }
             run = self._run("run", self._of_budget(budget), {**base, **decaying}, trunk)
-            runs.append(run)
+            runs.append(replace(run, begins_at=forks[budget]))
             points += self._points(run, budget, steps, first, trunk)
         return runs, points
 
@@ -181,8 +181,8 @@ class StudyLine:
         words = [self.arm, self.size, *(f"{axis}{label}" for axis, label in chosen.items()), end]
         return _as_name("-".join(word for word in words if word))
 
-    def _of_budget(self, budget: float) -> str:
-        return self._named(f"{budget:.4g}-s{self.seed}".replace("+", ""))
+    def _of_budget(self, budget: float, labels: Mapping[str, str] | None = None) -> str:
+        return self._named(f"{budget:.4g}-s{self.seed}".replace("+", ""), {**self.settings, **(labels or {})})
 
     def _run(self, role: Role, name: str, keys: Overrides, before: StudyRun | None) -> StudyRun:
         try:
@@ -203,10 +203,9 @@ class StudyLine:
             generation = dict(of_arm.generation)
             for axis, label in labels.items():
                 generation |= axes[axis].settings[label]
-            name = self._named(f"{budget:.4g}-s{self.seed}".replace("+", ""), {**self.settings, **labels})
             measured_as = _as_name("-".join([f"step_{steps:08d}", *(f"{axis}{each}" for axis, each in labels.items())]))
             point = Point(
-                name=name,
+                name=self._of_budget(budget, labels),
                 arm=self.arm,
                 size=self.size,
                 settings={**self.settings, **labels},

@@ -26,6 +26,8 @@ class StudyRun:
     config: RunConfig
     needs: tuple[str, ...] = ()
     """Runs that must have ended before: the stage 1 or the trunk that it starts from."""
+    begins_at: int = 0
+    """Step of the trunk's checkpoint that a branch goes on from; it does the steps after it."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,6 @@ class Expanded:
     def measured_once(self) -> list[Point]:
         """The points without those whose measurements are another's as well."""
         return list({(point.run, point.measured_as): point for point in reversed(self.points)}.values())[::-1]
-
-
-def fork_step(branch: StudyRun) -> int:
-    """The step at which a branch leaves its trunk."""
-    step = branch.config.training.schedule.decay_from
-    assert step is not None, "a branch decays from where it begins"
-    return step
 
 
 def identity_of(config: RunConfig) -> dict[str, Any]:
