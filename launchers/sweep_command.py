@@ -74,6 +74,8 @@ def plan(
         table = [["run", "role", "steps", "starts from"]]
         table += [[run.name, run.role, f"{steps_done(run):,}", *(run.needs or ("",))] for run in expanded.runs.values()]
         print(format_table(table))
+    for line in expanded.decisions:
+        print(line)
     print(format_table(list(rows_of(shares, None if cluster is None else cluster.gpu.name))))
 
 

@@ -182,6 +182,10 @@ def test_rules_set_rate_and_batch_of_every_run(tmp_path):
     short, long = (found.runs[name].config for name in ("ar-1e05-s1", "ar-4e05-s1"))
     assert (short.training.global_batch_size, long.training.global_batch_size) == (16, 32)
     assert short.training.optimizer.learning_rate == pytest.approx(2 * long.training.optimizer.learning_rate, rel=0.02)
+    said = [line.partition(": ")[0] for line in found.decisions]
+    assert said == ["ar, budget 1e+05", "ar, budget 1e+05", "ar, budget 4e+05", "ar, budget 4e+05"]
+    assert "training.global_batch_size=16" in found.decisions[0]
+    assert "training.optimizer.learning_rate=" in found.decisions[1]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -27,6 +27,7 @@ def expand(study: StudyConfig, folder: Path) -> Expanded:
     by_identity: dict[str, StudyRun] = {}
     points: dict[str, Point] = {}
     measured: dict[str, Point] = {}
+    decisions: dict[str, None] = {}
 
     def shared(run: StudyRun) -> StudyRun:
         """The one run for all arms and settings that train the same."""
@@ -38,6 +39,7 @@ def expand(study: StudyConfig, folder: Path) -> Expanded:
     for builder in _lines(study, folder.absolute()):
         first = builder.stage_one()
         line = builder.build(None if first is None else shared(first))
+        decisions |= dict.fromkeys(line.decisions)  # alike for all seeds
         same: dict[str, str] = {}
         for run in line.runs:
             same[run.name] = shared(replace(run, needs=tuple(same.get(need, need) for need in run.needs))).name
@@ -49,7 +51,7 @@ def expand(study: StudyConfig, folder: Path) -> Expanded:
                     f"two points have the name {point.name}: labels must differ in their letters and digits, budgets "
                     "in their first four digits"
                 )
-    return Expanded(runs, list(points.values()))
+    return Expanded(runs, list(points.values()), list(decisions))
 
 
 def _measured_apart(point: Point, study: StudyConfig, measured: dict[str, Point]) -> Point:

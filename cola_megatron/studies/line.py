@@ -36,6 +36,8 @@ class Expansion:
 
     runs: list[StudyRun]
     points: list[Point]
+    decisions: list[str]
+    """What the study's rules set, and what they rounded, a line each."""
 
 
 class StudyLine:
@@ -44,6 +46,7 @@ class StudyLine:
     def __init__(self, study: StudyConfig, folder: Path, arm: str, size: str, settings: dict[str, str], seed: int):
         self.study, self.folder, self.arm, self.size = study, folder, arm, size
         self.settings, self.seed = settings, seed
+        self.decisions: list[str] = []
 
     def build(self, first: StudyRun | None) -> Expansion:
         """The runs after stage 1, and their points; raises ConfigError."""
@@ -57,7 +60,7 @@ class StudyLine:
             raise ConfigError(f"{self.name}: two budgets are {twice} steps each; give others")
         kinds = {"own": self._own, "branches": self._branches, "checkpoints": self._checkpoints}
         runs, points = kinds[self.study.budgets.runs](lengths, first)
-        return Expansion(runs, points)
+        return Expansion(runs, points, self.decisions)
 
     def _lengths(self, base: Overrides, first: StudyRun | None) -> dict[float, _Length]:
         """Of each budget, the smallest first; runs that share a trunk follow the rules for the largest."""
@@ -73,18 +76,20 @@ class StudyLine:
         keys, config = base, self._load(self.name, base)
         if self.study.batch is not None:
             roughly = self._steps(config, first, amount, tolerance=1.0)
-            keys = {**keys, **self._apply(self.study.batch, config, roughly)}
+            keys = {**keys, **self._apply(self.study.batch, config, roughly, amount)}
             config = self._load(self.name, keys)
         steps = self._steps(config, first, amount)
         if self.study.learning_rate is not None:
-            keys = {**keys, **self._apply(self.study.learning_rate, config, steps)}
+            keys = {**keys, **self._apply(self.study.learning_rate, config, steps, amount)}
         return _Length(steps, keys)
 
-    def _apply(self, rule: Rule, config: RunConfig, steps: int) -> Overrides:
+    def _apply(self, rule: Rule, config: RunConfig, steps: int, amount: float) -> Overrides:
         try:
-            return rule.apply(config, tokens_of(config, steps))
+            decision = rule.decide(config, tokens_of(config, steps))
         except ConfigError as error:
             raise ConfigError(f"{self.name}: {error}") from None
+        self.decisions.append(f"{self.name}, budget {amount:.4g}: {decision.words}")
+        return decision.overrides
 
     @property
     def name(self) -> str:

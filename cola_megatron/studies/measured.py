@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cola_megatron.errors import UserError
-from cola_megatron.evaluation.results import read_results
-from cola_megatron.evaluation.statistics import mean_interval
+from cola_megatron.evaluation.results import TaskResult, read_results
+from cola_megatron.evaluation.statistics import clustered_standard_error, mean_interval
 from cola_megatron.evaluation.tasks import tasks_named
 from cola_megatron.records.json_files import read_object
 from cola_megatron.studies.study_file import MeasuresConfig, Overrides
@@ -120,18 +120,16 @@ def _last_word(document: Mapping[str, Any]) -> dict[str, Measure]:
 
 def _tasks(folder: Path) -> dict[str, Measure]:
     results = read_results(folder)
-    intervals = {task: result.interval for task, result in results.items()}
     found: dict[str, Measure] = {
-        task: {"value": interval.value, "error": _error(interval.value, items), "items": items}
-        for task, interval in intervals.items()
-        if (items := len(results[task].items))
+        task: {"value": result.interval.value, "error": _error(result), "items": len(result.items)}
+        for task, result in results.items()
     }
-    mean = mean_interval(list(intervals.values()))
+    mean = mean_interval([result.interval for result in results.values()])
     error = sum((each["error"] or 0.0) ** 2 for each in found.values()) ** 0.5 / len(found)
     return {**found, "task_average": {"value": mean.value, "error": error, "tasks": len(results)}}
 
 
-def _error(share: float, items: int) -> float:
-    """Of a share of so many items, half a right and half a wrong one added: not 0 where none was right."""
-    smoothed = (share * items + 1) / (items + 2)
-    return (smoothed * (1 - smoothed) / items) ** 0.5
+def _error(result: TaskResult) -> float:
+    """Over its items; not 0 where none was right."""
+    correct = [int(record["correct"]) for record in result.items]
+    return clustered_standard_error(correct, [1] * len(correct))

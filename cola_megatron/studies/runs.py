@@ -58,6 +58,8 @@ class Expanded:
     runs: Mapping[str, StudyRun]
     """In an order in which each comes after what it needs."""
     points: Sequence[Point]
+    decisions: Sequence[str] = ()
+    """What the study's rules set for each arm, size, setting and budget, and what they rounded, a line each."""
 
     def measured_once(self) -> list[Point]:
         """The points without those whose measurements are another's as well."""
