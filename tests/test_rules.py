@@ -84,15 +84,17 @@ def test_the_facts_are_those_of_the_config(base):
 
 
 def test_a_published_rule_sets_nothing(base):
-    assert rate_rule(rule="published").apply(base) == {} == batch_rule(rule="published").apply(base)
+    assert (
+        rate_rule(rule="published").decide(base).overrides == {} == batch_rule(rule="published").decide(base).overrides
+    )
     odd = load_config("base-autoregressive", ["training.global_batch_size=48"])
-    assert batch_rule(rule="published", divisor=32).apply(odd) == {}
+    assert batch_rule(rule="published", divisor=32).decide(odd).overrides == {}
 
 
 def test_what_a_rule_sets_is_a_config(base):
     chosen = {
-        **rate_rule(rule="width", rate=1e-3, base_width=192).apply(base),
-        **batch_rule(rule="olmo_ladder").apply(base),
+        **rate_rule(rule="width", rate=1e-3, base_width=192).decide(base).overrides,
+        **batch_rule(rule="olmo_ladder").decide(base).overrides,
     }
     assert chosen == {RATE: 5e-4, FINAL_RATE: 5e-5, BATCH: chosen[BATCH]}
     again = load_config("base-autoregressive", [f"{key}={value}" for key, value in chosen.items()])
@@ -100,8 +102,10 @@ def test_what_a_rule_sets_is_a_config(base):
 
 
 def test_the_step_law_ends_at_its_own_rate(base):
-    assert rate_rule(rule="step_law").apply(base)[FINAL_RATE] == 1e-5
-    assert rate_rule(rule="step_law", coefficient=1e-3).apply(base)[FINAL_RATE] < 1e-5  # never above the peak
+    assert rate_rule(rule="step_law").decide(base).overrides[FINAL_RATE] == 1e-5
+    assert (
+        rate_rule(rule="step_law", coefficient=1e-3).decide(base).overrides[FINAL_RATE] < 1e-5
+    )  # never above the peak
 
 
 def test_a_batch_is_rounded_to_whole_micro_batches_and_says_so(base):
@@ -119,7 +123,7 @@ def test_a_batch_is_rounded_to_whole_micro_batches_and_says_so(base):
     exact = batch_rule(rule="power_law", coefficient=96 * 512, exponent=0.0).decide(base)
     assert exact.overrides == {BATCH: 96} and "rounded" not in exact.words
     with pytest.raises(ConfigError, match=r"divisor=24 of the batch rule power_law must be a multiple of .*size=16"):
-        batch_rule(**rule, divisor=24).apply(base)
+        batch_rule(**rule, divisor=24).decide(base)
 
 
 def test_what_is_no_rule_is_refused():

@@ -1,6 +1,7 @@
 """A study file: what it expands into, what is refused, and its folder."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 
 from cola_megatron.config import ConfigError, dump_config
 from cola_megatron.planning.compute import compute_of
+from cola_megatron.records.goodput import begin_attempt
 from cola_megatron.records.json_files import write_json
 from cola_megatron.studies.collect import collect
 from cola_megatron.studies.expansion import expand
@@ -474,3 +476,33 @@ def test_a_branch_is_planned_without_its_trunk(tmp_path):
     assert (trunk.role, trunk.steps, branches.role, branches.steps) == ("trunk", 30, "run", 5 + 10)
     one_step = trunk.compute["model"] / 30
     assert branches.compute["model"] == pytest.approx(15 * one_step)
+
+
+def test_scores_of_tasks_are_averaged_with_their_errors(tmp_path):
+    measures = {"likelihood_texts": 0, "tasks": ["lambada", "squad"], "benchmarks": str(tmp_path)}
+    opened = begun(tmp_path, {"measures": measures})
+    finish(opened, "ar-20-s1")
+    folder = opened.measurements_of(next(point for point in opened.expanded.points if point.name == "ar-20-s1"))
+    (folder / "tasks").mkdir(parents=True)
+    for task, verdicts in (("lambada", [True, False, False, True]), ("squad", [False] * 4)):
+        items = [{"id": number, "correct": correct} for number, correct in enumerate(verdicts)]
+        write_json(folder / "tasks" / f"{task}.json", {"task": task, "model": "m", "settings": {}, "items": items})
+    measured = next(row for row in collect(opened)["rows"] if row["point"] == "ar-20-s1")["measures"]
+    assert (measured["lambada"]["value"], measured["squad"]["value"]) == (0.5, 0.0)
+    assert measured["squad"]["error"] > 0, "four wrong answers are not known for certain"
+    assert measured["task_average"]["value"] == 0.25
+    errors = [measured[task]["error"] for task in ("lambada", "squad")]
+    assert measured["task_average"]["error"] == pytest.approx(math.hypot(*errors) / 2)
+
+
+def test_a_branch_has_taken_the_time_of_its_trunk_as_well(tmp_path):
+    budgets = {"column": "steps", "amounts": [20, 40], "runs": "branches", "decay_share": 0.25, "warmup_share": 0.1}
+    opened = begun(tmp_path, {"arms": {"ar": {"config": "tiny-autoregressive"}}, "budgets": budgets, "seeds": [1]})
+    for name, steps in (("ar-trunk-s1", (15, 30)), ("ar-20-s1", (20,))):
+        finish(opened, name)
+        records = [{"kind": "train", "step": step, "loss": 1.0, "seconds": 2.0 * step} for step in steps]
+        (opened.run_folder(name) / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+        begin_attempt(opened.run_folder(name), 0, 2)
+    row = next(row for row in collect(opened)["rows"] if row["point"] == "ar-20-s1")
+    assert (row["seconds"], row["devices"]) == (2.0 * 15 + 2.0 * 20, 2)
+    assert row["device_hours"] == pytest.approx(70 * 2 / 3600)

@@ -66,10 +66,6 @@ class Rule(Section):
             ConfigError: it does not fit the config.
         """
 
-    def apply(self, config: RunConfig, tokens: float | None = None) -> dict[str, Any]:
-        """The keys that it sets."""
-        return self.decide(config, tokens).overrides
-
 
 class PowerLaw(Section):
     """coefficient (x / reference)^exponent."""

@@ -3,7 +3,7 @@
     learning_rate: {rule: olmo_ladder}
     batch: {rule: power_law, of: tokens, coefficient: 2.5, exponent: 0.383, divisor: 64}
 
-A rule is a section of a study file with its source; `apply(config)` is the keys that it sets. All of them were fitted
+A rule is a section of a study file with its source; `decide(config)` says which keys it sets. All of them were fitted
 on autoregressive decoders of text, within the sizes that `fitted_on` names: nothing says that they hold for a diffusion
 model, for which they are a guess to be checked by a sweep, nor for another tokenizer, optimiser or parametrisation.
 
