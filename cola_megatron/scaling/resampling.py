@@ -47,6 +47,12 @@ def interval(samples_R: Floats, confidence: float = CONFIDENCE) -> Interval:
     return Interval(float(low), float(high))
 
 
+def band(samples_RX: Floats, confidence: float = CONFIDENCE) -> tuple[Floats, Floats]:
+    """`interval` of each column: low and high ends, (X,) each."""
+    ends_X2 = np.array([interval(samples_R, confidence) for samples_R in samples_RX.T])
+    return ends_X2[:, 0], ends_X2[:, 1]
+
+
 def numbered_groups(groups: Sequence[Hashable] | None, order_P: NDArray[np.intp]) -> NDArray[np.intp]:
     """For each point, taken in `order_P`, the number of its group, in order of first appearance.
 

@@ -17,6 +17,7 @@ from cola_megatron.scaling.points import positive_numbers, same_lengths
 from cola_megatron.scaling.resampling import (
     CONFIDENCE,
     Interval,
+    band,
     interval,
     leverages,
     numbered_groups,
@@ -70,9 +71,7 @@ class ScoreCurve:
 
     def band(self, compute: ArrayLike) -> tuple[Floats, Floats]:
         """Low and high ends of the curve's interval at each of some budgets, for a picture."""
-        ends = [(1 - self.confidence) / 2, (1 + self.confidence) / 2]
-        low_X, high_X = np.quantile(self.samples(compute), ends, axis=0)
-        return low_X, high_X
+        return band(self.samples(compute), self.confidence)
 
     def predict(self, compute: float, single_run: bool = False) -> Estimate:
         """The score at a budget, with its interval; with `single_run` that of one further run, noise included."""
