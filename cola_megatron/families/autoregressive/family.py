@@ -9,15 +9,10 @@ from cola_megatron.config.autoregressive import AutoregressiveConfig
 from cola_megatron.costs.part import Part, causal_pairs
 from cola_megatron.families.autoregressive.page import PAGE
 from cola_megatron.families.autoregressive.settings import AutoregressiveSettings, ExactLikelihoodSettings
-from cola_megatron.families.family import BackboneShape, Family, Mode
-from cola_megatron.families.sizes import (
-    TRANSFORMER_COORDINATES,
-    Coordinate,
-    parametrized,
-    scaled_transformer,
-    with_networks,
-)
+from cola_megatron.families.family import Mode
+from cola_megatron.families.sizes import TRANSFORMER_COORDINATES, Coordinate
 from cola_megatron.families.transformer_costs import TransformerCosts
+from cola_megatron.families.transformer_family import TransformerFamily
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +27,7 @@ if TYPE_CHECKING:
     from cola_megatron.parallel import ProcessGroups
 
 
-class AutoregressiveFamily(Family[AutoregressiveConfig]):
+class AutoregressiveFamily(TransformerFamily[AutoregressiveConfig]):
     """A LLaMA-shaped transformer that predicts the next token."""
 
     name = "autoregressive"
@@ -66,22 +61,9 @@ class AutoregressiveFamily(Family[AutoregressiveConfig]):
         transformer = config.model.transformer
         return TransformerCosts(config, transformer, length, causal_pairs(length, 1), masks=masks).parts()
 
-    def scaled(self, config: AutoregressiveConfig, width: int, depth: int) -> AutoregressiveConfig:
-        """The transformer."""
-        return with_networks(config, transformer=scaled_transformer(config.model.transformer, width, depth))
-
-    def with_parametrization(self, config: AutoregressiveConfig, kind: str) -> AutoregressiveConfig:
-        """Of the transformer."""
-        transformer = config.model.transformer
-        return with_networks(config, transformer=parametrized(transformer, kind, transformer.num_layers))
-
     def coordinates(self, config: AutoregressiveConfig) -> Sequence[Coordinate]:
         """Of the transformer, and its input."""
         return (Coordinate("token embedding", "transformer.embedding", "transformer"), *TRANSFORMER_COORDINATES)
-
-    def backbone_shape(self, config: AutoregressiveConfig) -> BackboneShape:
-        """The transformer's."""
-        return BackboneShape(config.model.transformer.hidden_size, config.model.transformer.num_layers)
 
     def measurement(self, config: AutoregressiveConfig, extras: Collection[str] = ()) -> NextTokenMeasurement:
         """See `measurement.NextTokenMeasurement`."""

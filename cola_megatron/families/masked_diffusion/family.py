@@ -7,17 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from cola_megatron.config.masked_diffusion import MaskedDiffusionConfig, MaskedDiffusionModelConfig
 from cola_megatron.costs.part import Part, pairs_in_products, two_copy_pairs
-from cola_megatron.families.family import BackboneShape, Family, Mode
+from cola_megatron.families.family import Mode
 from cola_megatron.families.masked_diffusion.page import PAGE
 from cola_megatron.families.masked_diffusion.settings import BoundSettings, MaskedDiffusionSettings
-from cola_megatron.families.sizes import (
-    TRANSFORMER_COORDINATES,
-    Coordinate,
-    parametrized,
-    scaled_transformer,
-    with_networks,
-)
+from cola_megatron.families.sizes import TRANSFORMER_COORDINATES, Coordinate
 from cola_megatron.families.transformer_costs import TransformerCosts
+from cola_megatron.families.transformer_family import TransformerFamily
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +27,7 @@ if TYPE_CHECKING:
     from cola_megatron.parallel import ProcessGroups
 
 
-class MaskedDiffusionFamily(Family[MaskedDiffusionConfig]):
+class MaskedDiffusionFamily(TransformerFamily[MaskedDiffusionConfig]):
     """A transformer that predicts masked tokens: LLaDA, or by blocks BD3-LM."""
 
     name = "masked_diffusion"
@@ -77,22 +72,9 @@ class MaskedDiffusionFamily(Family[MaskedDiffusionConfig]):
             masks=config.training.micro_batch_size if per_sample else int(by_blocks),
         ).parts()
 
-    def scaled(self, config: MaskedDiffusionConfig, width: int, depth: int) -> MaskedDiffusionConfig:
-        """The transformer."""
-        return with_networks(config, transformer=scaled_transformer(config.model.transformer, width, depth))
-
-    def with_parametrization(self, config: MaskedDiffusionConfig, kind: str) -> MaskedDiffusionConfig:
-        """Of the transformer."""
-        transformer = config.model.transformer
-        return with_networks(config, transformer=parametrized(transformer, kind, transformer.num_layers))
-
     def coordinates(self, config: MaskedDiffusionConfig) -> Sequence[Coordinate]:
         """Of the transformer, and its input."""
         return (Coordinate("token embedding", "transformer.embedding", "transformer"), *TRANSFORMER_COORDINATES)
-
-    def backbone_shape(self, config: MaskedDiffusionConfig) -> BackboneShape:
-        """The transformer's."""
-        return BackboneShape(config.model.transformer.hidden_size, config.model.transformer.num_layers)
 
     def measurement(self, config: MaskedDiffusionConfig, extras: Collection[str] = ()) -> MaskedDiffusionMeasurement:
         """See `measurement.MaskedDiffusionMeasurement`."""

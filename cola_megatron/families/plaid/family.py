@@ -7,17 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from cola_megatron.config.plaid import PlaidConfig
 from cola_megatron.costs.part import Part
-from cola_megatron.families.family import BackboneShape, Family, Mode
+from cola_megatron.families.family import Mode
 from cola_megatron.families.plaid.page import PAGE
 from cola_megatron.families.plaid.parts import chain_parts
 from cola_megatron.families.plaid.settings import BoundSettings, PlaidSettings
-from cola_megatron.families.sizes import (
-    TRANSFORMER_COORDINATES,
-    Coordinate,
-    parametrized,
-    scaled_transformer,
-    with_networks,
-)
+from cola_megatron.families.sizes import TRANSFORMER_COORDINATES, Coordinate
+from cola_megatron.families.transformer_family import TransformerFamily
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +27,7 @@ if TYPE_CHECKING:
     from cola_megatron.parallel import ProcessGroups
 
 
-class PlaidFamily(Family[PlaidConfig]):
+class PlaidFamily(TransformerFamily[PlaidConfig]):
     """Continuous diffusion over learned embeddings of the tokens, in one stage."""
 
     name = "plaid"
@@ -72,22 +67,9 @@ class PlaidFamily(Family[PlaidConfig]):
         """See `parts.chain_parts`."""
         return chain_parts(config)
 
-    def scaled(self, config: PlaidConfig, width: int, depth: int) -> PlaidConfig:
-        """The transformer."""
-        return with_networks(config, transformer=scaled_transformer(config.model.transformer, width, depth))
-
-    def with_parametrization(self, config: PlaidConfig, kind: str) -> PlaidConfig:
-        """Of the transformer."""
-        transformer = config.model.transformer
-        return with_networks(config, transformer=parametrized(transformer, kind, transformer.num_layers))
-
     def coordinates(self, config: PlaidConfig) -> Sequence[Coordinate]:
         """Of the transformer, and its input."""
         return (Coordinate("noisy input", "plaid.input", "transformer"), *TRANSFORMER_COORDINATES)
-
-    def backbone_shape(self, config: PlaidConfig) -> BackboneShape:
-        """The transformer's."""
-        return BackboneShape(config.model.transformer.hidden_size, config.model.transformer.num_layers)
 
     def measurement(self, config: PlaidConfig, extras: Collection[str] = ()) -> PlaidMeasurement:
         """See `measurement.PlaidMeasurement`; there are no extras."""
