@@ -225,6 +225,7 @@ def test_the_shipped_studies_expand_at_every_scale(name, tmp_path):
         ({"budgets": {"column": "model", "amounts": [1e10]}}, "stage 1 (cola-stage1-s1) alone takes"),
         ({"axes": {"x": {"arms": ["llama"], "settings": {"1": {}}}}}, "axes.x names the arm llama"),
         ({"data": {}}, "data needs one of path and source"),
+        ({"published": [{"arm": "ar", "compute": 1e9}]}, "the point of ar at 1e+09 FLOPs has neither score nor loss"),
         ({"measures": {"tasks": ["lambada"]}}, "measures needs tasks and benchmarks together"),
         ({"arms": {"a": {"config": "tinny"}}}, "a: tinny: neither a config file nor one of the presets"),
         ({"budget": {}}, "unknown key; did you mean budgets?"),

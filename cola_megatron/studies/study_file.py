@@ -150,8 +150,16 @@ class PublishedPoint(Section):
     column: Annotated[Literal["nominal", "model", "hardware"], OURS] = "nominal"
     compute: Annotated[PositiveFloat, OURS]
     """FLOPs in that column."""
-    score: Annotated[Float, OURS]
-    """In 0 .. 1."""
+    score: Annotated[Float | None, OURS] = None
+    """In 0 .. 1, to stand beside the measure that is fitted as a score."""
+    loss: Annotated[PositiveFloat | None, OURS] = None
+    """To stand beside the one that is fitted as a loss, in its unit."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PublishedPoint:
+        if self.score is None and self.loss is None:
+            raise ValueError(f"the point of {self.arm} at {self.compute:.3g} FLOPs has neither score nor loss")
+        return self
 
 
 class StudyConfig(Section):
