@@ -79,8 +79,8 @@ def plan(
     print(format_table(list(rows_of(shares, None if cluster is None else cluster.gpu.name))))
     if cluster is not None:
         print(
-            "Layouts are the fastest that fit, and the hours are theirs: runs train under their config's own parallel and "
-            "training.micro_batch_size, so put these (--json has them as keys) into the overrides of the arms"
+            "Layouts are the fastest that fit, and the hours are theirs: runs train under their config's own parallel "
+            "and training.micro_batch_size, so put these (--json has them as keys) into the overrides of the arms"
         )
 
 
