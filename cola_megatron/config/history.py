@@ -47,4 +47,5 @@ CHANGES: tuple[Change, ...] = (
     Added("training.schedule.decay_from", None),  # schema 12
     Added("training.checkpoint.at", []),  # schema 13
     _standard_parametrization,  # schema 14
+    Added("parallel.context_parallel_size", 1),  # schema 15
 )
