@@ -1,8 +1,8 @@
 """Block-causal diffusion transformer: the velocity field v(z_t, t; z_0^(<b)) of the prior (paper section 3.2).
 
 Shapes: S positions (clean copy, then noisy copy, in training), B batch, C latent channels, H hidden, T distinct
-times, N blocks. Under context parallelism (`parallel/sequence_parts.py`) latents and velocities are whole on every rank,
-hidden states of its part of both copies one behind the other.
+times, N blocks. Under context parallelism (`parallel/sequence_parts.py`) latents and velocities are whole on every
+rank, hidden states of its part of both copies one behind the other.
 """
 
 from typing import NamedTuple, cast

@@ -118,7 +118,10 @@ class Transformer(nn.Module):
         return x_SBH
 
     def to_head(self, x_SBH: torch.Tensor) -> torch.Tensor:
-        """The last block's output, normed, as the head takes it: (S, B, H) -> (P, B, H), alike on tensor-parallel ranks."""
+        """The last block's output, normed, as the head takes it: (S, B, H) -> (P, B, H).
+
+        Tensor-parallel ranks hold the same.
+        """
         x_SBH = self.norm(x_SBH)
         if self.groups.sequence_parallel:
             x_SBH = gather_from_sequence_parallel_region(x_SBH, tensor_parallel_output_grad=False)

@@ -8,8 +8,8 @@ Gradients follow one rule. The loss is the sum over the ranks of what each of th
 has the gradient of that sum. So every rank ends with a summand of each gradient, and they are added up with those of
 the replicas. Two things follow:
 
-* A loss over the own positions counts these alone (`own_part` of its weights), one over whole sequences, which all
-  ranks compute alike, counts 1 / n on each (`counted_once`).
+* A loss of values of whole sequences, which all ranks compute alike, counts 1 / n on each (`counted_once`); a weighted
+  sum over the own positions counts these alone (`own_part` of its weights).
 * What every rank makes for itself from the batch or from small tensors of whole sequences needs no communication.
 
 Shapes: S positions of a sequence, s of this rank's part, B batch, G groups of heads, H hidden.
@@ -33,8 +33,7 @@ def whole_sequence(x_sB: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
     """The parts of all ranks one behind the other, on every rank: (s, B, ...) -> (S, B, ...); for small tensors."""
     if groups.context_parallel_size == 1:
         return x_sB
-    gathered: torch.Tensor = gather_from_sequence_parallel_region(x_sB.contiguous(), group=groups.context_group)
-    return gathered
+    return gather_from_sequence_parallel_region(x_sB.contiguous(), group=groups.context_group)
 
 
 def counted_once(term: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
@@ -46,13 +45,12 @@ def heads_for_positions(x_sBG: torch.Tensor, groups: ProcessGroups) -> torch.Ten
     """All positions of this rank's share of the groups of heads: (s, B, G, ...) -> (S, B, G / ranks, ...)."""
     ranks = groups.context_parallel_size
     by_rank = x_sBG.unflatten(2, (ranks, -1)).movedim(2, 0).flatten(0, 1)
-    exchanged: torch.Tensor = all_to_all(groups.context_group, by_rank)
-    return exchanged
+    return all_to_all(groups.context_group, by_rank)
 
 
 def positions_for_heads(x_SBH: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
     """The way back: (S, B, H of this rank's heads) -> (s, B, H of all heads)."""
-    exchanged: torch.Tensor = all_to_all(groups.context_group, x_SBH)
+    exchanged = all_to_all(groups.context_group, x_SBH)
     return exchanged.unflatten(0, (groups.context_parallel_size, -1)).movedim(0, 2).flatten(2)
 
 
@@ -73,10 +71,9 @@ def even_parts_from(x_sB: torch.Tensor, start: int, groups: ProcessGroups) -> to
         first, last = start + target * even, start + (target + 1) * even
         return max(0, min((source + 1) * held, last) - max(source * held, first))
 
-    exchanged: torch.Tensor = all_to_all(
+    return all_to_all(
         groups.context_group,
         x_sB[min(held, max(0, start - rank * held)) :],
         [moves(source, rank) for source in range(ranks)],
         [moves(rank, target) for target in range(ranks)],
     )
-    return exchanged

@@ -20,7 +20,7 @@ from cola_megatron.models.transformer_steps import transformer_steps
 from cola_megatron.objectives.averages import mean_over_counted, weights_of_mean
 from cola_megatron.objectives.masked_diffusion import inverse_time_weights, masked_positions
 from cola_megatron.parallel import ProcessGroups
-from cola_megatron.parallel.sequence_parts import even_parts_from, own_part
+from cola_megatron.parallel.sequence_parts import counted_once, even_parts_from, own_part, whole_sequence
 
 
 class MaskedDiffusion(PipelinedModel):
@@ -139,11 +139,9 @@ class MaskedDiffusion(PipelinedModel):
             time_BN: torch.Tensor,
             counted_BL: torch.Tensor,
         ) -> torch.Tensor:
-            weight_LB, counted_LB = inverse_time_weights(masked_BL, time_BN).t(), counted_BL.t()
-            targets_PB, weight_PB, counted_PB = (
-                own_part(x_LB, self.groups) for x_LB in (tokens_BL.t(), weight_LB, counted_LB)
-            )
-            return mean_over_counted(token_cross_entropy(logits_PBV, targets_PB) * weight_PB, counted_PB, counted_LB)
+            nll_PB = token_cross_entropy(logits_PBV, own_part(tokens_BL.t(), self.groups))
+            nll_LB, weight_LB = whole_sequence(nll_PB, self.groups), inverse_time_weights(masked_BL, time_BN).t()
+            return counted_once(mean_over_counted(nll_LB * weight_LB, counted_BL.t()), self.groups)
 
         if chunk:
             yield from self.network_steps(

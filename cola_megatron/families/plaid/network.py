@@ -105,7 +105,9 @@ class NoisyInput(nn.Module):
         Args:
             estimate_SBC: 0 for samples without a first estimate; None: there is none of any.
         """
-        x_SBH = self.state(unit_variance(own_part(z_SBC, self.groups), gamma_B)) + self.level(self.features(gamma_B)[None])
+        x_SBH = self.state(unit_variance(own_part(z_SBC, self.groups), gamma_B)) + self.level(
+            self.features(gamma_B)[None]
+        )
         if self.estimate is not None and estimate_SBC is not None:
             estimate_SBC = own_part(estimate_SBC, self.groups)
             x_SBH = x_SBH + self.estimate(estimate_SBC * self.config.embedding_dim**0.5)
