@@ -78,6 +78,11 @@ class ParallelConfig(Section):
     of C++ code that keeps Python's lock (a build, a large file), which holds up the heartbeat."""
 
     @property
+    def ranks_of_a_replica(self) -> int:
+        """Processes that together see one micro-batch."""
+        return self.tensor_parallel_size * self.context_parallel_size * self.pipeline_parallel_size
+
+    @property
     def can_compile_blocks(self) -> bool:
         """Whether the layers of a rank may be compiled: ZeRO 3 hangs hooks on them that would not run."""
         return self.zero_stage < 3
