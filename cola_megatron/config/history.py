@@ -48,4 +48,5 @@ CHANGES: tuple[Change, ...] = (
     Added("training.checkpoint.at", []),  # schema 13
     _standard_parametrization,  # schema 14
     Added("training.document_kernel", "never"),  # schema 15
+    Added("parallel.context_parallel_size", 1),  # schema 16
 )

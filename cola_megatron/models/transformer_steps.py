@@ -67,8 +67,9 @@ def as_head(transformer: Transformer, head: Step) -> Step:
 
 
 def whole_logits(transformer: Transformer, hidden_SBH: torch.Tensor) -> torch.Tensor:
-    """What the head makes of the last block, (L, B, V) over the whole vocabulary on every rank."""
-    logits_LBV = transformer.logits(hidden_SBH)
+    """What the head makes of the last block, over the whole vocabulary on every rank, of the rank's part of the
+    sequence: (S, B, H) -> (P, B, V)."""
+    logits_PBV = transformer.logits(hidden_SBH)
     if transformer.groups.tensor_parallel_size == 1:
-        return logits_LBV
-    return gather_from_tensor_model_parallel_region(logits_LBV)[..., : transformer.vocab_size]
+        return logits_PBV
+    return gather_from_tensor_model_parallel_region(logits_PBV)[..., : transformer.vocab_size]

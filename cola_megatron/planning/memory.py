@@ -93,7 +93,7 @@ def _stage_memory(
     received: float,
     in_flight: int,
 ) -> RankMemory:
-    states = model_states(config, parts, replicas)
+    states = model_states(config, parts, replicas * config.parallel.context_parallel_size)
     kept = [each.kept for each in activations]
     recomputed = [each.output if each.recomputable else each.kept for each in activations]
     held = recomputed if config.training.activation_checkpointing else kept
@@ -119,6 +119,8 @@ def _stage_memory(
 
 def model_states(config: RunConfig, parts: Sequence[Part], replicas: int) -> ModelStates:
     """What DeepSpeed holds for these parts on one rank; e is the size of the compute type.
+
+    `replicas` are all ranks that hold the same weights, those of a context too.
 
     * ZeRO 0 (float32): weights, gradients, two moments.
     * ZeRO 1, bf16 (`BF16_Optimizer`): bf16 weights, a float32 sum of the gradients at full size, the bf16 gradients of

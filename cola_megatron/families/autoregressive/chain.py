@@ -1,6 +1,7 @@
 """The autoregressive language model in training: the loss of `loss.py` as a chain of steps.
 
-Shapes: B batch, L tokens, S of them on this rank, H hidden, V vocabulary on this rank.
+Shapes: B batch, L tokens, P of them in this rank's part of the sequence, S of these on this rank, H hidden, V
+vocabulary on this rank.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from cola_megatron.models.transformer import Transformer
 from cola_megatron.models.transformer_steps import context_step, transformer_steps
 from cola_megatron.objectives.averages import mean_over_counted, weights_of_mean
 from cola_megatron.parallel import ProcessGroups
+from cola_megatron.parallel.sequence_parts import counted_once, own_part, whole_sequence
 
 
 class Autoregressive(PipelinedModel):
@@ -64,17 +66,17 @@ class Autoregressive(PipelinedModel):
         yield from transformer_steps(self.transformer, head, recompute=recompute)
 
     def _loss(self) -> Step:
-        return Step(
-            "logits, targets, targets_counted -> loss_next_token",
-            lambda logits_LBV, targets_LB, counted_LB: mean_over_counted(
-                token_cross_entropy(logits_LBV, targets_LB), counted_LB
-            ),
-        )
+        def loss(logits_PBV: torch.Tensor, targets_LB: torch.Tensor, counted_LB: torch.Tensor) -> torch.Tensor:
+            nll_PB = token_cross_entropy(logits_PBV, own_part(targets_LB, self.groups))
+            return counted_once(mean_over_counted(whole_sequence(nll_PB, self.groups), counted_LB), self.groups)
+
+        return Step("logits, targets, targets_counted -> loss_next_token", loss)
 
     def _chunked_loss(self, chunk: int) -> Step:
         """Head and loss in one step, which never holds the logits of all tokens."""
 
         def loss(hidden_SBH: torch.Tensor, targets_LB: torch.Tensor, counted_LB: torch.Tensor) -> torch.Tensor:
-            return self.transformer.weighted_nll(hidden_SBH, targets_LB, weights_of_mean(counted_LB), chunk)
+            targets_PB, weights_PB = (own_part(x_LB, self.groups) for x_LB in (targets_LB, weights_of_mean(counted_LB)))
+            return self.transformer.weighted_nll(hidden_SBH, targets_PB, weights_PB, chunk)
 
         return Step("hidden, targets, targets_counted -> loss_next_token", loss)
