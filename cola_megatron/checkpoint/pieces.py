@@ -1,8 +1,9 @@
 """What of a model and its optimiser this process holds, as pieces of whole tensors.
 
 Three tensors belong to a trained parameter: `weights/NAME` (the float32 master), `exp_avg/NAME` and
-`exp_avg_sq/NAME`; a frozen one has its weights only. Tensor parallelism holds a cut of the whole along one dimension,
-and ZeRO a range of the flattened cut, which `rectangles` turns into pieces.
+`exp_avg_sq/NAME`, or two where Muon updates it: `momentum/NAME` in place of these. A frozen one has its weights only.
+Tensor parallelism holds a cut of the whole along one dimension, and ZeRO a range of the flattened cut, which
+`rectangles` turns into pieces.
 """
 
 import math
@@ -18,7 +19,7 @@ from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.parameters import full_shape, marks_of
 from cola_megatron.parallel.zero_optimizer import Fragment, ZeroOptimizer
 
-WEIGHTS, MOMENTS = "weights/", ("exp_avg", "exp_avg_sq")
+WEIGHTS = "weights/"
 
 
 class TrainingState(Protocol):
@@ -113,14 +114,15 @@ def _prepare_moments(optimizer: ZeroOptimizer) -> None:
         if not adam.state[flat]:
             where = flat.device if adam.defaults["fused"] else "cpu"
             adam.state[flat]["step"] = torch.zeros((), dtype=torch.float32, device=where)
-            for moment in MOMENTS:
+            for moment in optimizer.moments(flat):
                 adam.state[flat][moment] = torch.zeros_like(flat, memory_format=torch.preserve_format)
 
 
 def _pieces_of(held: _Held, state: TrainingState) -> Iterator[Piece]:
     start, master, flat_start, count = held.fragment
     adam = state.optimizer.adam.state[master]
-    for kind, flat in {WEIGHTS: master, **{f"{moment}/": adam[moment] for moment in MOMENTS}}.items():
+    moments = {f"{moment}/": adam[moment] for moment in state.optimizer.moments(master)}
+    for kind, flat in {WEIGHTS: master, **moments}.items():
         values = flat.detach().view(-1).narrow(0, flat_start, count)
         yield from _pieces(f"{kind}{held.name}", held.parameter, state.groups, start, values)
 

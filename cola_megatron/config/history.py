@@ -47,4 +47,6 @@ CHANGES: tuple[Change, ...] = (
     Added("training.schedule.decay_from", None),  # schema 12
     Added("training.checkpoint.at", []),  # schema 13
     _standard_parametrization,  # schema 14
+    Added("training.optimizer.name", "adamw"),  # schema 15
+    Added("training.optimizer.momentum", 0.95),  # schema 16
 )

@@ -13,8 +13,13 @@ Decay = Annotated[float, Field(ge=0, lt=1), NOT_BOOL]
 
 
 class OptimizerConfig(Section):
-    """AdamW."""
+    """AdamW, or Muon for the matrices of the layers and AdamW for everything else: docs/optimizers.md."""
 
+    name: Annotated[Literal["adamw", "muon"], OURS] = "adamw"
+    """muon: matrices from width to width are updated by Muon (momentum, whose singular values are all brought to one
+    size) at the root mean square of an AdamW update, so that learning rate and decay mean the same."""
+    momentum: Annotated[Decay, OURS] = 0.95
+    """Of Muon: decay of the gradients' average, with Nesterov's look ahead."""
     learning_rate: Annotated[PositiveFloat, PUBLISHED] = 1.5e-4
     """Peak learning rate."""
     betas: Annotated[tuple[Decay, Decay], PUBLISHED] = (0.9, 0.95)
