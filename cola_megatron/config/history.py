@@ -49,4 +49,5 @@ CHANGES: tuple[Change, ...] = (
     _standard_parametrization,  # schema 14
     Added("training.optimizer.name", "adamw"),  # schema 15
     Added("training.optimizer.momentum", 0.95),  # schema 16
+    Added("training.ema_decay", None),  # schema 17
 )

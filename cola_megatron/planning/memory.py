@@ -118,7 +118,8 @@ def _stage_memory(
 def model_states(config: RunConfig, parts: Sequence[Part], replicas: int) -> ModelStates:
     """What DeepSpeed holds for these parts on one rank; e is the size of the compute type.
 
-    * ZeRO 0 (float32): weights, gradients, two moments; of what Muon updates, here and below, one.
+    * ZeRO 0 (float32): weights, gradients, two moments; of what Muon updates, here and below, one. An average of the
+      weights is one tensor more of the size of a moment.
     * ZeRO 1, bf16 (`BF16_Optimizer`): bf16 weights, a float32 sum of the gradients at full size, the bf16 gradients of
       the running micro-batch beside it until its end; master weights and moments / D. Before it reduces the sums it
       joins and rounds them in copies (`_reduction_copies`).
@@ -136,12 +137,14 @@ def model_states(config: RunConfig, parts: Sequence[Part], replicas: int) -> Mod
     bucket = parallel.reduce_bucket_size * bucket_buffers
     largest = max((part.largest_matrix for part in parts if part.backward), default=0.0)
 
-    second_moments = _second_moments(config, parts)
-    weights, optimizer = e * everything, 2 * FLOAT32 * partition + FLOAT32 * second_moments / replicas
+    second_moments, averages = _second_moments(config, parts), int(config.training.ema_decay is not None)
+    weights = e * everything
+    optimizer = (2 + averages) * FLOAT32 * partition + FLOAT32 * second_moments / replicas
     gradients = parameter_gradients = buffers = at_the_step = 0.0
     stay = True
     if stage == 0:
-        optimizer, parameter_gradients = FLOAT32 * (trained + second_moments), FLOAT32 * trained
+        optimizer = FLOAT32 * ((1 + averages) * trained + second_moments)
+        parameter_gradients = FLOAT32 * trained
         at_the_step = FLOAT32 * min(trained, JOINED_REDUCTION) if replicas > 1 else 0.0
     elif stage == 1 and bf16 and not offload:
         stay = False
