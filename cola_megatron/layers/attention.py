@@ -178,6 +178,7 @@ class Attention(nn.Module):
             bias=qkv_bias,
             initializer=initializer,
             role=roles.in_branch,
+            fused_rows=(self.shared_by * head_dim, head_dim, head_dim),
         )
         self.output = RowLinear(
             width,
