@@ -22,6 +22,10 @@ from cola_megatron.layers.masks import block_causal_mask, block_causal_visibilit
 # Prompts are laid end to end up to this many latents in one pass; more only takes memory for activations.
 PACKED_LATENTS = 8192
 
+# Masked products run over multiples of so many keys: a recorded or compiled step, and a kernel that plans for a shape,
+# meets a new width every so many latents instead of at every block.
+WIDTH = 256
+
 
 def packs(lengths: Sequence[int], limit: int = PACKED_LATENTS) -> Iterator[list[int]]:
     """Indices of the prompts that have latents, in order, in packs of at most `limit` latents (or of one prompt)."""
@@ -124,17 +128,11 @@ class NewBlocks:
 
 
 class MaskedBlocks:
-    """`NewBlocks` in one product over the width of the longest sample, under a mask.
+    """`NewBlocks` in one product over a common width, that of the longest sample rounded up, under a mask."""
 
-    Args:
-        width: keys that the product runs over; by default just enough for the longest sample.
-    """
-
-    def __init__(
-        self, cache: KeyValueCache, size: int, block_size: int, device: torch.device, width: int | None = None
-    ):
+    def __init__(self, cache: KeyValueCache, size: int, block_size: int, device: torch.device):
         self.cache = cache
-        self.width = max(cache.lengths) + size if width is None else width
+        self.width = min(-(-(max(cache.lengths, default=0) + size) // WIDTH) * WIDTH, cache.capacity)
         self.samples_B1 = torch.arange(len(cache.lengths), device=device)[:, None]
         starts_B = torch.tensor(cache.lengths, dtype=torch.long)
         positions_BS = starts_B[:, None] + torch.arange(size)
