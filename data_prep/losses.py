@@ -25,6 +25,8 @@ __all__ = [
 
 # Lines of a terminal; the report names all.
 NAMED = 20
+# Why a tokenizer was not encoded by tiktoken, where that is no surprise.
+EXPECTED_BACKEND_REASONS = ("asked for", "little text")
 
 
 def losses_of(plan: Plan, work: WorkFolder, name: str) -> tuple[Counter[str], Counter[str]]:
@@ -120,4 +122,7 @@ def summary(report: dict[str, Any], manifest: Manifest) -> list[str]:
         lines.append(line)
         damaged = source.get("examples", {}).get("bad_archive", [])
         lines += [f"source {name}: damaged: {each['place']}: {each['detail']}" for each in damaged]
+    reason = report.get("tokenizer_backend", {}).get("reason")
+    if reason not in (None, *EXPECTED_BACKEND_REASONS):
+        lines.append(f"encoded by tokenizers, not by the faster tiktoken: {reason}")
     return lines

@@ -25,14 +25,17 @@ def report_of(plan: Plan, work: WorkFolder, tokenized: list[dict[str, Any]]) -> 
     Returns:
         `sources`: for each its parts, files left out, bytes, documents and characters read and kept, documents removed
         by each rule with examples of them, documents and characters per split, a histogram of lengths in tokens, tokens
-        that the tokenizer does not know, and the round-trip check; `contamination`: what the decontamination hit, where
-        there is one.
+        that the tokenizer does not know, and the round-trip check; `tokenizer_backend`: what encoded, with the proof
+        that it gives the tokenizer's ids or the reason why it was not the faster one; `contamination`: what the
+        decontamination hit, where there is one.
 
     Raises:
         DataPrepError: a source lost more to one rule than the recipe allows.
     """
     sources = {source.name: _source(plan, work, tokenized, source.name) for source in plan.recipe.sources}
     report: dict[str, Any] = {"sources": sources}
+    if (backend := work.report("tokenizer", 0).get("backend")) is not None:  # absent in work of an older version
+        report["tokenizer_backend"] = backend
     if plan.recipe.decontamination is not None:
         index = work.report("contamination", 0)
         found = (each["contamination"] for each in work.reports("clean", len(plan.inputs)))

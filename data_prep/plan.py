@@ -37,6 +37,7 @@ PACKAGES = (
 DECIDES_NO_BYTE: dict[str, Any] = {
     "output": True,
     "most_removed": True,
+    "tokenizer": {"backend"},
     "sources": {"__all__": {"most_removed"}},
 }
 """What two recipes that make the same bytes may differ in, as pydantic's `exclude`."""
@@ -109,7 +110,7 @@ def make_plan(recipe: Recipe) -> Plan:
     files = _files_of(recipe)
     versions = {"python": sys.version.split()[0]} | {name: _version(name) for name in PACKAGES}
     content: dict[str, Any] = {
-        "recipe": recipe.model_dump(mode="json", exclude={**DECIDES_NO_BYTE, "tokenizer": {"path"}}),
+        "recipe": recipe.model_dump(mode="json", exclude={**DECIDES_NO_BYTE, "tokenizer": {"backend", "path"}}),
         "files": files,
         "inputs": [each.model_dump(mode="json") for each in inputs],
         "versions": versions,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from data_prep.pack import HELD_OUT, TRAIN, new_packer, share_of, split_of
 from data_prep.pieces import LONGEST_PIECE, TooLong
 from data_prep.plan import Plan
 from data_prep.recipe import SourceSettings, TokenizerSettings
+from data_prep.tiktoken_backend import BYTE_PAIRS_NAME, BytePairs, TiktokenBackend
 from data_prep.tokenizer import DocumentTokenizer
 from data_prep.work import WorkFolder
 from data_prep.write import INDEX_NAME, SplitWriter
@@ -35,13 +38,20 @@ def open_tokenizer(plan: Plan, work: WorkFolder) -> DocumentTokenizer:
     """The tokenizer that the step before has left."""
     recipe = plan.recipe
     settings = recipe.tokenizer.model_dump_json()
-    return _open(work.folder("tokenizer", 0) / TOKENIZER_NAME, settings, recipe.packing.method == "best_fit")
+    placed = work.folder("tokenizer", 0)
+    fast = recipe.tokenizer.backend != "tokenizers" and (placed / BYTE_PAIRS_NAME).exists()
+    return _open(placed, settings, recipe.packing.method == "best_fit", fast)
 
 
 @functools.lru_cache(maxsize=1)
-def _open(path: Path, settings: str, pads: bool) -> DocumentTokenizer:
+def _open(placed: Path, settings: str, pads: bool, fast: bool) -> DocumentTokenizer:
     """Once for all tasks of a process: a large one takes a fifth of a second."""
-    return DocumentTokenizer(path, TokenizerSettings.model_validate_json(settings), pads)
+    tokenizer = DocumentTokenizer(placed / TOKENIZER_NAME, TokenizerSettings.model_validate_json(settings), pads)
+    if fast and find_spec("tiktoken") is not None:
+        alone = os.environ.get("TOKENIZERS_PARALLELISM") == "false"  # as the tokenizers library understands it
+        pairs = BytePairs.load(placed / BYTE_PAIRS_NAME, tokenizer.content)
+        tokenizer.encode_with(TiktokenBackend(pairs, 1 if alone else len(os.sched_getaffinity(0))))
+    return tokenizer
 
 
 def tokenize_input(

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from data_prep.errors import DataPrepError
 from data_prep.pieces import LONGEST_PIECE, PIECE, TooLong, pieces_of
 from data_prep.recipe import TokenizerSettings
+from data_prep.tiktoken_backend import TiktokenBackend
 
 __all__ = ["DocumentTokenizer", "train_tokenizer"]
 
@@ -71,14 +72,15 @@ class DocumentTokenizer:
         except (OSError, UnicodeDecodeError) as error:
             raise DataPrepError(f"{path}: the tokenizer cannot be read ({error}); check --tokenizer") from error
         try:
-            content = json.loads(text)
-            _make_special(content, (settings.end_of_text, settings.padding, END_OF_MESSAGE))
-            self._tokenizer = Tokenizer.from_str(json.dumps(content))
+            self.content: dict[str, Any] = json.loads(text)
+            """The file's, with `special` set for every token that text never makes."""
+            _make_special(self.content, (settings.end_of_text, settings.padding, END_OF_MESSAGE))
+            self._tokenizer = Tokenizer.from_str(json.dumps(self.content))
         except Exception as error:
             raise DataPrepError(f"{path}: not a tokenizer.json ({error}); check --tokenizer") from error
-        if content["model"].get("dropout"):
+        if dropout := self.content["model"].get("dropout"):
             raise DataPrepError(
-                f"{path}: has a dropout of {content['model']['dropout']}, so that a text has other tokens each time; "
+                f"{path}: has a dropout of {dropout}, so that a text has other tokens each time; "
                 "set model.dropout to null in it"
             )
         self._path = path
@@ -92,6 +94,11 @@ class DocumentTokenizer:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._fast: TiktokenBackend | None = None
+
+    def encode_with(self, backend: TiktokenBackend | None) -> None:
+        """Encodes with a backend that was proven to give the same ids; None: with the library itself."""
+        self._fast = backend
 
     def _id_of(self, token: str, setting: str) -> int:
         token_id = self._tokenizer.token_to_id(token)
@@ -146,6 +153,14 @@ class DocumentTokenizer:
         return encoded
 
     def _ids(self, texts: list[str]) -> list[np.ndarray]:
+        if self._fast is None:
+            return self.ids_of_the_library(texts)
+        found = self._fast.encode(texts)
+        others = iter(self.ids_of_the_library([text for text, ids in zip(texts, found, strict=True) if ids is None]))
+        return [next(others) if ids is None else ids.astype(self.token_dtype) for ids in found]
+
+    def ids_of_the_library(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text by the tokenizers library, of type `token_dtype`, shape (tokens,)."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.token_dtype) for encoding in encodings]
 

@@ -537,3 +537,78 @@ def test_a_splitter_that_was_interrupted_is_built_anew(monkeypatch):
         assert clean(Document("the ship sailed with that", "here")).rule == "too_slow"
     assert words.word_tokenizer("en") is not before
     assert clean(Document("the ship sailed with that", "here")) == Removed("gopher_quality/short_document")
+
+
+ODD_LINES = [
+    "plain words of a line",
+    "",
+    "It is so.",
+    "It is so.[12]",
+    "It is so. [12]",
+    "It is so[edit]",
+    'She said: "Why not, then?"\t ',
+    "and so on and on...",
+    "See [1]",
+    "lorem ipsum dolor sit",
+    "a lorem ipsum dolor sit.",
+    "for (;;) { stop(); }.",
+    "Use JavaScript for that one.",
+    "Read our privacy policy, it is long.",
+    "A next\u2028line in one, and a third.\x85More of it here.",
+    "caf\u00e9 &amp; t&eacute; for two.",
+    "caf\u00c3\u00a9 in a wrong encoding, \u00e2\u20ac\u0153so\u00e2\u20ac\u009d.",
+    "e\u0301 and \ufb01n, \x00control\x1b[31m red.",
+    "a <b> tag &amp; more.",
+    "one\r",
+    "no words",
+    "x" * 1200 + ".",
+]
+
+
+def texts_of_odd_lines(count):
+    chooser = random.Random(5)
+    return ["\n".join(chooser.choices(ODD_LINES, k=chooser.randint(1, 9))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("repair", [True, False])
+def test_text_that_is_repaired_line_by_line_is_what_ftfy_makes_of_the_whole(repair):
+    ftfy = pytest.importorskip("ftfy")
+    clean = Cleaner(CleaningSettings(unicode={"repair": repair}))
+    config = ftfy.TextFixerConfig(
+        unescape_html="auto" if repair else False,
+        remove_terminal_escapes=repair,
+        fix_encoding=repair,
+        fix_c1_controls=repair,
+        fix_surrogates=repair,
+        fix_latin_ligatures=False,
+        fix_character_width=False,
+        uncurl_quotes=False,
+        explain=False,
+    )
+    # Longer than what ftfy looks at at once, with a tag in the middle.
+    long_line = "\u00e9&amp;" + "y" * 999_998 + "<&lt;" + "z" * 10
+    for text in [*texts_of_odd_lines(400), long_line, "&lt;\n" + long_line + "\n&lt;"]:
+        kept = clean(Document(text, "here"))
+        assert (kept.text if isinstance(kept, Document) else "") == ftfy.fix_text(text, config).strip(
+            "" if isinstance(kept, Document) else None
+        )
+
+
+@pytest.mark.parametrize("citations", [True, False])
+def test_c4_gives_datatroves_verdict_whatever_lines_it_is_not_shown(citations):
+    filters = pytest.importorskip("datatrove.pipeline.filters")
+    from datatrove.data import Document as LibraryDocument
+
+    clean = Cleaner(CleaningSettings(c4={"citations": citations, "minimum_sentences": 2}))
+    theirs = filters.C4QualityFilter(remove_citations=citations, min_num_sentences=2)
+    verdicts = set()
+    for text in texts_of_odd_lines(400):
+        examined = LibraryDocument(text=text, id="")
+        verdict = theirs.filter(examined)
+        kept = clean(Document(text, "here"))
+        verdicts.add(verdict if verdict is True else verdict[1])
+        if verdict is True:
+            assert kept == Document(examined.text, "here")
+        elif text.strip():
+            assert kept == Removed(f"c4/{verdict[1].replace('too_few', 'few')}")
+    assert verdicts == {True, "lorem_ipsum", "curly_bracket", "too_few_sentences"}

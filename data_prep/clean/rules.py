@@ -20,8 +20,8 @@ __all__ = ["LanguageRule", "LengthRule", "LineRule", "Removed", "Rule", "URLRule
 
 _BETWEEN_WORDS_OF_A_URL = re.compile(r"[^0-9a-z]+")
 _LABEL = "__label__"
-# All that ftfy could change in ASCII text: entities, escapes of terminals, control characters and other line breaks.
-_NOT_PLAIN_ASCII = re.compile(r"[&\x00-\x08\x0b-\x1f\x7f]")
+# All that ftfy could change: entities, escapes of terminals, control characters and other line breaks, and no ASCII.
+_NOT_PLAIN_ASCII = re.compile(r"[&\x00-\x08\x0b-\x1f\x7f-\U0010ffff]")
 _CHAIN_OF_ESCAPES = re.compile(r"&(?:(?:amp|AMP|#0{0,4}38|#[xX]0{0,4}26);){4,}")
 
 
@@ -96,11 +96,28 @@ class UnicodeRule:
             explain=False,
         )
 
+        self._config_below_a_tag = self._config._replace(unescape_html=False)
+
     def __call__(self, document: Document) -> Document:
-        if document.text.isascii() and not _NOT_PLAIN_ASCII.search(document.text):
-            return document
         text = _with_short_chains(document.text) if self._config.unescape_html else document.text
-        return replace(document, text=self._fix(text, self._config))
+        repaired = self._repaired(text)
+        return document if repaired == document.text else replace(document, text=repaired)
+
+    def _repaired(self, text: str) -> str:
+        """As ftfy repairs the whole text: it looks at each line by itself, and leaves lines of plain ASCII alone.
+
+        What it carries from line to line is whether there was a tag, from where on entities stay.
+        """
+        tag = text.find("<")
+        pieces, done = [], 0
+        while (odd := _NOT_PLAIN_ASCII.search(text, done)) is not None:
+            start = max(done, text.rfind("\n", done, odd.start()) + 1)
+            stop = text.find("\n", odd.end()) + 1 or len(text)
+            pieces.append(text[done:start])
+            pieces.append(self._fix(text[start:stop], self._config_below_a_tag if 0 <= tag < start else self._config))
+            done = stop
+        pieces.append(text[done:])
+        return "".join(pieces)
 
 
 def _with_short_chains(text: str) -> str:
