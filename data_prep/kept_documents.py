@@ -9,18 +9,31 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.deduplicate.sketches import load_array
 from data_prep.documents import BadDocument, Document
 from data_prep.errors import DataPrepError
 from data_prep.packages import require
 from data_prep.plan import Plan
 from data_prep.work import WorkFolder
 
-__all__ = ["CLEANED_NAME", "DROPPED_NAME", "EXACT", "EXACT_NAME", "NEAR", "CleanedWriter", "kept_documents"]
+__all__ = [
+    "CLEANED_NAME",
+    "ENDS_NAME",
+    "EXACT",
+    "EXACT_NAME",
+    "NEAR",
+    "NEAR_NAME",
+    "CleanedWriter",
+    "kept_documents",
+]
 
 CLEANED_NAME = "documents.jsonl.zst"
-DROPPED_NAME = "dropped_{task:05d}.npy"
-EXACT_NAME = "exact_{task:05d}.npy"
-"""Those of the dropped that are exact copies."""
+ENDS_NAME = "ends.npy"
+"""In the folder of the step `group`: numbers of the first kept document of every task, and of all documents."""
+EXACT_NAME = "exact.npy"
+"""There too: ascending numbers of the documents that are exact copies."""
+NEAR_NAME = "near.npy"
+"""In every folder of the step `cluster`: those of near copies."""
 EXACT, NEAR = "duplicate/exact", "duplicate/near"
 
 
@@ -47,20 +60,27 @@ def kept_documents(
             else:
                 yield document
         return
-    dropped, exact = _numbers(plan, work, DROPPED_NAME, task), _numbers(plan, work, EXACT_NAME, task)
+    dropped = _dropped(plan, work, task)
     for index, document in enumerate(_cleaned(work.folder("clean", task) / CLEANED_NAME)):
         if index not in dropped:
             yield document
         else:
-            copy(EXACT if index in exact else NEAR, document)
+            copy(dropped[index], document)
 
 
-def _numbers(plan: Plan, work: WorkFolder, name: str, task: int) -> set[int]:
-    """Of the kept documents of a task those that a file of the step `cluster` has, where there is one."""
-    path = work.folder("cluster", 0) / name.format(task=task)
-    if plan.recipe.deduplication is None or (name == EXACT_NAME and not path.exists()):  # work of an older version
-        return set()
-    return set(np.load(path).tolist())
+def _dropped(plan: Plan, work: WorkFolder, task: int) -> dict[int, str]:
+    """Of the kept documents of a task those that are copies, and of which kind."""
+    if plan.recipe.deduplication is None:
+        return {}
+    grouped = work.folder("group", 0)
+    first, stop = load_array(grouped / ENDS_NAME)[task : task + 2].tolist()
+    found = {}
+    near = [(NEAR, work.folder("cluster", share) / NEAR_NAME) for share in range(plan.shares)]
+    for rule, path in [(EXACT, grouped / EXACT_NAME), *near]:
+        numbers = load_array(path)
+        own = numbers[np.searchsorted(numbers, first) : np.searchsorted(numbers, stop)]
+        found.update(dict.fromkeys((own - first).tolist(), rule))
+    return found
 
 
 class CleanedWriter:

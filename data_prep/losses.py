@@ -40,10 +40,10 @@ def losses_of(plan: Plan, work: WorkFolder, name: str) -> tuple[Counter[str], Co
         removed.update(cleaned["removed"])
         read.update({key: cleaned[key] for key in ("documents", "characters", "with_url")})
     if plan.recipe.deduplication is not None:
-        dropped = work.report("cluster", 0)["dropped"]
-        for task, part in enumerate(plan.inputs):
-            if part.source == name:
-                removed.update(dropped[str(task)])
+        for dropped in work.reports("cluster", plan.shares):
+            for task, part in enumerate(plan.inputs):
+                if part.source == name:
+                    removed.update(dropped["dropped"].get(str(task), {}))
     return read, removed
 
 

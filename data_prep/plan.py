@@ -34,6 +34,10 @@ PACKAGES = (
     "webdataset",
 )
 
+# Of sources: some 16 million documents, whose keys a task holds in 1 GB.
+BYTES_OF_A_SHARE = 2**36
+MOST_SHARES = 256
+
 DECIDES_NO_BYTE: dict[str, Any] = {
     "output": True,
     "most_removed": True,
@@ -76,6 +80,12 @@ class Plan(Section):
         source = self.recipe.source(given.source)
         for part in given.parts:
             yield from read_part(part, source)
+
+    @property
+    def shares(self) -> int:
+        """Tasks that share what is done for all documents together, a power of two; no result depends on it."""
+        total = sum(each.bytes for each in self.inputs)
+        return min(MOST_SHARES, 1 << max(0, (total - 1) // BYTES_OF_A_SHARE).bit_length())
 
     def token_cap(self, task: int) -> int | None:
         """The share, by size, of an input in its source's `max_tokens`; None where there is no cap."""

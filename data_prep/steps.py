@@ -2,8 +2,9 @@
 
 contamination   1 task            n-grams of the evaluation sets                     with `decontamination`
 clean           one per input     documents repaired, kept or removed; their hashes  with any rule
-match           one per key       pairs of documents with an equal key               with `deduplication`
-cluster         1 task            which documents stay                               with `deduplication`
+match           key x share       pairs of documents with an equal key               with `deduplication`
+group           1 task            which of these pairs belong together               with `deduplication`
+cluster         one per share     which documents stay                               with `deduplication`
 tokenizer       1 task            copied or trained
 tokenize        one per input     sequences in shards
 merge           1 task            one folder, one index per split, the manifest
@@ -50,8 +51,10 @@ def steps_of(plan: Plan) -> list[Step]:
     if recipe.cleans:
         steps.append(Step("clean", inputs, step_clean.clean_input, reads_inputs=True, depends_on_its_input_alone=True))
     if recipe.deduplication is not None:
-        steps.append(Step("match", step_deduplicate.keys_of(recipe.deduplication), step_deduplicate.match))
-        steps.append(Step("cluster", 1, step_deduplicate.cluster))
+        keys = step_deduplicate.keys_of(recipe.deduplication)
+        steps.append(Step("match", keys * plan.shares, step_deduplicate.match))
+        steps.append(Step("group", 1, step_deduplicate.group))
+        steps.append(Step("cluster", plan.shares, step_deduplicate.cluster))
     steps.append(Step("tokenizer", 1, step_tokenizer.place_tokenizer))
     # A trained tokenizer, and which of two duplicates stays, depend on all inputs.
     alone = recipe.tokenizer.path is not None and recipe.deduplication is None

@@ -53,8 +53,9 @@ def _of_work(work: WorkFolder) -> Removed:
         for step, key in (("clean", "removed"), ("tokenize", "bad")):
             if work.is_finished(step, task):
                 removed[part.source].update(work.report(step, task)[key])
-        if work.is_finished("cluster", 0):
-            removed[part.source].update(work.report("cluster", 0)["dropped"][str(task)])
+        for share in range(plan.shares):
+            if work.is_finished("cluster", share):
+                removed[part.source].update(work.report("cluster", share)["dropped"].get(str(task), {}))
     return {name: _found(+counts, examples_of(plan, work, name)) for name, counts in removed.items()}
 
 

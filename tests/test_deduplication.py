@@ -211,6 +211,17 @@ def test_pairs_link_to_the_first_of_each_group(width, keys_at_once, tmp_path):
     assert find_pairs(tasks, keys_at_once).tolist() == expected
 
 
+@pytest.mark.parametrize("keys_at_once", [10**6, 30])
+@pytest.mark.parametrize("shares", [2, 8])
+def test_ranges_of_keys_give_the_pairs_of_all(shares, keys_at_once):
+    keys = [np.random.default_rng(1).integers(0, 2**64, 200, dtype=np.uint64) for _ in range(2)] * 2
+    whole = find_pairs(keys)
+    parts = [find_pairs(keys, keys_at_once, share, shares) for share in range(shares)]
+    assert len(whole) == 600
+    assert sorted(np.concatenate(parts).tolist()) == whole.tolist()
+    assert all(len(part) for part in parts)
+
+
 def test_no_documents_have_no_pairs():
     assert find_pairs([]).shape == find_pairs([np.empty((0, 2), dtype=np.uint64)]).shape == (0, 2)
     assert find_pairs([np.zeros(5, dtype=np.uint64)]).shape == (0, 2)

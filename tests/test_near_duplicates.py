@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from cola_megatron.config import resolve_tree
+from cola_megatron.data import read_manifest
+from data_prep import plan
 from data_prep.errors import DataPrepError
 from data_prep.prepare import prepare
 from data_prep.recipe import Recipe
@@ -16,7 +18,7 @@ from tools.near_duplicates import chain, documents_of_a_template, number_tables,
 pytest.importorskip("datatrove", reason="the extra `prep` is not installed")
 
 
-def report_of(folder: Path, texts_of: dict[str, list[str]], near: dict[str, object], **changes: object) -> dict:
+def recipe_of(folder: Path, texts_of: dict[str, list[str]], near: dict[str, object], **changes: object) -> Recipe:
     tree: dict[str, object] = {
         "output": str(folder / "out"),
         "sources": [],
@@ -29,7 +31,11 @@ def report_of(folder: Path, texts_of: dict[str, list[str]], near: dict[str, obje
         if not path.exists():  # a file that is written again is another one
             path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         tree["sources"].append({"name": name, "inputs": [str(path)]})
-    recipe = resolve_tree(Recipe, tree | changes)
+    return resolve_tree(Recipe, tree | changes)
+
+
+def report_of(folder: Path, texts_of: dict[str, list[str]], near: dict[str, object], **changes: object) -> dict:
+    recipe = recipe_of(folder, texts_of, near, **changes)
     return json.loads((prepare(recipe, progress=False) / "report.json").read_text())["sources"]
 
 
@@ -78,6 +84,28 @@ def test_a_rule_that_removes_most_of_a_source_stops_the_run(tmp_path: Path) -> N
         report_of(tmp_path, sources, {})
     assert work.stat().st_mtime_ns == before, "what is finished stays"
     assert report_of(tmp_path, sources, {}, most_removed=0.9)["text"]["kept"]["documents"] == 30
+
+
+def test_what_is_removed_does_not_depend_on_the_number_of_tasks(tmp_path: Path, monkeypatch) -> None:
+    sources = {"chain": chain(60), "template": documents_of_a_template(80), "again": documents_of_a_template(40)}
+    folders = tmp_path / "one", tmp_path / "four"
+    reports = []
+    for folder, size in zip(folders, (2**36, 2**15), strict=True):
+        folder.mkdir()
+        for name, texts in sources.items():
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            (folder / f"{name}.jsonl").hardlink_to(tmp_path / f"{name}.jsonl")
+        monkeypatch.setattr(plan, "BYTES_OF_A_SHARE", size)
+        reports.append(report_of(folder, sources, {}, most_removed=1, task_bytes=2**14))
+    assert plan.make_plan(recipe_of(folders[1], sources, {}, task_bytes=2**14)).shares >= 4
+    for report in reports:
+        for source in report.values():
+            source["examples"] = {rule: len(found) for rule, found in source["examples"].items()}
+    assert reports[0] == reports[1]
+    assert reports[0]["chain"]["removed"]["duplicate/near"] > 20
+    assert reports[0]["again"]["removed"]["duplicate/exact"] == 40
+    one, four = (read_manifest(folder / "out").files for folder in folders)
+    assert {**one, "report.json": None} == {**four, "report.json": None}
 
 
 def test_rules_of_a_source_are_its_own(tmp_path: Path) -> None:

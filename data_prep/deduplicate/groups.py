@@ -17,7 +17,9 @@ __all__ = ["clusters", "find_pairs"]
 KEYS_AT_ONCE = 2**27
 
 
-def find_pairs(keys: Sequence[np.ndarray], keys_at_once: int = KEYS_AT_ONCE) -> np.ndarray:
+def find_pairs(
+    keys: Sequence[np.ndarray], keys_at_once: int = KEYS_AT_ONCE, share: int = 0, shares: int = 1
+) -> np.ndarray:
     """Link every document to the first with the same key.
 
     Keys are hashes, so a range of keys is a fair share of them: where there are many, ranges are sorted one after
@@ -28,6 +30,8 @@ def find_pairs(keys: Sequence[np.ndarray], keys_at_once: int = KEYS_AT_ONCE) -> 
         keys: per task, in their order: uint64, shape (n,) for one band, or (n, 2) for the exact hashes. Keys
             `NO_KEY`, in both columns, are passed over.
         keys_at_once: bound of the memory.
+        share: which of the `shares` ranges of keys to look at.
+        shares: equal ranges, a power of two; all of them together give the pairs of one that is all.
 
     Returns:
         int64, shape (pairs, 2): a document and the first one with its key, sorted by the former.
@@ -35,10 +39,10 @@ def find_pairs(keys: Sequence[np.ndarray], keys_at_once: int = KEYS_AT_ONCE) -> 
     if not keys:
         return np.empty((0, 2), dtype=np.int64)
     offsets = np.cumsum([0, *map(len, keys)])
-    ranges = 1
-    while offsets[-1] > ranges * keys_at_once:
-        ranges *= 2
-    pairs = [_pairs_in_range(keys, offsets, number, ranges) for number in range(ranges)]
+    parts = 1
+    while offsets[-1] > parts * shares * keys_at_once:
+        parts *= 2
+    pairs = [_pairs_in_range(keys, offsets, share * parts + part, shares * parts) for part in range(parts)]
     found = np.concatenate(pairs)
     return found[np.argsort(found[:, 0])]
 
