@@ -43,6 +43,7 @@ def run(
     max_tokens: int = typer.Option(None, help="Cap on the tokens."),
     most_removed: float = typer.Option(0.5, help="Stop where one rule removes a larger share of the documents."),
     shard_format: str = typer.Option("mds", help="mds (mosaicml-streaming) or webdataset."),
+    task_bytes: int = typer.Option(2**28, help="About how much of a source one task reads; less takes less memory."),
     workers: int = typer.Option(None, min=1, help="Processes; by default one per core."),
     force: bool = typer.Option(False, help="Replace a data set made with other settings, and forget unfinished work."),
     dry_run: bool = typer.Option(False, help="Show sources, parts and steps; write nothing."),
@@ -78,6 +79,7 @@ def run(
             shards={"format": shard_format},
             held_out_fraction=held_out_fraction,
             most_removed=most_removed,
+            task_bytes=task_bytes,
         )
     refuse_nothing_held_out(wanted)
     if dry_run:

@@ -128,7 +128,7 @@ def test_other_tokenizers_are_refused(change, reason: str) -> None:
 def test_ids_that_differ_are_no_proof(trained: Tokenizer) -> None:
     content = content_of(trained)
     backend = TiktokenBackend(byte_pairs_of(content))
-    pattern = GPT2_PATTERN.replace("{N}+", "{N}")
+    pattern = GPT2_PATTERN.replace(r" ?\p{L}+", r"\p{L}+")
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     trained = Tokenizer.from_str(trained.to_str())
     trained.pre_tokenizer = pre_tokenizers.Sequence(
@@ -138,10 +138,10 @@ def test_ids_that_differ_are_no_proof(trained: Tokenizer) -> None:
     def encode(texts: list[str]) -> list[np.ndarray]:
         return [np.array(ids_of(trained, text)) for text in texts]
 
-    assert proof_of(backend, encode, ["words alone", "and more"])["texts"] == 2
+    assert proof_of(backend, encode, ["words", "more"])["texts"] == 2
     with pytest.raises(Differs, match=r"of text 1 of the sample"):
-        proof_of(backend, encode, ["words alone", "in 1999 and 2000"])
-    assert proof_of(TiktokenBackend(byte_pairs_of(content_of(trained))), encode, ["in 1999 and 2000"])["texts"] == 1
+        proof_of(backend, encode, ["words", "of the words"])
+    assert proof_of(TiktokenBackend(byte_pairs_of(content_of(trained))), encode, ["of the words"])["texts"] == 1
 
 
 def prepared(folder: Path, name: str, **tokenizer: object) -> Path:
