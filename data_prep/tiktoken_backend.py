@@ -39,8 +39,8 @@ BYTE_PAIRS_NAME = "byte_pairs.txt"
 """In the folder of the step `tokenizer`: there where tiktoken was proven to give the same ids."""
 # The pattern of `ByteLevel` with `use_regex`, GPT-2's.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Its regular expressions give up on runs of some hundred thousand characters, by a panic.
-LONGEST_TEXT = 2**17
+# Its regular expressions give up on runs of a million characters, by a panic. Twice a piece of a long document.
+LONGEST_TEXT = 2**18
 BYTES = 256
 PLANES = 2
 """Of Unicode, whose characters are all compared; of the others every 64th."""

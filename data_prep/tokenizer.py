@@ -119,7 +119,7 @@ class DocumentTokenizer:
 
     def _unknown_id(self) -> int | None:
         """What the model gives for what it does not know; None where it knows every byte."""
-        model = json.loads(self._tokenizer.to_str())["model"]
+        model = self.content["model"]
         if model.get("unk_id") is not None:
             return model["unk_id"]
         token = model.get("unk_token")
@@ -156,7 +156,8 @@ class DocumentTokenizer:
         if self._fast is None:
             return self.ids_of_the_library(texts)
         found = self._fast.encode(texts)
-        others = iter(self.ids_of_the_library([text for text, ids in zip(texts, found, strict=True) if ids is None]))
+        left = [text for text, ids in zip(texts, found, strict=True) if ids is None]
+        others = iter(self.ids_of_the_library(left) if left else ())
         return [next(others) if ids is None else ids.astype(self.token_dtype) for ids in found]
 
     def ids_of_the_library(self, texts: list[str]) -> list[np.ndarray]:
