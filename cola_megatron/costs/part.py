@@ -75,6 +75,8 @@ class Part:
     """Its backward pass runs the forward pass again, whatever `training.activation_checkpointing` says."""
     computed_pairs: float = 1.0
     """Attention pairs that the kernel computes over those that the mask keeps: with a mask tensor it skips none."""
+    layer_matrices: int = 0
+    """Parameters in the matrices that Muon updates where it is chosen; of the whole model, all of them cut."""
     largest_matrix: float = 0.0
     """Elements of its largest matrix on one rank."""
     gathered_input: float = 0.0

@@ -84,6 +84,7 @@ class TransformerCosts:
             2 * attention * self.pairs,
             self.positions * feed_forward,
             computed_pairs=self._computed_pairs,
+            layer_matrices=matrices + feed_forward,
             largest_matrix=2 * width * inner / self._ranks,
             gathered_input=self._hidden if self.config.parallel.sequence_parallel else 0.0,
             activations=self._block_activations(),

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from cola_megatron.layers.linear import ColumnLinear, RowLinear
 from cola_megatron.layers.masks import AttentionMask
 from cola_megatron.layers.norms import LayerNorm, ShardedLayerNorm
+from cola_megatron.layers.packed_documents import attend_inside_documents
 from cola_megatron.layers.roles import Roles
 from cola_megatron.layers.rotary import RotaryTable
 from cola_megatron.parallel import ProcessGroups
@@ -54,6 +55,8 @@ class InContext(Protocol):
 
 def attend(q_SBAD: torch.Tensor, k_KBGD: torch.Tensor, v_KBGD: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v over the visible keys; (S, B, A, D) -> (S, B, A * D)."""
+    if mask.documents is not None:
+        return attend_inside_documents(q_SBAD, k_KBGD, v_KBGD, mask.documents, mask.causal)
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBAD, k_KBGD, v_KBGD))
     if mask.chunks:
         out = torch.cat(
@@ -175,6 +178,7 @@ class Attention(nn.Module):
             bias=qkv_bias,
             initializer=initializer,
             role=roles.in_branch,
+            fused_rows=(self.shared_by * head_dim, head_dim, head_dim),
         )
         self.output = RowLinear(
             width,

@@ -16,6 +16,7 @@ from cola_megatron.layers.linear import ColumnLinear, RowLinear
 from cola_megatron.layers.masks import AttentionMask, block_causal_mask
 from cola_megatron.layers.mlp import SwiGLU, swiglu_groups
 from cola_megatron.layers.norms import LayerNorm
+from cola_megatron.layers.packed_documents import Kernel
 from cola_megatron.layers.roles import Roles
 from cola_megatron.layers.rotary import rotary_table, rotate_half_split
 from cola_megatron.objectives.vae import Posterior
@@ -94,9 +95,15 @@ class TextStack(nn.Module):
         self.roles = Roles(config.parametrization, config.hidden_size, num_layers)
         self.blocks = nn.ModuleList(TextBlock(config, groups, self.roles) for _ in range(num_layers))
 
-    def context(self, length: int, device: torch.device, documents_BS: torch.Tensor | None = None) -> AttentionContext:
+    def context(
+        self,
+        length: int,
+        device: torch.device,
+        documents_BS: torch.Tensor | None = None,
+        kernel: Kernel | None = None,
+    ) -> AttentionContext:
         """Self-attention over whole sequences of `length` latents, or inside each of their documents."""
-        mask = block_causal_mask(length, self.config.block_size, device, documents_BS)
+        mask = block_causal_mask(length, self.config.block_size, device, documents_BS, kernel)
         return self.context_at(torch.arange(length, device=device), mask)
 
     def context_at(

@@ -8,17 +8,21 @@ from collections.abc import Iterator
 import torch
 
 from cola_megatron.layers.masks import block_causal_mask
+from cola_megatron.layers.packed_documents import Kernel
 from cola_megatron.models.steps import Step
 from cola_megatron.models.transformer import Transformer
 from cola_megatron.parallel.megatron import gather_from_tensor_model_parallel_region
 
 
-def context_step(transformer: Transformer, length: int, *, causal: bool, by_document: bool) -> Step:
+def context_step(
+    transformer: Transformer, length: int, *, causal: bool, by_document: bool, kernel: Kernel | None
+) -> Step:
     """-> context, the same in every pass; or documents -> context, in which no position sees another document.
 
     Args:
         length: positions of a sequence.
         causal: no position sees a later one; False: all see all.
+        kernel: of attention inside documents; None: a mask.
     """
     block_size, device = 1 if causal else length, transformer.groups.device
     if not by_document:
@@ -27,7 +31,7 @@ def context_step(transformer: Transformer, length: int, *, causal: bool, by_docu
     return Step(
         "documents -> context",
         lambda documents_BL: transformer.context(
-            length, device, block_causal_mask(length, block_size, device, documents_BL)
+            length, device, block_causal_mask(length, block_size, device, documents_BL, kernel)
         ),
     )
 

@@ -156,16 +156,17 @@ def optimizer_seconds(
     """Accumulating, measuring, clipping and clearing gradients, and AdamW, all bound by memory.
 
     Bytes for each parameter; AdamW: 28 (read weight, gradient, two moments, write all but the gradient) and 6 to write
-    the compute copy; norm and clip: 12. Under bf16 a gradient is added to its float32 sum in every micro-batch (12 with
-    the clearing), and the reduction goes through a bf16 copy (12).
+    the compute copy; an average of the weights: 12; norm and clip: 12. Under bf16 a gradient is added to its float32
+    sum in every micro-batch (12 with the clearing), and the reduction goes through a bf16 copy (12).
     """
     parallel, count = config.parallel, micro_batches(config, replicas)
     trained = sum(part.parameters_on_rank(parallel.tensor_parallel_size) for part in parts if part.backward)
     bf16 = config.training.precision == "bf16"
     partition = trained / (replicas * parallel.context_parallel_size)
-    update = 34 * partition
+    averaging = 0 if config.training.ema_decay is None else 12
+    update = (34 + averaging) * partition
     if parallel.zero_stage == 0:
-        moved = (28 + 12) * trained
+        moved = (28 + averaging + 12) * trained
     elif parallel.zero_stage == 1:
         moved = update + (12 + 4) * trained + ((12 * count + 12) if bf16 else 8 * count) * trained
     else:

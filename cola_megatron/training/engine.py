@@ -17,6 +17,7 @@ from cola_megatron.parallel import ProcessGroups, sum_partial_gradients
 from cola_megatron.parallel.deepspeed_grid import DeepSpeedGrid
 from cola_megatron.parallel.deepspeed_output import quiet_deepspeed
 from cola_megatron.parallel.pipeline import Neighbours, SeedGradients, Tensors, one_forward_one_backward
+from cola_megatron.parallel.weight_average import WeightAverage
 from cola_megatron.parallel.zero_optimizer import ZeroOptimizer
 from cola_megatron.training.batches import micro_batches_per_step
 from cola_megatron.training.optimizer import build_optimizer, learning_rate, set_learning_rates
@@ -59,6 +60,8 @@ class Engine:
             groups,
             model.trained_networks(),
         )
+        decay = config.training.ema_decay
+        self.ema = None if decay is None else WeightAverage(self.optimizer.flat_masters, decay)
 
     @property
     def model(self) -> PipelinedModel:
@@ -124,6 +127,7 @@ class Engine:
             return accepts is None or accepts({**metrics, "learning_rate": rate})
 
         self.optimizer.ask_before_update(accepts_norm if accepts is not None else None)
+        skipped = self.skipped_updates
         if self.config.parallel.zero_stage == 0:
             metrics["gradient_norm"] = self._update_without_zero()
         else:
@@ -133,6 +137,8 @@ class Engine:
                 metrics.setdefault("gradient_norm", math.inf)
             else:
                 metrics["gradient_norm"] = float(self.deepspeed.get_global_grad_norm())
+        if self.ema is not None and self.skipped_updates == skipped:
+            self.ema.update()
         metrics |= {f"gradient_norm_{name}": norm for name, norm in self.optimizer.network_norms().items()}
         metrics["learning_rate"] = rate
         return metrics

@@ -11,6 +11,7 @@ import torch
 from cola_megatron.config.autoregressive import AutoregressiveConfig
 from cola_megatron.families.autoregressive.loss import LOSS_WEIGHTS, next_tokens
 from cola_megatron.layers.embedding import token_cross_entropy
+from cola_megatron.models.document_kernel import document_kernel
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.models.steps import Step
 from cola_megatron.models.transformer import Transformer
@@ -60,7 +61,8 @@ class Autoregressive(PipelinedModel):
                 tokens_BL, counted_BL, documents_BL if by_document else None
             ),
         )
-        yield context_step(self.transformer, data.sequence_length, causal=True, by_document=by_document)
+        kernel = document_kernel(self.config.training, self.groups.device) if by_document else None
+        yield context_step(self.transformer, data.sequence_length, causal=True, by_document=by_document, kernel=kernel)
         yield from transformer_steps(self.transformer, head, recompute=recompute)
 
     def _loss(self) -> Step:

@@ -19,6 +19,7 @@ from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.layers.time_embedding import TimeRows
 from cola_megatron.models.attention_chunks import attention_chunk
 from cola_megatron.models.dit import DiT, two_copy_times
+from cola_megatron.models.document_kernel import document_kernel
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.models.steps import Step
 from cola_megatron.models.text_vae import TextEncoder, TextStack, TextVAE
@@ -209,9 +210,10 @@ class Cola(PipelinedModel):
         if not self.config.data.document_attention:
             context = stack.context(length, device)
             return Step(f"-> {name}", lambda: context)
+        kernel = document_kernel(self.config.training, device)
         return Step(
             f"latent_documents -> {name}",
-            lambda documents_BS: stack.context(length, device, documents_BS.repeat(views, 1)),
+            lambda documents_BS: stack.context(length, device, documents_BS.repeat(views, 1), kernel),
         )
 
     # What training computes with them.

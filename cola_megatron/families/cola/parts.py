@@ -75,6 +75,7 @@ def _encoder(config: ColaConfig, views: int, backward: bool) -> tuple[Part, ...]
             0,
             views * latents * patch * width * width,
             backward=backward,
+            layer_matrices=patch * width * width,
         ),
         *[block] * vae.encoder_layers,
         Part(
@@ -103,6 +104,7 @@ def _text_block(vae: VAEConfig, label: str, latents: int, views: int, runs: bool
         views * latents * feed_forward,
         forward=runs,
         backward=runs if backward is None else backward,
+        layer_matrices=matrices,
     )
 
 
@@ -116,6 +118,7 @@ def _decoder_head(config: ColaConfig, views: int, runs: bool) -> Part:
         views * config.latent_length * (patch * width * width + patch * width * vocabulary),
         forward=runs,
         backward=runs,
+        layer_matrices=patch * width * width,
     )
 
 
@@ -155,6 +158,7 @@ def _dit_block(dit: DiTConfig, positions: int, latents: int, times: int) -> Part
         2 * inner * two_copy_pairs(latents, dit.block_size),
         feed_forward_macs,
         modulation_macs,
+        layer_matrices=4 * width * inner + 2 * width * ffn,
     )
 
 

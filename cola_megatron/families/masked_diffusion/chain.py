@@ -13,6 +13,7 @@ from cola_megatron.families.masked_diffusion.copies import Copies, require_no_ma
 from cola_megatron.families.masked_diffusion.loss import LOSS_WEIGHTS
 from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.models.attention_chunks import attention_chunk
+from cola_megatron.models.document_kernel import document_kernel
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.models.steps import Step
 from cola_megatron.models.transformer import Transformer
@@ -39,7 +40,8 @@ class MaskedDiffusion(PipelinedModel):
         super().__init__(groups, split)
         self.config, model = config, config.model
         length = config.data.sequence_length
-        self.copies = Copies(length, config.block_size, attention_chunk(config.training, length, groups.device))
+        chunk = attention_chunk(config.training, length, groups.device)
+        self.copies = Copies(length, config.block_size, chunk, document_kernel(config.training, groups.device))
         with self.under_construction():
             self.transformer = Transformer(model.vocab_size, model.transformer, groups, extra_rows=model.extra_rows)
         self.keep_own_stage()

@@ -19,6 +19,7 @@ from cola_megatron.families.plaid.denoiser import Denoiser
 from cola_megatron.families.plaid.loss import LOSS_WEIGHTS, diffusion_loss, reconstruction_loss, stop_gradient, texts_of
 from cola_megatron.families.plaid.network import PlaidParts
 from cola_megatron.layers.attention import AttentionContext
+from cola_megatron.models.document_kernel import document_kernel
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.models.steps import Step
 from cola_megatron.models.transformer import Transformer
@@ -56,7 +57,8 @@ class Plaid(PipelinedModel):
                 model.vocab_size, model.diffusion, model.transformer, self.self_conditioning, groups
             )
             self.transformer = Transformer(model.vocab_size, model.transformer, groups, has_embedding=False)
-        self.denoiser = Denoiser(self.transformer, self.plaid, config.training.loss_chunk_tokens)
+        kernel = document_kernel(config.training, groups.device)
+        self.denoiser = Denoiser(self.transformer, self.plaid, config.training.loss_chunk_tokens, kernel)
         self.keep_own_stage()
 
     @property

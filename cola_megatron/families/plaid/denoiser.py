@@ -14,6 +14,7 @@ from cola_megatron.families.plaid.categorical import Prediction, predict, with_o
 from cola_megatron.families.plaid.network import PlaidParts
 from cola_megatron.layers.attention import AttentionContext
 from cola_megatron.layers.masks import block_causal_mask
+from cola_megatron.layers.packed_documents import Kernel
 from cola_megatron.models.transformer import Transformer
 from cola_megatron.objectives.plaid import likelihood_scale
 from cola_megatron.parallel.megatron import gather_from_tensor_model_parallel_region
@@ -25,15 +26,17 @@ class Denoiser:
 
     Args:
         chunk: tokens whose logits exist at once; 0: all.
+        kernel: of attention inside documents; None: a mask.
     """
 
-    def __init__(self, transformer: Transformer, plaid: PlaidParts, chunk: int = 0):
-        self.transformer, self.plaid, self.chunk = transformer, plaid, chunk
+    def __init__(self, transformer: Transformer, plaid: PlaidParts, chunk: int = 0, kernel: Kernel | None = None):
+        self.transformer, self.plaid, self.chunk, self.kernel = transformer, plaid, chunk, kernel
         self.groups = transformer.groups
 
     def context(self, length: int, device: torch.device, documents_BL: torch.Tensor | None = None) -> AttentionContext:
         """Every position sees every other one, or every one of its document."""
-        return self.transformer.context(length, device, block_causal_mask(length, length, device, documents_BL))
+        mask = block_causal_mask(length, length, device, documents_BL, self.kernel)
+        return self.transformer.context(length, device, mask)
 
     def hidden(
         self,
