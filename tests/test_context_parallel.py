@@ -38,6 +38,7 @@ ALL_OF_STAGE_2 = ["training.vae_update.from_scratch=false", "training.precision=
 MODELS: dict[str, Callable[[list[str]], RunConfig]] = {
     "autoregressive": lambda more: load_config("tiny-autoregressive", [*AUTOREGRESSIVE, IN_TWO, *more]),
     "autoregressive, documents": lambda more: MODELS["autoregressive"]([DOCUMENTS, *more]),
+    "autoregressive, Muon": lambda more: MODELS["autoregressive"](["training.optimizer.name=muon", *more]),
     "LLaDA": lambda more: load_config("tiny-masked-diffusion", [*MASKED_DIFFUSION, *more]),
     "masked diffusion by blocks": lambda more: MODELS["LLaDA"](["model.block_size=4", *more]),
     "masked diffusion by blocks, documents, cut": lambda more: MODELS["LLaDA"](
@@ -204,6 +205,27 @@ def test_what_ranks_cannot_share_is_refused_in_one_line(preset, overrides, messa
     with pytest.raises(ConfigError) as refusal:
         load_config(preset, overrides)
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_plan_keeps_the_context_of_the_config_and_divides_what_it_divides():
+    from cola_megatron.planning.hardware import GPUS
+    from cola_megatron.planning.memory import rank_memory
+    from cola_megatron.planning.plan import Cluster, plan
+    from cola_megatron.planning.split import pipeline_split
+
+    one, four = (
+        load_config("paper-2b-autoregressive", ["data.sequence_length=32768", f"{CONTEXT}={ranks}"]) for ranks in (1, 4)
+    )
+    alone, shared = (rank_memory(config, 1, pipeline_split(config))[0] for config in (one, four))
+    assert shared.activations / alone.activations == pytest.approx(1 / 4, rel=0.05)
+    assert shared.states.weights == alone.states.weights
+    assert shared.states.optimizer == pytest.approx(alone.states.optimizer / 4)
+    layouts, _ = plan(four, Cluster(64, GPUS["h100"], 80 * 2**30))
+    for layout in layouts:
+        parallel = layout.config.parallel
+        assert parallel.context_parallel_size == 4 and f"{CONTEXT}=4" in layout.overrides
+        assert layout.replicas * parallel.ranks_of_a_replica == 64
+        assert layout.times[0][0].sent_context > 0
 
 
 def measured_and_resumed(
