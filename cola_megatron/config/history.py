@@ -50,4 +50,5 @@ CHANGES: tuple[Change, ...] = (
     Added("training.optimizer.name", "adamw"),  # schema 15
     Added("training.optimizer.momentum", 0.95),  # schema 16
     Added("training.ema_decay", None),  # schema 17
+    Added("training.fused_weight_gradients", "never"),  # schema 18
 )
