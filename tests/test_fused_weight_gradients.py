@@ -100,6 +100,7 @@ TENSOR = ("parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true")
         (2, TENSOR),
         pytest.param(2, (), marks=pytest.mark.slow),
         pytest.param(2, ("parallel.pipeline_parallel_size=2",), marks=pytest.mark.slow),
+        pytest.param(2, ("parallel.context_parallel_size=2",), marks=pytest.mark.slow),
         pytest.param(1, ("training.activation_checkpointing=true",), marks=pytest.mark.slow),
         pytest.param(1, ("training.loss_chunk_tokens=16",), marks=pytest.mark.slow),
         pytest.param(1, ("training.vae_update.mode=frozen",), marks=pytest.mark.slow),

@@ -8,7 +8,15 @@ from functools import partial
 
 import torch
 
-from tools import gpu_ceilings, gpu_checkpoint, gpu_generation, gpu_parity, gpu_step, gpu_training
+from tools import (
+    gpu_ceilings,
+    gpu_checkpoint,
+    gpu_documents,
+    gpu_generation,
+    gpu_parity,
+    gpu_step,
+    gpu_training,
+)
 from tools.gpu_setting import Check, Record, Setting, software
 
 GENERATED_BATCHES = (1, 8, 64)
@@ -35,6 +43,7 @@ def all_checks(quick: bool = False) -> dict[str, Check]:
         name = f"step.paper-2b.{switch}"
         checks[name] = partial(gpu_step.check_step, name=name, overrides=overrides)
     checks["ceilings.attention"] = gpu_ceilings.check_attention
+    checks["attention.documents"] = gpu_documents.check_documents
     for batch in GENERATED_BATCHES:
         checks[f"generate.batch{batch}"] = partial(gpu_generation.check_generation, batch=batch)
     for zero_stage in (1,) if quick else (1, 2, 3):

@@ -63,7 +63,7 @@ def frozen_weights(model: nn.Module, groups: ProcessGroups) -> dict[str, torch.T
     return {
         name: parameter.detach().to("cpu", torch.float32, copy=True).view(-1)
         for name, parameter in model.named_parameters()
-        if not parameter.requires_grad and groups.data_parallel_rank == 0 and _is_writer(parameter, groups)
+        if not parameter.requires_grad and groups.same_weights_rank == 0 and _is_writer(parameter, groups)
     }
 
 
@@ -110,7 +110,7 @@ class _Held(NamedTuple):
 
 
 def _held(state: TrainingState, shared_out: bool) -> Iterator[_Held]:
-    """What this process's optimiser updates; `shared_out`: without what another data-parallel rank holds as well."""
+    """What this process's optimiser updates; `shared_out`: without what another rank holds as well."""
     for name, parameter in state.model.named_parameters():
         fragment = state.optimizer.fragment(parameter, shared_out) if parameter.requires_grad else None
         if fragment is not None:

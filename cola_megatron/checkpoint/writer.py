@@ -284,6 +284,7 @@ def _state(config: RunConfig, step: int, data_fingerprint: str, groups: ProcessG
         "layout": {
             "tensor_parallel": groups.tensor_parallel_size,
             "pipeline_parallel": groups.pipeline_parallel_size,
+            "context_parallel": groups.context_parallel_size,
             "data_parallel": groups.data_parallel_size,
             "zero_stage": config.parallel.zero_stage,
         },

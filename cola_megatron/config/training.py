@@ -164,6 +164,10 @@ class TrainingConfig(Section):
     """Queries of one attention product over a clean and a noisy copy (Cola DLM's prior, masked diffusion by blocks),
     rounded up to whole blocks: smaller products leave out pairs that the mask hides. 0: one product; null: what was
     found to be the faster, which is 256 on a CPU from 512 positions on, and one product on a GPU."""
+    document_kernel: Annotated[Literal["auto", "never", "always"], OURS, FREE] = "auto"
+    """Attention that stays inside documents (`data.document_attention`, samples that were cut) by flash attention of
+    variable lengths, from flash-attn or, without it, torch: it leaves out the pairs that a mask would hide. Of causal
+    attention and of all with all; attention by blocks keeps its mask. auto: on CUDA in bf16."""
     loss_chunk_tokens: Annotated[NonNegativeInt, OURS, FREE] = 0
     """Tokens whose logits exist at once: head and cross-entropy are computed in chunks, their gradients in the forward
     pass. 0: all logits of a micro-batch. Worth it for a large vocabulary."""

@@ -121,16 +121,16 @@ class ZeroOptimizer:
         """What of a trained parameter this rank updates; None: nothing.
 
         Args:
-            shared_out: leaves out what another data-parallel rank holds as well.
+            shared_out: leaves out what another rank of `same_weights_group` holds as well.
         """
         zero, groups = self._optimizer, self.groups
         if self.stage == 0:
-            rank, ranks = (groups.data_parallel_rank, groups.data_parallel_size) if shared_out else (0, 1)
+            rank, ranks = (groups.same_weights_rank, groups.same_weights_size) if shared_out else (0, 1)
             start, stop = (parameter.numel() * end // ranks for end in (rank, rank + 1))
             return Fragment(start, parameter, start, stop - start)
         if self.stage == 3:
             group, flat_start, part = zero.grad_position[zero.get_param_id(parameter)]
-            start = groups.data_parallel_rank * part
+            start = groups.same_weights_rank * part
             count = max(0, min(part, deepspeeds(parameter).ds_numel - start))  # the parts are padded to one size
             return Fragment(start, zero.fp32_partitioned_groups_flat[group], flat_start, count)
         mapping = deepspeeds(parameter)._hp_mapping

@@ -91,7 +91,7 @@ def _stage_memory(
     received: float,
     in_flight: int,
 ) -> RankMemory:
-    states = model_states(config, parts, replicas)
+    states = model_states(config, parts, replicas * config.parallel.context_parallel_size)
     kept = [each.kept for each in activations]
     recomputed = [each.output if each.recomputable else each.kept for each in activations]
     held = recomputed if config.training.activation_checkpointing else kept
@@ -117,6 +117,8 @@ def _stage_memory(
 
 def model_states(config: RunConfig, parts: Sequence[Part], replicas: int) -> ModelStates:
     """What DeepSpeed holds for these parts on one rank; e is the size of the compute type.
+
+    `replicas` are all ranks that hold the same weights, those of a context too.
 
     * ZeRO 0 (float32): weights, gradients, two moments; of what Muon updates, here and below, one. An average of the
       weights is one tensor more of the size of a moment.

@@ -114,7 +114,9 @@ class Engine:
 
         def backward(taken: Tensors, handed_on: Tensors, gradients: Tensors) -> Tensors:
             outputs = [handed_on[name] for name in gradients]
-            self.deepspeed.backward(self._scalar(losses.popleft(), outputs, list(gradients.values())))
+            # DeepSpeed takes the mean over all that hold the same weights; context-parallel ranks count summands.
+            loss = losses.popleft() * self.groups.context_parallel_size
+            self.deepspeed.backward(self._scalar(loss, outputs, list(gradients.values())))
             if not self.deepspeed.is_gradient_accumulation_boundary():
                 self.deepspeed.step()  # counts the micro-batch; the update waits until every stage has its gradients
             return {
@@ -203,15 +205,16 @@ class Engine:
 def deepspeed_config(config: RunConfig, groups: ProcessGroups, accumulation: int) -> dict:
     """DeepSpeed's own config, written from ours; nothing in it is left to DeepSpeed's defaults that matters."""
     training, parallel = config.training, config.parallel
-    # DeepSpeed would round the sums of a single replica too.
-    rounds = training.precision == "bf16" and groups.data_parallel_size > 1
+    # DeepSpeed would round the sums of a single rank too.
+    rounds = training.precision == "bf16" and groups.same_weights_size > 1
     on_cuda, offload = groups.device.type == "cuda", {}
     if parallel.offload_optimizer:
         offload = {"offload_optimizer": {"device": "cpu", "pin_memory": on_cuda}}
     return {
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": training.global_batch_size,
+        # By its count every rank of a context has samples of its own.
+        "train_batch_size": training.global_batch_size * groups.context_parallel_size,
         "gradient_clipping": training.optimizer.max_gradient_norm
         if parallel.zero_stage > 0
         else 0.0,  # see _clip_without_zero

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from cola_megatron.config import ColaConfig, DiTConfig, VAEConfig
 from cola_megatron.costs.part import Part, RingUnits, causal_pairs, pairs_in_products, two_copy_pairs
-from cola_megatron.families.cola.activations import gathered_input, part_activations, reference_work
+from cola_megatron.families.cola.activations import exchanged, gathered_input, part_activations, reference_work
 from cola_megatron.families.cola.copies import distinct_times, two_copy_positions
 from cola_megatron.families.cola.tensor_traffic import ring_units
 
@@ -178,6 +178,7 @@ def _with_bytes(config: ColaConfig, parts: Sequence[Part]) -> tuple[Part, ...]:
                 gathered_input=gathered_input(config, part.label),
                 activations=activations,
                 ring_units=RingUnits(forward, backward),
+                exchanged=exchanged(config, part.label),
             )
     return tuple(found[part.label] for part in parts)
 
