@@ -37,15 +37,18 @@ class HeldMatrix(NamedTuple):
 class MatrixExchange:
     """The matrices of one flat tensor, the same ones in the same order on every rank of its `same_weights_group`.
 
-    The constructor is a collective of that group.
+    The constructor is a collective of that group, unless `everywhere`.
+
+    Args:
+        everywhere: every rank of the group holds whole matrices.
     """
 
-    def __init__(self, matrices: Sequence[HeldMatrix], groups: ProcessGroups):
+    def __init__(self, matrices: Sequence[HeldMatrix], groups: ProcessGroups, everywhere: bool = False):
         self.groups = groups
         self._me, ranks = groups.same_weights_rank, groups.same_weights_size
         ranges = [[(matrix.start, matrix.length) for matrix in matrices]]
-        if ranks > 1:
-            ranges *= ranks
+        ranges *= ranks
+        if ranks > 1 and not everywhere:
             dist.all_gather_object(ranges, ranges[0], group=groups.same_weights_group)
         shared = [_Shared(matrix, tuple(of_rank[index] for of_rank in ranges)) for index, matrix in enumerate(matrices)]
         self._everywhere = [each for each in shared if each.is_everywhere]

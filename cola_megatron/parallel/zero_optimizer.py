@@ -80,7 +80,9 @@ class ZeroOptimizer:
             self._ask_before_updates()
         if hasattr(self._optimizer, "update_hp_grads"):
             self._replace("update_hp_grads", self._add_gradients)
-        if isinstance(self.adam, MuonAdamW):
+        if isinstance(self.adam, MuonAdamW) and stage == 0:
+            self.adam.share_whole(groups)
+        elif isinstance(self.adam, MuonAdamW):
             self.adam.share(self._matrices())
 
     @property
@@ -255,11 +257,8 @@ class ZeroOptimizer:
     def _matrices(self) -> dict[int, MatrixExchange]:
         """For Muon: of each flat tensor of its groups, by id, the matrices of which it holds ranges."""
         zero = self._optimizer
-        if self.stage == 0:
-            flats = [([each], each) for group in zero.param_groups if group["muon"] for each in group["params"]]
-        else:
-            names = {1: "bf16_groups" if self._holds_whole else "bit16_groups", 2: "bit16_groups", 3: "fp16_groups"}
-            flats = list(zip(getattr(zero, names[self.stage]), self.flat_masters, strict=True))
+        names = {1: "bf16_groups" if self._holds_whole else "bit16_groups", 2: "bit16_groups", 3: "fp16_groups"}
+        flats = zip(getattr(zero, names[self.stage]), self.flat_masters, strict=True)
         return {
             id(flat): MatrixExchange([self._held_matrix(each) for each in parameters], self.groups)
             for parameters, flat in flats
