@@ -218,6 +218,7 @@ def _trace(
     import torch
 
     from cola_megatron.parallel import initialize_parallel, initialize_parameters
+    from cola_megatron.parallel.muon import MuonAdamW
     from cola_megatron.training.optimizer import build_optimizer, set_learning_rates
 
     groups, family = initialize_parallel(), family_of(config)
@@ -225,6 +226,8 @@ def _trace(
     initialize_parameters(model, seed, groups)
     model.to(groups.device)
     optimizer = build_optimizer(model, config, groups)
+    if isinstance(optimizer, MuonAdamW):
+        optimizer.share_whole(groups)
     set_learning_rates(optimizer.param_groups, learning_rate, idle=())
     batches, mode = _batches(config, groups), family.mode_at(config, 0)
     probe = batches(steps)
