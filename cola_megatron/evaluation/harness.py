@@ -97,11 +97,14 @@ def answers(
 ) -> Iterator[list[Record]]:
     """What a model writes to items and whether it is right, batch by batch, the longest prompts first."""
     for batch in batches_by_length(items, [len(item.prompt) for item in items], batch_size):
-        texts = model.generate([item.prompt for item in batch], [sample_id(item.id) for item in batch], decoding)
+        prompts = [item.prompt for item in batch]
+        texts = model.generate(prompts, [sample_id(item.id) for item in batch], decoding)
+        count = getattr(model, "prompt_tokens", None)
+        lengths = [None] * len(batch) if count is None else count(prompts)
         records = []
-        for item, text in zip(batch, texts, strict=True):
+        for item, text, length in zip(batch, texts, lengths, strict=True):
             text = cut_at(text, decoding.stop)
-            records.append(make_record(item, text, score(rule, text, item.truths, item.options)))
+            records.append(make_record(item, text, score(rule, text, item.truths, item.options), length))
         yield records
 
 

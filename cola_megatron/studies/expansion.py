@@ -57,20 +57,24 @@ def expand(study: StudyConfig, folder: Path) -> Expanded:
 def _measured_apart(point: Point, study: StudyConfig, measured: dict[str, Point]) -> Point:
     """The point, in a folder of its own where another of its run is measured in another way.
 
-    One that is measured in the same way is a row of another arm's axis, such as the setting that two axes have in
-    common, and has the folder of the first. Raises ConfigError where it is the same row.
+    One that is measured in the same way counts other items, or is a row of another arm's axis, such as the setting that
+    two axes have in common, and has the folder of the first. Raises ConfigError where it is the same row.
+
+    Args:
+        measured: the first point of each way of measuring, and of each part of its items; they are added to.
     """
     way = json.dumps([point.run, point.step, point.generation, study.arms[point.arm].likelihood], sort_keys=True)
-    other = measured.get(way)
-    if other is None:
-        taken = {(each.run, each.measured_as) for each in measured.values()}
-        if (point.run, point.measured_as) in taken:
-            point = replace(point, measured_as=f"{point.measured_as}-{point.arm}")
-        measured[way] = point
-        return point
-    if point.arm == other.arm or not (point.settings or other.settings):
+    row = f"{way} {json.dumps(point.items, sort_keys=True)}"
+    first, other = measured.get(way), measured.get(row)
+    if other is not None and (point.arm == other.arm or not (point.settings or other.settings)):
         raise ConfigError(f"{point.name} and {other.name} are two equal runs: leave out an arm, size or setting")
-    return replace(point, measured_as=other.measured_as)
+    if first is not None:
+        point = replace(point, measured_as=first.measured_as)
+    elif any((point.run, point.measured_as) == (each.run, each.measured_as) for each in measured.values()):
+        point = replace(point, measured_as=f"{point.measured_as}-{point.arm}")
+    measured.setdefault(way, point)
+    measured.setdefault(row, point)
+    return point
 
 
 def _identity(run: StudyRun) -> str:
