@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from cola_megatron.config import ConfigError
+from cola_megatron.config import ConfigError, resolve_config
+from cola_megatron.planning.plan import with_choices
 from cola_megatron.studies.line import OF_TRAINING, StudyLine, combinations
 from cola_megatron.studies.runs import Expanded, Point, StudyRun, identity_of
 from cola_megatron.studies.study_file import StudyConfig
@@ -51,7 +52,17 @@ def expand(study: StudyConfig, folder: Path) -> Expanded:
                     f"two points have the name {point.name}: labels must differ in their letters and digits, budgets "
                     "in their first four digits"
                 )
-    return Expanded(runs, list(points.values()), list(decisions))
+    return Expanded(_laid_out(runs, study), list(points.values()), list(decisions))
+
+
+def _laid_out(runs: dict[str, StudyRun], study: StudyConfig) -> dict[str, StudyRun]:
+    """The runs under the layouts that were planned for them."""
+    planned = {} if study.layouts is None else study.layouts.of_runs
+    found = {}
+    for name, run in runs.items():
+        config = with_choices(run.config, planned.get(name, {}))
+        found[name] = replace(run, config=resolve_config(config.model_dump())) if name in planned else run
+    return found
 
 
 def _measured_apart(point: Point, study: StudyConfig, measured: dict[str, Point]) -> Point:

@@ -140,6 +140,18 @@ class MeasuresConfig(Section):
     """Folder of the tasks' items."""
 
 
+class LayoutsConfig(Section):
+    """How runs lie on GPUs."""
+
+    gpu: Annotated[str, OURS] = "h100"
+    """A GPU of the table in docs/planning.md: each run has the fastest layout that fits on as many as it is given. What
+    the file sets itself of a layout is kept."""
+    gpus: Annotated[PositiveInt | None, OURS] = None
+    """Of each run; set by the command that plans."""
+    of_runs: Annotated[dict[str, Overrides], OURS] = Field(default_factory=dict)
+    """The keys of each run's layout, by its name; set by the command that plans."""
+
+
 class FitConfig(Section):
     """What is fitted against compute."""
 
@@ -201,6 +213,8 @@ class StudyConfig(Section):
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1), OURS] = Field(default_factory=lambda: [66])
     """`seed` of the runs; the order of the data is that of the config for all of them."""
     data: DataOfStudy = DataOfStudy()
+    layouts: Annotated[LayoutsConfig | None, OURS] = None
+    """Layouts are planned; null: those of the configs."""
     measures: MeasuresConfig = MeasuresConfig()
     fit: FitConfig = FitConfig()
     published: Annotated[list[PublishedPoint], OURS] = Field(default_factory=list)
