@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from launchers.convert_verdict import as_plain, summary
+from launchers.generation_options import EMA
 from launchers.output import fail, print_json, print_table
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -39,6 +40,7 @@ def export(
     max_shard_size: str = typer.Option(
         "5GB", help="Larger networks are cut into files of at most this size: a number with KB, MB, GB, KiB, MiB, GiB."
     ),
+    ema: bool = EMA,
 ) -> None:
     """Write a checkpoint in the layout of its family: published Cola DLM, Hugging Face LLaMA, LLaDA; Plaid has none.
 
@@ -51,7 +53,7 @@ def export(
     from cola_megatron.conversion.export_checkpoint import export_checkpoint
 
     dtypes = {Precision.auto: None, Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
-    model = export_checkpoint(run, output, dtypes[precision], _bytes(max_shard_size))
+    model = export_checkpoint(run, output, dtypes[precision], _bytes(max_shard_size), ema=ema)
     if model.tokenizer is None:
         typer.echo("no tokenizer.json is known for this checkpoint: the export has none", err=True)
     print(output)

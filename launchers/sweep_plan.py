@@ -133,9 +133,10 @@ def _hours(hours: float) -> str:
 
 
 def _short(layout: Layout) -> list[str]:
-    """Tensor, pipeline and data parallelism, ZeRO and micro-batch."""
+    """Tensor, context, pipeline and data parallelism, ZeRO and micro-batch."""
     parallel, training = layout.config.parallel, layout.config.training
     words = [f"TP {parallel.tensor_parallel_size}"] if parallel.tensor_parallel_size > 1 else []
+    words += [f"CP {parallel.context_parallel_size}"] if parallel.context_parallel_size > 1 else []
     words += [f"PP {parallel.pipeline_parallel_size}"] if parallel.pipeline_parallel_size > 1 else []
     words += [f"DP {layout.replicas}", f"ZeRO {parallel.zero_stage}", f"micro-batch {training.micro_batch_size}"]
     return words + (["recomputed"] if training.activation_checkpointing else [])

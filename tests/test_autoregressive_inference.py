@@ -119,6 +119,21 @@ def test_samples_end_at_their_own_length_and_those_that_are_dropped_cost_nothing
     assert list(session.advance()) == []
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_sample_that_is_admitted_later_is_the_same(family, name):
+    settings, requests = AutoregressiveSettings(max_new_tokens=6, **SETTINGS[name]), requests_of([5, 0, 9, 1, 12, 2])
+    expected = run(family.start(requests, settings, PADDING))
+    session, found = family.start(requests[:2], settings, PADDING), {index: [] for index in range(len(requests))}
+    waiting, rounds = requests[2:], 0
+    while session.running:
+        for block in session.advance():
+            found[block.sample] += block.token_ids
+        rounds += 1
+        if waiting and rounds % 2 == 0:
+            session.admit([waiting.pop(0)])
+    assert found == expected and session.running == []
+
+
 @pytest.mark.parametrize("at_once", [2, 3, 50])
 def test_several_tokens_at_once_are_the_same_tokens(family, at_once):
     requests = [*requests_of([4, 6]), *requests_of([30], max_new_tokens=2)]

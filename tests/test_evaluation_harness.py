@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,14 @@ class Echo:
     def describe(self) -> dict[str, Any]:
         return {"family": "echo", "seed": self.seed}
 
-    def generate(self, prompts: Sequence[str], sample_ids: Sequence[int], decoding: Decoding) -> list[str]:
-        if self.breaks_after is not None and len(self.asked) >= self.breaks_after:
-            raise RuntimeError("killed")
-        self.asked += prompts
-        return [f" {prompt.split()[-1]}\nand more" for prompt in prompts]
+    def generate(
+        self, prompts: Sequence[str], sample_ids: Sequence[int], decoding: Decoding, batch_size: int
+    ) -> Iterator[tuple[int, str]]:
+        for place, prompt in enumerate(prompts):
+            if self.breaks_after is not None and len(self.asked) >= self.breaks_after:
+                raise RuntimeError("killed")
+            self.asked.append(prompt)
+            yield place, f" {prompt.split()[-1]}\nand more"
 
 
 def some_items(count: int = 10) -> list[Item]:

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from cola_megatron.config import ConfigError
 from cola_megatron.errors import UserError
 from cola_megatron.evaluation.decoding import Decoding
 from cola_megatron.evaluation.model import GeneratorModel, sample_id
+from cola_megatron.inference.protocol import Piece
 from cola_megatron.inference.settings import FlowSettings
 from cola_megatron.parallel import initialize_parallel
 from cola_megatron.training.loop import train
@@ -78,15 +79,18 @@ class Scripted:
     name = "scripted"
 
     def __init__(self):
-        self.batches: list[tuple[list[str], Decoding]] = []
+        self.batches: list[tuple[list[str], Decoding, int]] = []
         self.asked: list[list[tuple[str, str]]] = []
 
     def describe(self) -> dict[str, Any]:
         return {"family": "scripted"}
 
-    def generate(self, prompts: Sequence[str], sample_ids: Sequence[int], decoding: Decoding) -> list[str]:
-        self.batches.append((list(prompts), decoding))
-        return [f" {prompt.split()[-1]}\nid {number}" for prompt, number in zip(prompts, sample_ids, strict=True)]
+    def generate(
+        self, prompts: Sequence[str], sample_ids: Sequence[int], decoding: Decoding, batch_size: int
+    ) -> Iterator[tuple[int, str]]:
+        self.batches.append((list(prompts), decoding, batch_size))
+        for place, (prompt, number) in enumerate(zip(prompts, sample_ids, strict=True)):
+            yield place, f" {prompt.split()[-1]}\nid {number}"
 
     def loglikelihood(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         self.asked.append(list(zip(contexts, continuations, strict=True)))
@@ -100,16 +104,15 @@ def wrapped(adapter: Any, model: Any, batch_size: int = 2) -> Any:
     return adapter.EvaluationLM(model, initialize_parallel(), batch_size)
 
 
-def test_generate_until_batches_alike_requests_and_keeps_their_order(adapter):
+def test_generate_until_asks_for_alike_requests_together_and_keeps_their_order(adapter):
     model = Scripted()
     short, long = {"until": ["\n"], "max_gen_toks": 8}, {"until": "id"}
     requests = [("a b", short), ("a b c d", long), ("a b c", short), ("a c", short)]
     answers = wrapped(adapter, model).generate_until([Request(request) for request in requests])
     assert answers == [" b", " d\n", " c", " c"]
-    assert [(len(prompts), decoding.max_new_tokens) for prompts, decoding in model.batches] == [
-        (2, 8),
-        (1, 8),
-        (1, 256),
+    assert [(prompts, decoding.max_new_tokens, size) for prompts, decoding, size in model.batches] == [
+        (["a b c", "a b", "a c"], 8, 2),
+        (["a b c d"], 256, 2),
     ]
 
 
@@ -140,14 +143,14 @@ def test_a_text_ends_at_the_end_of_text_token(adapter):
     """What a model writes behind it is no part of an answer, and an exact match would fail on it."""
     asked: list[dict[str, Any]] = []
 
-    def generate(prompts: Sequence[str], **options: Any) -> list[Any]:
+    def stream(prompts: Sequence[str], **options: Any) -> list[Piece]:
         asked.append(options)
-        return [types.SimpleNamespace(text="42") for _ in prompts]
+        return [Piece(index, "42", [4, 2], None, 0, "end_of_text") for index in range(len(prompts))]
 
-    generator = types.SimpleNamespace(generate=generate, end_of_text_ids=(7,))
+    generator = types.SimpleNamespace(stream=stream, end_of_text_ids=(7,))
     model = GeneratorModel(generator, "ends", FlowSettings(end_of_text=(9,)))
     assert wrapped(adapter, model).generate_until([Request(("x", {"until": ["\n"]}))]) == ["42"]
-    model.generate(["x"], [0], Decoding())  # as the published tasks ask
+    assert list(model.generate(["x"], [0], Decoding(), 1)) == [(0, "42")]  # as the published tasks ask
     assert [options["end_of_text"] for options in asked] == [(9, 7), (9,)]
 
 
@@ -215,11 +218,11 @@ class Blockwise:
     written: str
     calls: int = 0
 
-    def generate(self, prompts: Sequence[str], ids: Sequence[int], **options: Any) -> list[Any]:
+    def stream(self, prompts: Sequence[str], ids: Sequence[int], **options: Any) -> list[Piece]:
         self.calls += 1
         assert options["temperature"] == 0.0
         letters = -(-options["max_new_tokens"] // 8) * 8 - 7
-        return [types.SimpleNamespace(text=self.written[:letters]) for _ in prompts]
+        return [Piece(index, self.written[:letters], [], None, 0, "length") for index in range(len(prompts))]
 
 
 def test_a_generator_without_likelihoods_says_so():

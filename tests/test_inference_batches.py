@@ -78,6 +78,23 @@ def test_in_batches_of_any_size(model):
             assert_same(found, one)
 
 
+def test_a_place_that_is_left_is_given_to_the_next_prompt(model, monkeypatch):
+    members, lengths = list(range(len(PROMPTS))), [16, 4, 24, 8, 12, 4, 8, 20, 4]
+    rows = []
+    draw = prior.BlockPrior.draw
+    monkeypatch.setattr(
+        prior.BlockPrior, "draw", lambda self, noise, first: rows.append(noise.shape[1]) or draw(self, noise, first)
+    )
+    for options in ({}, SETTINGS["partial repaint"], SETTINGS["drawn"], SETTINGS["multistep"]):
+        alone = [run(model, [member], max_new_tokens=lengths[member], **options)[0] for member in members]
+        rows.clear()
+        found = run(model, members, max_new_tokens=lengths, batch_size=3, **options)
+        # 25 blocks in 3 places: none is free before the end.
+        assert rows == [3] * 8 + [1]
+        for one, own in zip(found, alone, strict=True):
+            assert_same(one, own)
+
+
 def test_neighbours_that_end_early_leave_the_batch_and_change_nothing(model, monkeypatch):
     members, lengths = [6, 0, 5, 3, 1], [16, 4, 24, 8, 12]
     rows = []
@@ -126,7 +143,8 @@ def test_the_masked_form_gives_the_same(model, monkeypatch):
 @pytest.mark.parametrize("form", [NewBlocks, MaskedBlocks])
 def test_new_blocks_see_their_own_context_and_nothing_else(form):
     lengths, size, heads, channels = [0, 4, 4, 12], 4, 2, 8
-    cache = KeyValueCache(4, 16)
+    cache = KeyValueCache()
+    cache.add(4, 16)
     keys, values = cache.of_layer("layer", torch.zeros(4, heads, size, channels))
     keys.normal_(generator=torch.Generator().manual_seed(0))
     values.normal_(generator=torch.Generator().manual_seed(1))
@@ -148,8 +166,9 @@ def test_new_blocks_see_their_own_context_and_nothing_else(form):
         torch.testing.assert_close(found[:, row], product.transpose(0, 1).flatten(1))
 
 
-def test_a_cache_keeps_rows_in_place():
-    cache = KeyValueCache(4, 8)
+def test_a_cache_keeps_rows_in_place_and_gives_their_places_to_others():
+    cache = KeyValueCache()
+    cache.add(4, 8)
     keys, _ = cache.of_layer("layer", torch.zeros(4, 1, 1, 1))
     cache.advance([2, 4, 6, 8])
     keys[:] = torch.arange(4.0)[:, None, None, None]
@@ -157,6 +176,17 @@ def test_a_cache_keeps_rows_in_place():
     kept, _ = cache.of_layer("layer", torch.zeros(2, 1, 1, 1))
     assert cache.lengths == [4, 8] and kept.data_ptr() == keys.data_ptr() and len(kept) == 2
     assert kept[0, 0, :4].eq(1).all() and kept[1].eq(3).all()
+    cache.add(2, 8)
+    cache.advance([0, 0, 1, 2])
+    more, _ = cache.of_layer("layer", torch.zeros(4, 1, 1, 1))
+    more[2:, :, :2] = torch.tensor([7.0, 9.0])[:, None, None, None]
+    cache.arrange([2, 3, 0, 1])
+    assert (more.data_ptr(), cache.lengths, cache.allocations) == (keys.data_ptr(), [1, 2, 4, 8], 1)
+    expected = ((7.0, 1), (9.0, 2), (1.0, 4), (3.0, 8))
+    assert all(row[0, :length].eq(value).all() for row, (value, length) in zip(more, expected, strict=True))
+    cache.add(1, 12)  # more than there is room for
+    grown, _ = cache.of_layer("layer", torch.zeros(5, 1, 1, 1))
+    assert grown.shape == (5, 1, 12, 1) and cache.allocations == 2 and torch.equal(grown[:4, :, :8], more)
 
 
 def test_prompts_are_packed_in_order_up_to_a_limit():

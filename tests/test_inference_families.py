@@ -13,12 +13,16 @@ class Alphabet:
     """Continues a prompt with the bytes that follow its last one."""
 
     def __init__(self, requests: Sequence[Request], settings: CommonSettings):
-        self.next = {index: request.token_ids[-1] for index, request in enumerate(requests)}
-        self.left = {
-            index: settings.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
-            for index, request in enumerate(requests)
-        }
-        self.passes = 0
+        self.next: dict[int, int] = {}
+        self.left: dict[int, int] = {}
+        self.settings, self.passes = settings, 0
+        self.admit(requests)
+
+    def admit(self, requests: Sequence[Request]) -> None:
+        for index, request in enumerate(requests, len(self.next)):
+            self.next[index] = request.token_ids[-1]
+            new = self.settings.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+            self.left[index] = new
 
     @property
     def running(self) -> list[int]:
@@ -75,6 +79,17 @@ def test_samples_that_ended_cost_nothing_more():
         ("bc", "end_of_text"),
     ]
     assert sessions[0].passes == 4 + 3
+
+
+def test_a_request_takes_the_place_of_a_sample_that_ended():
+    sessions: list[Alphabet] = []
+    prompts = [
+        Request(list(letter), index, new) for index, (letter, new) in enumerate([(b"A", 6), (b"a", 2), (b"J", 9)])
+    ]
+    pieces = list(run(prompts, sessions, batch_size=2, stop="O"))
+    assert len(sessions) == 1 and sessions[0].passes == 6 + 2 + 5
+    # The longest begin first; the last one follows the one that its stop text ended.
+    assert [piece.sample for piece in pieces] == [2, 0] * 5 + [0, 1, 1]
 
 
 def test_finished_samples_are_there_before_the_others():

@@ -115,7 +115,8 @@ def test_the_clean_condition_leaves_the_prompt_s_latents_in_the_block(model):
 def test_where_the_repaint_ends_the_block_goes_on_from_there(model):
     """Grid 1, 0.75, 0.5, 0.25, 0 with the prompt put back above 0.5: the last time at 0.75."""
     settings = FlowSettings(steps=4, first_block="partial_repaint", repaint_until=0.5)
-    prior = BlockPrior(model.dit, TimeGrid(model.dit, 4), 1, 8, settings)
+    prior = BlockPrior(model.dit, TimeGrid(model.dit, 4), settings)
+    prior.admit([torch.zeros(0, 8)], 8)
     noise, clean = torch.randn(2, 4, 1, 8, generator=torch.Generator().manual_seed(0))
     held = torch.tensor([True, True, False, False])[:, None]
     first = FirstBlock(held, clean, noise, [torch.Generator()], repaint=True, repaint_until=0.5)

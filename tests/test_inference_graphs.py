@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cola_megatron.inference import graphs
+from cola_megatron.inference import cached_attention
 from cola_megatron.inference.generate import FlowGenerator
 from cola_megatron.inference.protocol import Request
 from cola_megatron.inference.settings import FlowSettings
@@ -58,7 +58,7 @@ def tokens(generator: FlowGenerator, **options) -> dict[int, list[int]]:
     "options", [{}, {"guidance_interval": (0.3, 1.0)}, {"first_block": "partial_repaint"}, {"solver": "heun"}]
 )
 def test_replayed_steps_give_the_same_tokens(model, monkeypatch, options):
-    monkeypatch.setattr(graphs, "WIDTH", 16)  # so that widths change on the way
+    monkeypatch.setattr(cached_attention, "WIDTH", 16)  # so that widths change on the way
     tracer = Tracer()
     expected = tokens(FlowGenerator(model.vae, model.dit), **options)
     found = tokens(FlowGenerator(model.vae, model.dit, tracer), **options)

@@ -52,9 +52,9 @@ class Oracle:
     def describe(self):
         return {"family": "oracle", **vars(CommonSettings())}
 
-    def generate(self, prompts, sample_ids, decoding):
+    def generate(self, prompts, sample_ids, decoding, batch_size):
         assert decoding.temperature == 0
-        return [f" {self.known.get(prompt, 'nothing').upper()}. More" for prompt in prompts]
+        return enumerate(f" {self.known.get(prompt, 'nothing').upper()}. More" for prompt in prompts)
 
 
 # ---- passages -------------------------------------------------------------------------------------------------------

@@ -188,6 +188,23 @@ def test_a_sample_that_is_dropped_leaves_the_others_as_they_are(block_size):
         assert tokens == expected[index][: len(tokens)] and (len(tokens) == 12) == (index not in (0, 3))
 
 
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_a_sample_that_is_admitted_later_is_the_same(block_size):
+    model, options = network(block_size), {"block_length": None if block_size else 4, "guidance_scale": 0.5}
+    expected = generated(model, PROMPTS, **options)
+    requests = [Request(prompt, index) for index, prompt in enumerate(PROMPTS)]
+    settings = MaskedDiffusionSettings(max_new_tokens=12, **options)
+    session = MaskedDiffusionGenerator(*model).start(requests[:2], settings, padding_id=0)
+    found: list[list[int]] = [[] for _ in PROMPTS]
+    waiting = requests[2:]
+    while session.running:
+        for block in session.advance():
+            found[block.sample] += block.token_ids[block.repeated :]
+        if waiting:
+            session.admit([waiting.pop(0)])
+    assert found == expected
+
+
 def test_by_blocks_the_first_block_repeats_the_end_of_the_prompt():
     settings = MaskedDiffusionSettings(max_new_tokens=6)
     session = MaskedDiffusionGenerator(*network(4)).start([Request(PROMPTS[0], 0)], settings, padding_id=0)

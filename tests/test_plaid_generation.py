@@ -96,6 +96,15 @@ def test_a_dropped_sample_costs_nothing_more(plaid):
     assert sorted(block.sample for block in session.advance()) == [1, 2, 4]
 
 
+def test_a_sample_that_is_admitted_later_is_the_same(plaid):
+    session = plaid.start(REQUESTS[:2], PlaidSettings(steps=STEPS, max_new_tokens=3), 0)
+    found = list(session.advance())
+    session.admit(REQUESTS[2:])
+    assert session.running == [2, 3, 4]
+    found += list(session.advance())
+    assert {block.sample: block.token_ids for block in found} == blocks(plaid)
+
+
 def test_it_is_a_generator_of_token_ids(plaid):
     found = plaid.generate([[1, 2, 3], []], steps=2, max_new_tokens=[4, 2])
     assert [len(each.token_ids) for each in found] == [4, 2]

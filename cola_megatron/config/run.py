@@ -49,6 +49,9 @@ class ParallelConfig(Section):
     """Processes that share every matrix; must divide the heads of VAE and DiT."""
     sequence_parallel: Annotated[bool, OURS] = False
     """Shard the activations between tensor-parallel regions along the sequence."""
+    context_parallel_size: Annotated[PositiveInt, OURS] = 1
+    """Processes that share every sequence, each with a part of its positions; in attention they exchange parts for
+    heads, which they must divide (with `tensor_parallel_size`)."""
     pipeline_parallel_size: Annotated[PositiveInt, OURS] = 1
     """Stages that the chain of layers is cut into; each holds its own layers only."""
     pipeline_split: Annotated[list[PositiveInt] | None, OURS] = None
@@ -73,6 +76,11 @@ class ParallelConfig(Section):
     peer_timeout_seconds: Annotated[PositiveFloat, OURS] = 60.0
     """A rank that is not heard of for that long is lost, and the job ends with its name. Must be longer than any call
     of C++ code that keeps Python's lock (a build, a large file), which holds up the heartbeat."""
+
+    @property
+    def ranks_of_a_replica(self) -> int:
+        """Processes that together see one micro-batch."""
+        return self.tensor_parallel_size * self.context_parallel_size * self.pipeline_parallel_size
 
     @property
     def can_compile_blocks(self) -> bool:
@@ -116,7 +124,12 @@ class RunConfig(Section):
 
     @property
     def shared_sequences(self) -> dict[str, int]:
-        """Positions that sequence parallelism cuts, by words that a refusal begins with: "KEY=... is N, which"."""
+        """Positions that ranks cut between the layers, by words that a refusal begins with: "KEY=... is N, which"."""
+        raise NotImplementedError
+
+    @property
+    def attention_heads(self) -> dict[str, tuple[int, int]]:
+        """Heads of queries, and of keys and values, of every network that is trained, by the section of its config."""
         raise NotImplementedError
 
     @property
@@ -157,13 +170,34 @@ class RunConfig(Section):
         for key, size in self.shared_widths.items():
             if size % ranks:
                 raise ValueError(f"{key}={size} {rule}")
-        if not self.parallel.sequence_parallel:
-            return
-        if ranks == 1:
+        if self.parallel.sequence_parallel and ranks == 1:
             raise ValueError("parallel.sequence_parallel=true needs parallel.tensor_parallel_size above 1")
+        if self.parallel.context_parallel_size > 1:
+            self._check_context()
+        elif self.parallel.sequence_parallel:
+            for positions, size in self.shared_sequences.items():
+                if size % ranks:
+                    raise ValueError(f"{positions} {rule} under parallel.sequence_parallel")
+
+    def _check_context(self) -> None:
+        """Context-parallel ranks cut every sequence, and in attention its heads."""
+        parallel = self.parallel
+        tensor, context = parallel.tensor_parallel_size, parallel.context_parallel_size
+        times = f"parallel.tensor_parallel_size={tensor} times " if tensor > 1 else ""
+        rule = f"must be divisible by {times}parallel.context_parallel_size={context}"
+        for section, (heads, shared) in self.attention_heads.items():
+            if heads % (tensor * context):
+                raise ValueError(f"{section}.num_attention_heads={heads} {rule}")
+            if (shared // tensor) % context and context % (shared // tensor):
+                raise ValueError(
+                    f"{section}.num_key_value_heads={shared} over parallel.tensor_parallel_size={tensor} must be a "
+                    f"multiple or a divisor of parallel.context_parallel_size={context}"
+                )
+        if not parallel.sequence_parallel:
+            tensor, rule = 1, f"must be divisible by parallel.context_parallel_size={context}"
         for positions, size in self.shared_sequences.items():
-            if size % ranks:
-                raise ValueError(f"{positions} {rule} under parallel.sequence_parallel")
+            if size % (tensor * context):
+                raise ValueError(f"{positions} {rule}")
 
     def _check_pipeline(self) -> None:
         parallel = self.parallel

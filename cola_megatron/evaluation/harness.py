@@ -44,7 +44,7 @@ def evaluate_task(
     """Evaluates a task and stores OUTPUT/TASK.json; goes on where an earlier call, on any number of ranks, ended.
 
     Item i belongs to data-parallel rank i % n, which appends its records to OUTPUT/TASK/records_rank_<rank>.jsonl
-    after every batch. Ranks of one replica compute together, and its first one writes.
+    as soon as it has it. Ranks of one replica compute together, and its first one writes.
 
     Returns:
         The result on the main process, None on the others.
@@ -79,10 +79,10 @@ def evaluate_task(
         unit="item",
         disable=not (progress and groups.is_main),
     ) as bar:
-        for records in answers(model, task.rule, task.decoding, left, batch_size):
+        for record in answers(model, task.rule, task.decoding, left, batch_size):
             if writes:
-                append_records(path, records)
-            bar.update(len(records))
+                append_records(path, [record])
+            bar.update()
     groups.barrier()
     if not groups.is_main:
         return None
@@ -94,15 +94,18 @@ def evaluate_task(
 
 def answers(
     model: EvaluationModel, rule: Rule, decoding: Decoding, items: Sequence[Item], batch_size: int
-) -> Iterator[list[Record]]:
-    """What a model writes to items and whether it is right, batch by batch, the longest prompts first."""
-    for batch in batches_by_length(items, [len(item.prompt) for item in items], batch_size):
-        texts = model.generate([item.prompt for item in batch], [sample_id(item.id) for item in batch], decoding)
-        records = []
-        for item, text in zip(batch, texts, strict=True):
-            text = cut_at(text, decoding.stop)
-            records.append(make_record(item, text, score(rule, text, item.truths, item.options)))
-        yield records
+) -> Iterator[Record]:
+    """What a model writes to items and whether it is right, as it ends; the longest prompts begin first: what does not
+    fit in memory shows at once.
+
+    Args:
+        batch_size: items under way at once.
+    """
+    ordered = sorted(items, key=lambda item: -len(item.prompt))
+    ids = [sample_id(item.id) for item in ordered]
+    for place, text in model.generate([item.prompt for item in ordered], ids, decoding, batch_size):
+        item, text = ordered[place], cut_at(text, decoding.stop)
+        yield make_record(item, text, score(rule, text, item.truths, item.options))
 
 
 def batches_by_length(values: Sequence[T], lengths: Sequence[int], size: int) -> Iterator[list[T]]:

@@ -156,8 +156,8 @@ def evaluate_last_word(
     own = own_part([Item(index, each.context, (each.target,)) for index, each in enumerate(task.items)], groups)
     records: dict[int | str, dict[str, Any]] = {}
     with progress_bar("last word", progress and groups.is_main) as bar:
-        for batch in answers(model, match_first_word, decoding, own, batch_size):
-            records |= {record["id"]: record for record in batch}
+        for record in answers(model, match_first_word, decoding, own, batch_size):
+            records[record["id"]] = record
             bar(len(records), len(own))
     found = from_all_replicas([records[item.id] for item in own], groups)
     if not groups.is_main:

@@ -66,12 +66,14 @@ class EvaluationLM(LM):
         with self._progress("generate", len(requests)) as bar:
             for decoding in dict.fromkeys(decodings):
                 alike = [index for index, own in enumerate(decodings) if own == decoding]
-                for batch in batches_by_length(alike, [len(prompts[index]) for index in alike], self.batch_size):
-                    texts = self.model.generate([prompts[i] for i in batch], [ids[i] for i in batch], decoding)
-                    for index, text in zip(batch, texts, strict=True):
-                        answers[index] = cut_at(text, decoding.stop)
-                        self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
-                    bar.update(len(batch))
+                alike.sort(key=lambda index: -len(prompts[index]))  # what does not fit in memory shows at once
+                for place, text in self.model.generate(
+                    [prompts[index] for index in alike], [ids[index] for index in alike], decoding, self.batch_size
+                ):
+                    index = alike[place]
+                    answers[index] = cut_at(text, decoding.stop)
+                    self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
+                    bar.update()
         return [answers[index] for index in range(len(requests))]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:

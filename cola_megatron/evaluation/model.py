@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from cola_megatron.errors import UserError
 from cola_megatron.evaluation.decoding import Decoding
 from cola_megatron.inference.protocol import Generator
 from cola_megatron.inference.settings import MAX_SAMPLE_ID, CommonSettings
+from cola_megatron.inference.text_generation import finished
 
 NO_LIKELIHOOD = "gives no log-likelihoods: choose tasks that generate (output_type: generate_until)"
 
@@ -28,8 +29,13 @@ class EvaluationModel(Protocol):
     def describe(self) -> dict[str, Any]:
         """What results depend on, as JSON: weights and settings. A resumed evaluation must find the same."""
 
-    def generate(self, prompts: Sequence[str], sample_ids: Sequence[int], decoding: Decoding) -> list[str]:
-        """Continues each prompt. A text depends on its prompt and sample id, not on the others of the batch."""
+    def generate(
+        self, prompts: Sequence[str], sample_ids: Sequence[int], decoding: Decoding, batch_size: int
+    ) -> Iterator[tuple[int, str]]:
+        """Continues all prompts, `batch_size` of them at once: (its place, its text) of each as soon as it has ended.
+
+        A text depends on its prompt and sample id, not on its neighbours.
+        """
 
     def loglikelihood(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """log p(continuation | context) of each pair, in nats. It does not depend on the others of the batch."""
@@ -80,7 +86,9 @@ class GeneratorModel:
         weights = {"weights": _fingerprint(self.generator), **_precision(self.generator)}
         return {"family": type(self.generator).__name__, **weights, **settings}
 
-    def generate(self, prompts: Sequence[str], sample_ids: Sequence[int], decoding: Decoding) -> list[str]:
+    def generate(
+        self, prompts: Sequence[str], sample_ids: Sequence[int], decoding: Decoding, batch_size: int
+    ) -> Iterator[tuple[int, str]]:
         """See `EvaluationModel`.
 
         Raises:
@@ -90,10 +98,11 @@ class GeneratorModel:
         if options.pop("until_end_of_text"):
             options["end_of_text"] = (*self.settings.end_of_text, *getattr(self.generator, "end_of_text_ids", ()))
         try:
-            outputs = self.generator.generate(list(prompts), ids=list(sample_ids), **options)
+            pieces = self.generator.stream(list(prompts), ids=list(sample_ids), batch_size=batch_size, **options)
+            for index, generation in finished(pieces, len(prompts)):
+                yield index, generation.text
         except ValueError as error:
             raise UserError(f"{self.name}: {error}") from error
-        return [output.text for output in outputs]
 
     def loglikelihood(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """See `EvaluationModel`. Pairs with one context share their noise: they differ by their continuations alone.
@@ -127,7 +136,7 @@ class GeneratorModel:
         # Most continuations part from the greedy text at once; the others are followed for as long as they are.
         while len(text) < len(continuation) and continuation.startswith(text) and tokens < MOST_GREEDY_TOKENS:
             tokens = max(FIRST_GREEDY_TOKENS, 2 * tokens)
-            (text,) = self.generate([context], [sample_id(context)], Decoding(max_new_tokens=tokens))
+            ((_, text),) = self.generate([context], [sample_id(context)], Decoding(max_new_tokens=tokens), 1)
         self._greedy = (context, tokens, text)
         return text.startswith(continuation)
 

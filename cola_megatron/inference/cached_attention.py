@@ -18,9 +18,19 @@ from torch import nn
 from cola_megatron.inference.kv_cache import KeyValueCache
 from cola_megatron.layers.attention import attend, product
 from cola_megatron.layers.masks import block_causal_mask, block_causal_visibility
+from cola_megatron.layers.packed_documents import (
+    PackedDocuments,
+    attend_inside_documents,
+    kernel_of_variable_lengths,
+    starts_of,
+)
 
 # Prompts are laid end to end up to this many latents in one pass; more only takes memory for activations.
 PACKED_LATENTS = 8192
+
+# Masked products run over multiples of so many keys: a recorded or compiled step, and a kernel that plans for a shape,
+# meets a new width every so many latents instead of at every block.
+WIDTH = 256
 
 
 def packs(lengths: Sequence[int], limit: int = PACKED_LATENTS) -> Iterator[list[int]]:
@@ -57,6 +67,8 @@ class PackedPrompts:
     ):
         self.lengths, self.cache, self.samples = lengths, cache, samples
         self.masks = {length: block_causal_mask(length, block_size, device) for length in set(lengths)}
+        self.block_size = block_size
+        self.starts_N: torch.Tensor | None = None
         self.positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
 
     def attend(
@@ -69,6 +81,12 @@ class PackedPrompts:
             for sample, k, v in zip(self.samples, *parts[1:], strict=True):
                 keys[sample, :, : len(k)] = k[:, 0].transpose(0, 1)
                 values[sample, :, : len(v)] = v[:, 0].transpose(0, 1)
+        kernel = kernel_of_variable_lengths(q_NRAD.device, q_NRAD.dtype)
+        if kernel is not None and (self.block_size == 1 or self.block_size >= max(self.lengths)):
+            if self.starts_N is None:
+                self.starts_N = starts_of(self.lengths).to(q_NRAD.device)
+            documents = PackedDocuments(self.starts_N, max(self.lengths), kernel)
+            return attend_inside_documents(q_NRAD, k_NRGD, v_NRGD, documents, causal=self.block_size == 1)
         return torch.cat([attend(q, k, v, self.masks[len(q)]) for q, k, v in zip(*parts, strict=True)])
 
 
@@ -111,27 +129,24 @@ class NewBlocks:
         """(S, R, A, D) -> (S, R, A * D). Rows beyond the samples see their own block alone."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SRAD, k_SRGD, v_SRGD))
         keys, values = self.cache.of_layer(layer, k)
-        products = []
+        seen_SRAD, batch = torch.empty(q_SRAD.shape, dtype=q.dtype, device=q.device), len(self.cache.lengths)
+        seen_RASD = seen_SRAD.permute(1, 2, 0, 3)
         for rows, length, visible_SK in self.groups:
             end = length + self.size
             keys[rows, :, length:end] = k[rows]
             values[rows, :, length:end] = v[rows]
-            products.append(product(q[rows], keys[rows, :, :end], values[rows, :, :end], visible_SK))
-        return _joined(products, q, k, v, len(self.cache.lengths))
+            seen_RASD[rows] = product(q[rows], keys[rows, :, :end], values[rows, :, :end], visible_SK)
+        if len(q) > batch:
+            seen_RASD[batch:] = product(q[batch:], k[batch:], v[batch:])
+        return seen_SRAD.flatten(2)
 
 
 class MaskedBlocks:
-    """`NewBlocks` in one product over the width of the longest sample, under a mask.
+    """`NewBlocks` in one product over a common width, that of the longest sample rounded up, under a mask."""
 
-    Args:
-        width: keys that the product runs over; by default just enough for the longest sample.
-    """
-
-    def __init__(
-        self, cache: KeyValueCache, size: int, block_size: int, device: torch.device, width: int | None = None
-    ):
+    def __init__(self, cache: KeyValueCache, size: int, block_size: int, device: torch.device):
         self.cache = cache
-        self.width = max(cache.lengths) + size if width is None else width
+        self.width = min(-(-(max(cache.lengths, default=0) + size) // WIDTH) * WIDTH, cache.capacity)
         self.samples_B1 = torch.arange(len(cache.lengths), device=device)[:, None]
         starts_B = torch.tensor(cache.lengths, dtype=torch.long)
         positions_BS = starts_B[:, None] + torch.arange(size)
@@ -150,20 +165,12 @@ class MaskedBlocks:
         batch, positions_BS = len(self.samples_B1), self.positions_SB.t()
         keys[self.samples_B1, :, positions_BS] = k[:batch].transpose(1, 2)
         values[self.samples_B1, :, positions_BS] = v[:batch].transpose(1, 2)
-        of_samples = product(q[:batch], keys[:, :, : self.width], values[:, :, : self.width], self.visible_B1SK)
-        return _joined([of_samples], q, k, v, batch)
+        seen_RASD = product(q[:batch], keys[:, :, : self.width], values[:, :, : self.width], self.visible_B1SK)
+        if len(q) > batch:
+            seen_RASD = torch.cat((seen_RASD, product(q[batch:], k[batch:], v[batch:])))
+        return seen_RASD.permute(2, 0, 1, 3).flatten(2)
 
 
 def blocks_for(device: torch.device) -> type[NewBlocks] | type[MaskedBlocks]:
     """The form for a device: exact products per length on a CPU, one masked product on a GPU."""
     return NewBlocks if device.type == "cpu" else MaskedBlocks
-
-
-def _joined(
-    products: list[torch.Tensor], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: int
-) -> torch.Tensor:
-    """The samples' products and those of the rows beyond them, (R, A, S, D) -> (S, R, A * D)."""
-    if len(q) > batch:
-        products = [*products, product(q[batch:], k[batch:], v[batch:])]
-    product_RASD = products[0] if len(products) == 1 else torch.cat(products)
-    return product_RASD.permute(2, 0, 1, 3).flatten(2)

@@ -34,25 +34,27 @@ def encode_prompts(vae: TextVAE, prompts: Sequence[list[int]], device: torch.dev
 
 
 class BlockDecoder:
-    """The conditional decoder p(x | z), one block of every sample at a time, with a cache.
+    """The conditional decoder p(x | z), one block of every sample at a time, with a cache that begins empty."""
 
-    Args:
-        capacity: latents per sample, prompt and generation together.
-    """
-
-    def __init__(self, vae: TextVAE, batch: int, capacity: int, block_size: int):
+    def __init__(self, vae: TextVAE, block_size: int):
         self.decoder, self.block_size = vae.decoder, block_size
         self.vocab_size = vae.encoder.mask_token_id
         self.device = next(vae.parameters()).device
-        self.cache = KeyValueCache(batch, capacity)
+        self.cache = KeyValueCache()
 
-    def remember_prompts(self, prompts: Sequence[torch.Tensor]) -> None:
-        """Commits each sample's prompt latents (n, C), from position 0 on; their logits are not needed."""
+    def admit(self, prompts: Sequence[torch.Tensor], capacity: int) -> None:
+        """Further samples: their prompts' latents (n, C), from position 0 on; the logits of those are not needed.
+
+        Args:
+            capacity: latents of the longest of them, prompt and generation together.
+        """
+        before = len(self.cache.lengths)
+        self.cache.add(len(prompts), capacity)
         for pack in packs([len(z_NC) for z_NC in prompts]):
-            lengths = [len(prompts[sample]) for sample in pack]
-            attention = PackedPrompts(lengths, self.decoder.config.block_size, self.device, self.cache, pack)
+            lengths, rows = [len(prompts[sample]) for sample in pack], [before + sample for sample in pack]
+            attention = PackedPrompts(lengths, self.decoder.config.block_size, self.device, self.cache, rows)
             self._hidden(torch.cat([prompts[sample] for sample in pack])[:, None], attention.positions, attention)
-        self.cache.advance([len(z_NC) for z_NC in prompts])
+        self.cache.advance([0] * before + [len(z_NC) for z_NC in prompts])
 
     def decode(self, z_SBC: torch.Tensor, commit: bool = True) -> torch.Tensor:
         """Logits (B, S * P, V) of the next block, float32.
@@ -70,6 +72,10 @@ class BlockDecoder:
     def keep(self, rows: Sequence[int]) -> None:
         """Drops every sample but these."""
         self.cache.keep(rows)
+
+    def arrange(self, rows: Sequence[int]) -> None:
+        """Puts the samples into this order."""
+        self.cache.arrange(rows)
 
     def _hidden(self, z_SBC: torch.Tensor, positions: torch.Tensor, attention) -> torch.Tensor:
         decoder = self.decoder

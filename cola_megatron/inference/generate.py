@@ -54,7 +54,7 @@ class FlowGenerator:
         return self._grid
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Sample:
     """One running sample; the batch is a list of these, in order of their contexts' length."""
 
@@ -63,6 +63,15 @@ class _Sample:
     sample_id: int
     blocks: int
     layout: PromptLayout
+    held_NC: torch.Tensor
+    """The prompt's latents inside the first generated block."""
+    done: int = 0
+    """Blocks that are settled."""
+
+    @property
+    def repeated(self) -> int:
+        """Tokens of the next block that repeat the prompt."""
+        return 0 if self.done else self.layout.repeated_tokens
 
 
 class FlowSession:
@@ -72,7 +81,6 @@ class FlowSession:
     `max_new_tokens`.
     """
 
-    @torch.no_grad()
     def __init__(
         self,
         vae: TextVAE,
@@ -83,27 +91,18 @@ class FlowSession:
         padding_id: int,
         recorder: Recorder | None = None,
     ):
-        self.settings, self.grid = settings, grid
+        self.vae, self.dit, self.grid, self.settings, self.padding_id = vae, dit, grid, settings, padding_id
         self.device = grid.times_T.device
         self.shape = (dit.config.block_size, dit.config.latent_dim)
-        self.block = 0
+        self.prior = BlockPrior(dit, grid, settings, recorder)
+        self.decoder = BlockDecoder(vae, self.shape[0])
+        self._requests = 0
+        self._samples: list[_Sample] = []
         self._unremembered_SBC: torch.Tensor | None = None
-        self._samples = _in_order(vae, dit, requests, settings, padding_id)
-        latents = encode_prompts(vae, [sample.layout.token_ids for sample in self._samples], self.device)
-        contexts = [z_NC[: sample.layout.whole] for sample, z_NC in zip(self._samples, latents, strict=True)]
-        capacity = max((sample.layout.whole + sample.blocks * self.shape[0] for sample in self._samples), default=0)
-        batch = len(self._samples)
-        self.prior = BlockPrior(dit, grid, batch, capacity, settings, recorder)
-        self.decoder = BlockDecoder(vae, batch, capacity, self.shape[0])
-        self.prior.remember_prompts(contexts)
-        self.decoder.remember_prompts(contexts)
-        self._held = [
-            z_NC[sample.layout.whole : sample.layout.whole + sample.layout.held]
-            for sample, z_NC in zip(self._samples, latents, strict=True)
-        ]
-        self._seen_BV = None
+        self._seen_BV: torch.Tensor | None = None
         if settings.repetition_penalty != 1.0:
-            self._seen_BV = torch.zeros(batch, self.decoder.vocab_size, dtype=torch.bool, device=self.device)
+            self._seen_BV = torch.zeros(0, self.decoder.vocab_size, dtype=torch.bool, device=self.device)
+        self.admit(requests)
 
     @property
     def running(self) -> list[int]:
@@ -111,13 +110,44 @@ class FlowSession:
         return sorted(sample.index for sample in self._samples)
 
     @torch.no_grad()
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Further samples, which begin with the next block: encodes their prompts and fills the caches."""
+        if not requests:
+            return
+        self._remember()
+        (block_size, _), patch_size = self.shape, self.vae.config.patch_size
+        # The encoder sees whole blocks of its own; one that is longer than the prior's sees what there is of it.
+        of_vae = self.vae.config.block_size
+        unit = patch_size * (of_vae if block_size % of_vae == 0 else block_size)
+        layouts = [
+            lay_out(request.token_ids, self.settings.first_block, block_size, patch_size, unit, self.padding_id)
+            for request in requests
+        ]
+        contexts, capacity = [], 0
+        latents = encode_prompts(self.vae, [layout.token_ids for layout in layouts], self.device)
+        for request, layout, z_NC in zip(requests, layouts, latents, strict=True):
+            tokens = self.settings.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+            blocks = -(-tokens // (block_size * patch_size))
+            held_NC = z_NC[layout.whole : layout.whole + layout.held]
+            self._samples.append(_Sample(self._requests, request.sample_id, blocks, layout, held_NC))
+            self._requests += 1
+            contexts.append(z_NC[: layout.whole])
+            capacity = max(capacity, layout.whole + blocks * block_size)
+        self.prior.admit(contexts, capacity)
+        self.decoder.admit(contexts, capacity)
+        if self._seen_BV is not None:
+            new_BV = self._seen_BV.new_zeros(len(requests), self.decoder.vocab_size)
+            self._seen_BV = torch.cat((self._seen_BV, new_BV))
+        self._arrange()
+
+    @torch.no_grad()
     def advance(self, preview_steps: Sequence[int] = ()) -> Iterator[TokenPreview | TokenBlock]:
         """One block of every running sample; before it its estimates at some of the solver's steps (0 is the first)."""
-        if self._unremembered_SBC is not None:
-            self.prior.remember(self._unremembered_SBC)
-            self._unremembered_SBC = None
+        if not self._samples:
+            return
+        self._remember()
         noise_SBC = self._noise()
-        first = self._first_block(noise_SBC) if self.block == 0 else None
+        first = self._first_block(noise_SBC)
         drawing = self.prior.draw(noise_SBC, first)
         while True:
             try:
@@ -129,16 +159,14 @@ class FlowSession:
                 clean_SBC = evaluation.clean if first is None else first.hold(evaluation.clean, 0.0)
                 ids_BT = self._tokens(self.decoder.decode(clean_SBC, commit=False))
                 for sample, ids in zip(list(self._samples), ids_BT.tolist(), strict=True):
-                    yield TokenPreview(sample.index, evaluation.step, evaluation.time, ids, self._repeated(sample))
+                    yield TokenPreview(sample.index, evaluation.step, evaluation.time, ids, sample.repeated)
         ids_BT = self._tokens(self.decoder.decode(z_SBC))
         if self._seen_BV is not None:
             self._seen_BV.scatter_(1, ids_BT, True)
-        found = zip(self._samples, ids_BT.tolist(), z_SBC.cpu().unbind(1), strict=True)
-        blocks = [
-            TokenBlock(sample.index, ids, self._repeated(sample), self.block + 1 == sample.blocks, z_SC)
-            for sample, ids, z_SC in found
-        ]
-        self.block += 1
+        blocks = []
+        for sample, ids, z_SC in zip(self._samples, ids_BT.tolist(), z_SBC.cpu().unbind(1), strict=True):
+            blocks.append(TokenBlock(sample.index, ids, sample.repeated, sample.done + 1 == sample.blocks, z_SC))
+            sample.done += 1
         # The prior reads it when the next block begins: by then finished samples are gone.
         self._unremembered_SBC = z_SBC
         self.drop([block.sample for block in blocks if block.last])
@@ -150,29 +178,44 @@ class FlowSession:
         rows = [row for row, sample in enumerate(self._samples) if sample.index not in samples]
         if len(rows) == len(self._samples):
             return
-        self._samples = [self._samples[row] for row in rows]
         self.prior.keep(rows)
         self.decoder.keep(rows)
+        self._take(rows)
+
+    def _arrange(self) -> None:
+        """In order of their contexts: neighbours of one length share their attention."""
+        lengths = self.prior.cache.lengths
+        rows = sorted(range(len(lengths)), key=lengths.__getitem__)
+        if rows != list(range(len(lengths))):
+            self.prior.arrange(rows)
+            self.decoder.arrange(rows)
+            self._take(rows)
+
+    def _take(self, rows: Sequence[int]) -> None:
+        self._samples = [self._samples[row] for row in rows]
         rows_B = torch.tensor(rows, dtype=torch.long, device=self.device)
         if self._seen_BV is not None:
             self._seen_BV = self._seen_BV[rows_B]
         if self._unremembered_SBC is not None:
             self._unremembered_SBC = self._unremembered_SBC[:, rows_B]
 
-    def _repeated(self, sample: _Sample) -> int:
-        return sample.layout.repeated_tokens if self.block == 0 else 0
+    def _remember(self) -> None:
+        if self._unremembered_SBC is not None and self._samples:
+            self.prior.remember(self._unremembered_SBC)
+        self._unremembered_SBC = None
 
     def _noise(self) -> torch.Tensor:
         seed, formula = self.settings.noise_seed, self.settings.noise
-        noise = [block_noise(seed, each.sample_id, self.block, self.shape, formula) for each in self._samples]
+        noise = [block_noise(seed, each.sample_id, each.done, self.shape, formula) for each in self._samples]
         return torch.stack(noise, dim=1).to(self.device)
 
     def _first_block(self, noise_SBC: torch.Tensor) -> FirstBlock | None:
-        if not any(sample.layout.held for sample in self._samples):
+        begun = [(row, each.held_NC) for row, each in enumerate(self._samples) if each.layout.held and not each.done]
+        if not begun:
             return None
         clean_SBC = torch.zeros_like(noise_SBC)
         held_SB = torch.zeros(noise_SBC.shape[:2], dtype=torch.bool, device=self.device)
-        for row, z_NC in enumerate(self._held):
+        for row, z_NC in begun:
             clean_SBC[: len(z_NC), row] = z_NC
             held_SB[: len(z_NC), row] = True
         settings = self.settings
@@ -195,19 +238,4 @@ class FlowSession:
 
     def _generators(self, draws: int) -> list[torch.Generator]:
         seed, formula = self.settings.noise_seed, self.settings.noise
-        return [generator_of(seed, each.sample_id, self.block, draws, formula) for each in self._samples]
-
-
-def _in_order(
-    vae: TextVAE, dit: DiT, requests: Sequence[Request], settings: FlowSettings, padding_id: int
-) -> list[_Sample]:
-    """The samples in order of their contexts: neighbours of one length share their attention."""
-    block_size, patch_size = dit.config.block_size, vae.config.patch_size
-    # The encoder sees whole blocks of its own; one that is longer than the prior's sees what there is of it.
-    unit = patch_size * (vae.config.block_size if block_size % vae.config.block_size == 0 else block_size)
-    samples = []
-    for index, request in enumerate(requests):
-        tokens = settings.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
-        layout = lay_out(request.token_ids, settings.first_block, block_size, patch_size, unit, padding_id)
-        samples.append(_Sample(index, request.sample_id, -(-tokens // (block_size * patch_size)), layout))
-    return sorted(samples, key=lambda sample: sample.layout.whole)
+        return [generator_of(seed, each.sample_id, each.done, draws, formula) for each in self._samples]

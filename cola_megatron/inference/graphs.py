@@ -18,14 +18,10 @@ import torch
 
 from cola_megatron.inference.cached_attention import MaskedBlocks
 from cola_megatron.inference.fast_forward import phases
-from cola_megatron.inference.kv_cache import KeyValueCache
 from cola_megatron.layers.attention import AttentionContext
 
 Recorder = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], object], torch.Tensor]]
 """Runs a function once -> (what repeats its operations on the same tensors, the tensor that the result appears in)."""
-
-# Widths of the cache are rounded up to multiples of this: one graph for so many latents of growth.
-WIDTH = 256
 
 
 def record_on_cuda(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
@@ -40,11 +36,6 @@ def record_on_cuda(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], object
     with torch.cuda.graph(graph):
         output = run()
     return graph.replay, output
-
-
-def common_width(cache: KeyValueCache, size: int) -> int:
-    """Width of the cache for a recording that shall serve later blocks too."""
-    return min(-(-(max(cache.lengths) + size) // WIDTH) * WIDTH, cache.capacity)
 
 
 class RecordedVelocity:

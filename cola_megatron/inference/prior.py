@@ -13,7 +13,7 @@ import torch
 from cola_megatron.inference.cached_attention import MaskedBlocks, NewBlocks, PackedPrompts, blocks_for, packs
 from cola_megatron.inference.fast_forward import phases
 from cola_megatron.inference.first_block import FirstBlock
-from cola_megatron.inference.graphs import RecordedVelocity, Recorder, common_width
+from cola_megatron.inference.graphs import RecordedVelocity, Recorder
 from cola_megatron.inference.kv_cache import KeyValueCache
 from cola_megatron.inference.settings import FlowSettings
 from cola_megatron.inference.solvers import RULES, Evaluation, integrate, uniform_grid
@@ -58,8 +58,9 @@ class BlockPrior:
     The conditional and the unconditional pass of a step are rows of one batch: every matrix is read once. The
     unconditional rows see their own block, so they need neither the cache nor a mask.
 
+    It begins without samples.
+
     Args:
-        capacity: latents per sample, prompt and generation together.
         grid: for `settings.steps`.
         recorder: records the solver's evaluations and replays them (`graphs.py`); None: runs each.
     """
@@ -68,28 +69,31 @@ class BlockPrior:
         self,
         dit: DiT,
         grid: TimeGrid,
-        batch: int,
-        capacity: int,
         settings: FlowSettings,
         recorder: Recorder | None = None,
     ):
         self.dit, self.grid, self.settings = dit, grid, settings
         self.device = next(dit.parameters()).device
         self.block_size = dit.config.block_size
-        self.cache = KeyValueCache(batch, capacity)
+        self.cache = KeyValueCache()
         self.recorder = recorder
-        self._recorded: dict[tuple[int, int], RecordedVelocity] = {}
+        self._recorded: dict[tuple[int, int, int, int], RecordedVelocity] = {}
         self._next: _Blocks | None = None
 
-    def remember_prompts(self, prompts: Sequence[torch.Tensor]) -> None:
-        """Commits each sample's clean prompt latents (n, C), at t = 0 from position 0 on."""
+    def admit(self, prompts: Sequence[torch.Tensor], capacity: int) -> None:
+        """Further samples: their clean prompt latents (n, C), at t = 0 from position 0 on.
+
+        Args:
+            capacity: latents of the longest of them, prompt and generation together.
+        """
+        before, self._next = len(self.cache.lengths), None
+        self.cache.add(len(prompts), capacity)
         for pack in packs([len(z_NC) for z_NC in prompts]):
+            lengths, rows = [len(prompts[sample]) for sample in pack], [before + sample for sample in pack]
             z_NC = torch.cat([prompts[sample] for sample in pack])
-            attention = PackedPrompts(
-                [len(prompts[sample]) for sample in pack], self.block_size, self.device, self.cache, pack
-            )
+            attention = PackedPrompts(lengths, self.block_size, self.device, self.cache, rows)
             self._velocity(z_NC[:, None], self.grid.clean_row, self._context(attention.positions, attention))
-        self.cache.advance([len(z_NC) for z_NC in prompts])
+        self.cache.advance([0] * before + [len(z_NC) for z_NC in prompts])
 
     def remember(self, z_SBC: torch.Tensor) -> None:
         """Commits one clean block (t = 0) of every sample."""
@@ -101,7 +105,11 @@ class BlockPrior:
         """Drops every sample but these."""
         self.cache.keep(rows)
         self._next = None
-        self._recorded = {}
+
+    def arrange(self, rows: Sequence[int]) -> None:
+        """Puts the samples into this order."""
+        self.cache.arrange(rows)
+        self._next = None
 
     def draw(
         self, noise_SBC: torch.Tensor, first: FirstBlock | None = None
@@ -152,11 +160,8 @@ class BlockPrior:
 
     def _blocks(self) -> _Blocks:
         size = self.block_size
-        attention: NewBlocks | MaskedBlocks
-        if self.recorder is None:
-            attention = blocks_for(self.device)(self.cache, size, size, self.device)
-        else:
-            attention = MaskedBlocks(self.cache, size, size, self.device, common_width(self.cache, size))
+        form = blocks_for(self.device) if self.recorder is None else MaskedBlocks
+        attention = form(self.cache, size, size, self.device)
         rows = [row for row, length in enumerate(self.cache.lengths) if length]
         positions_SB, every = attention.positions_SB, len(rows) == len(self.cache.lengths)
         with_context = None if every else torch.tensor(rows, dtype=torch.long, device=self.device)
@@ -186,7 +191,9 @@ class BlockPrior:
         if self.recorder is None:
             return self._velocity(z_SRC, step, context, index_SR)
         assert isinstance(attention, MaskedBlocks), "`_blocks` makes these where there is a recorder"
-        key = (z_SRC.shape[1], attention.width)
+        cache = self.cache
+        # A recording is of tensors: it ends with the stores that it was made over.
+        key = (len(cache.lengths), z_SRC.shape[1], attention.width, cache.allocations)
         if key not in self._recorded:
             self._recorded[key] = RecordedVelocity(
                 lambda z_SRC, index_SR, context: self._velocity(z_SRC, 0, context, index_SR),

@@ -63,6 +63,9 @@ class Session(Protocol):
     def drop(self, samples: Sequence[int]) -> None:
         """Ends these samples before their length; later blocks cost nothing for them."""
 
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Further samples, which begin with the next block. Their indices follow those of all requests so far."""
+
 
 @dataclass(frozen=True)
 class Generation:

@@ -10,6 +10,14 @@ def penalize_repetition(logits_BTV: torch.Tensor, seen_BV: torch.Tensor, penalty
     """Divides positive and multiplies negative logits of the ids seen before by `penalty`."""
     if penalty == 1.0:
         return logits_BTV
+    if logits_BTV.device.type == "cpu":
+        # Few ids of a vocabulary have been seen. On a GPU their number would have to be waited for.
+        row_N, id_N = seen_BV.nonzero(as_tuple=True)
+        seen_NT = logits_BTV[row_N, :, id_N]
+        penalized_NT = torch.where(seen_NT < 0, seen_NT * penalty, seen_NT / penalty)
+        logits_BTV = logits_BTV.clone()
+        logits_BTV[row_N, :, id_N] = penalized_NT
+        return logits_BTV
     penalized = torch.where(logits_BTV < 0, logits_BTV * penalty, logits_BTV / penalty)
     return torch.where(seen_BV[:, None], penalized, logits_BTV)
 

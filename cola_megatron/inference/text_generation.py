@@ -20,36 +20,29 @@ def stream(
 ) -> Iterator[Piece | Preview]:
     """Pieces of all samples as they settle, and previews at some of the solver's steps.
 
+    A request takes the place of a sample that has ended, between two blocks of the others.
+
     Args:
-        start: begins a batch.
+        start: begins a session.
         decode: token ids -> text. A continuation is what the prompt's tokens and its own have beyond the prompt's.
-        batch_size: samples under way at once; None: all. With fewer than all, prompts of like length go together.
+        batch_size: samples under way at once; None: all. With fewer than all, the longest begin first: what does not
+            fit in memory shows at once, and few are left to run alone at the end.
     """
+    if not requests:
+        return
     order = list(range(len(requests)))
     if batch_size is not None and batch_size < len(requests):
-        order.sort(key=lambda index: len(requests[index].token_ids))
-    for first in range(0, len(order), batch_size or max(1, len(order))):
-        members = order[first : first + batch_size] if batch_size else order
-        yield from _stream_batch(
-            start([requests[index] for index in members]),
-            members,
-            [following(decode, requests[index].token_ids) for index in members],
-            settings,
-            preview_steps,
-        )
-
-
-def _stream_batch(
-    session: Session,
-    members: list[int],
-    decodes: Sequence[Decode],
-    settings: CommonSettings,
-    preview_steps: Sequence[int],
-) -> Iterator[Piece | Preview]:
-    texts = [TextStream(decode, settings.stop, settings.end_of_text) for decode in decodes]
+        order.sort(key=lambda index: -_longest(requests[index], settings))
+    slots = len(order) if batch_size is None else batch_size
+    session, begun = start([requests[index] for index in order[:slots]]), min(slots, len(order))
+    texts: dict[int, TextStream] = {}  # of the samples under way: a session counts its samples as `order` does
     while session.running:
         for event in session.advance(preview_steps):
-            text, index = texts[event.sample], members[event.sample]
+            index = order[event.sample]
+            if event.sample not in texts:
+                own = following(decode, requests[index].token_ids)
+                texts[event.sample] = TextStream(own, settings.stop, settings.end_of_text)
+            text = texts[event.sample]
             if isinstance(event, TokenPreview):
                 yield Preview(index, event.step, event.time, text.preview(event.token_ids[event.repeated :]))
                 continue
@@ -57,7 +50,17 @@ def _stream_batch(
             if event.last and text.finish_reason is None:
                 piece += text.end()
             yield Piece(index, piece, event.token_ids, event.latents, event.repeated, text.finish_reason)
-        session.drop([sample for sample in session.running if texts[sample].finish_reason is not None])
+        texts = {sample: text for sample, text in texts.items() if text.finish_reason is None}
+        session.drop([sample for sample in session.running if sample not in texts])
+        next_ones = order[begun : begun + slots - len(session.running)]
+        begun += len(next_ones)
+        if next_ones:
+            session.admit([requests[index] for index in next_ones])
+
+
+def _longest(request: Request, settings: CommonSettings) -> int:
+    new = settings.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+    return len(request.token_ids) + new
 
 
 def finished(pieces: Iterable[Piece | Preview], count: int) -> Iterator[tuple[int, Generation]]:

@@ -26,6 +26,7 @@ class ColumnLinear(ColumnParallelLinear):
         gather_output: every rank gets the whole output.
         replicated_input: the input is whole on every rank even under sequence parallelism.
         full_output_size: number of real output channels where `output_size` was padded to divide (vocabulary).
+        fused_rows: of a fused projection, the output channels of each part in one group.
     """
 
     __call__: OnTensor
@@ -42,6 +43,7 @@ class ColumnLinear(ColumnParallelLinear):
         gather_output: bool = False,
         replicated_input: bool = False,
         full_output_size: int | None = None,
+        fused_rows: tuple[int, ...] | None = None,
     ):
         super().__init__(
             input_size,
@@ -52,7 +54,9 @@ class ColumnLinear(ColumnParallelLinear):
             gather_output=gather_output,
             tp_group=groups.tensor_group,
         )
-        mark_parameter(self.weight, initializer, role, partition_dim=0, full_size=full_output_size)
+        mark_parameter(
+            self.weight, initializer, role, partition_dim=0, full_size=full_output_size, fused_rows=fused_rows
+        )
         if self.bias is not None:
             mark_parameter(self.bias, initializers.zeros, role.bias, partition_dim=0, full_size=full_output_size)
         _keep_extra_state_out_of_the_state_dict(self)

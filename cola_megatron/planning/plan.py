@@ -23,9 +23,10 @@ LARGEST_TENSOR_PARALLEL = 8
 LARGEST_MICRO_BATCH = 64
 
 # What a layout may choose, in the order of the overrides that are printed.
-TENSOR, SEQUENCE, PIPELINE, SPLIT, ZERO, OFFLOAD, MICRO_BATCH, RECOMPUTE = CHOICES = (
+TENSOR, SEQUENCE, CONTEXT, PIPELINE, SPLIT, ZERO, OFFLOAD, MICRO_BATCH, RECOMPUTE = CHOICES = (
     "parallel.tensor_parallel_size",
     "parallel.sequence_parallel",
+    "parallel.context_parallel_size",
     "parallel.pipeline_parallel_size",
     "parallel.pipeline_split",
     "parallel.zero_stage",
@@ -128,6 +129,7 @@ class Layout:
         """What makes this layout out of any config of the model."""
         values = {key: _get(self.config, key) for key in CHOICES}
         values[SPLIT] = list(self.split) if len(self.split) > 1 else None
+        values[CONTEXT] = values[CONTEXT] if values[CONTEXT] > 1 else None  # which is the default everywhere
         # YAML's spelling, without spaces, so that a shell takes each as one word.
         return [f"{key}={str(value).lower().replace(' ', '')}" for key, value in values.items() if value is not None]
 
@@ -173,11 +175,14 @@ def layouts_of(config: RunConfig, cluster: Cluster, held: set[str]) -> Iterator[
     """
     found, reason, splits = False, None, {}
     tensors = _powers_of_two(min(LARGEST_TENSOR_PARALLEL, cluster.gpus_per_node))
+    context = config.parallel.context_parallel_size  # as the config has it: whether it is needed is a matter of length
     for tensor, pipeline in itertools.product(tensors, _divisors(cluster.gpus)):
         wanted = {TENSOR: tensor, PIPELINE: pipeline}
-        if cluster.gpus % (tensor * pipeline) or any(_get(config, key) != wanted[key] for key in held & wanted.keys()):
+        if cluster.gpus % (tensor * context * pipeline) or any(
+            _get(config, key) != wanted[key] for key in held & wanted.keys()
+        ):
             continue
-        replicas = cluster.gpus // (tensor * pipeline)
+        replicas = cluster.gpus // (tensor * context * pipeline)
         if config.training.global_batch_size % replicas:
             reason = reason or _indivisible(config, replicas, cluster)
             continue
@@ -205,7 +210,8 @@ def _parallel_options(config: RunConfig, tensor: int, pipeline: int, replicas: i
         SEQUENCE: [False, True] if tensor > 1 else [False],
         PIPELINE: [pipeline],
         SPLIT: [None],
-        ZERO: range(first_zero, 4 if pipeline == 1 and replicas > 1 else 2),
+        CONTEXT: [config.parallel.context_parallel_size],
+        ZERO: range(first_zero, 4 if pipeline == 1 and replicas * config.parallel.context_parallel_size > 1 else 2),
         OFFLOAD: [False, True],
     }
 

@@ -14,11 +14,11 @@ PACKAGE = "cola-megatron"
 CORE = ("torch", "deepspeed", "megatron-core", "numpy", "mosaicml-streaming")
 # Not among the requirements of our metadata: pyproject.toml says why, in [dependency-groups].
 INSTALLED_ALONE = ("mosaicml-streaming==0.13.0",)
-# Package, a module that only the real one has, what it is good for.
+# Package, a module that only the real one has, what it does here.
 ACCELERATORS = (
-    ("flash-attn", "flash_attn", "flash_attn.flash_attn_interface"),
-    ("NVIDIA apex", "apex", "apex.optimizers"),
-    ("transformer-engine", "transformer_engine", "transformer_engine.pytorch"),
+    ("flash-attn", "flash_attn", "flash_attn.flash_attn_interface", "attention inside documents, and of prompts"),
+    ("NVIDIA apex", "apex", "apex.optimizers", "the models here do not use it yet"),
+    ("transformer-engine", "transformer_engine", "transformer_engine.pytorch", "the models here do not use it"),
 )
 
 
@@ -51,8 +51,8 @@ def _package(name: str) -> Check:
     return Check(name, Status.OK, found)
 
 
-def _accelerator(known: tuple[str, str, str]) -> Check:
-    name, top, real = known
+def _accelerator(known: tuple[str, str, str, str]) -> Check:
+    name, top, real, use = known
     if find_spec(top) is None:
         return Check(name, Status.NOTE, "absent", "optional: docs/install.md says how to build it")
     try:
@@ -62,7 +62,7 @@ def _accelerator(known: tuple[str, str, str]) -> Check:
     if not there:
         cure = "that package is not NVIDIA's; `pip uninstall apex`" if top == "apex" else "install it again"
         return Check(name, Status.WARNING, f"installed, but it has no {real}", cure)
-    return Check(name, Status.NOTE, f"{_version(top) or 'installed'}; the models here do not use it yet")
+    return Check(name, Status.NOTE, f"{_version(top) or 'installed'}: {use}")
 
 
 def _version(name: str) -> str | None:

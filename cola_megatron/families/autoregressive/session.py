@@ -48,7 +48,7 @@ class AutoregressiveGenerator:
 
 @dataclass
 class _Sample:
-    """One running sample; the batch is a list of these, in order of their prompts' length."""
+    """One running sample; the batch is a list of these, in order of their length."""
 
     index: int
     """Of its request."""
@@ -56,34 +56,57 @@ class _Sample:
     prompt: list[int]
     left: int
     """Tokens that are still to come."""
+    generated: int = 0
 
 
 class AutoregressiveSession:
     """A batch under way (`inference.protocol.Session`). Nothing is generated in between, so there are no previews."""
 
-    @torch.no_grad()
     def __init__(
         self, transformer: Transformer, requests: Sequence[Request], settings: AutoregressiveSettings, padding_id: int
     ):
-        self.transformer, self.settings = transformer, settings
+        self.transformer, self.settings, self.padding_id = transformer, settings, padding_id
         self.device = next(transformer.parameters()).device
-        self.generated = 0
-        self._samples = _in_order(requests, settings, padding_id)
-        batch = len(self._samples)
+        self._requests = 0
+        self._samples: list[_Sample] = []
+        self._cache = KeyValueCache()
+        self._tokens_B1 = torch.zeros(0, 1, dtype=torch.long, device=self.device)
         self._seen_BV: torch.Tensor | None = None
         if settings.repetition_penalty != 1.0:
-            self._seen_BV = torch.zeros(batch, transformer.vocab_size, dtype=torch.bool, device=self.device)
-        # The last token of a prompt is the first that is read by a step; those before it are read here.
-        before = [len(sample.prompt) - 1 for sample in self._samples]
-        capacity = max((length + sample.left for length, sample in zip(before, self._samples, strict=True)), default=0)
-        self._cache = KeyValueCache(batch, capacity)
-        self._read(before)
-        self._tokens_B1 = torch.tensor([sample.prompt[-1:] for sample in self._samples], device=self.device)
+            self._seen_BV = torch.zeros(0, transformer.vocab_size, dtype=torch.bool, device=self.device)
+        self.admit(requests)
 
     @property
     def running(self) -> list[int]:
         """Samples that are not finished, as indices of their requests."""
         return sorted(sample.index for sample in self._samples)
+
+    @torch.no_grad()
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Further samples, which begin with the next token: reads their prompts into the cache."""
+        if not requests:
+            return
+        new = []
+        for request in requests:
+            left = self.settings.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+            prompt = list(request.token_ids) or [self.padding_id]
+            new.append(_Sample(self._requests, request.sample_id, prompt, left))
+            self._requests += 1
+        # The last token of a prompt is the first that is read by a step; those before it are read here.
+        before = len(self._samples)
+        self._cache.add(len(new), max(len(sample.prompt) - 1 + sample.left for sample in new))
+        self._samples += new
+        self._read(before)
+        last_B1 = torch.tensor([sample.prompt[-1:] for sample in new], device=self.device)
+        self._tokens_B1 = torch.cat((self._tokens_B1, last_B1))
+        if self._seen_BV is not None:
+            self._seen_BV = torch.cat((self._seen_BV, self._seen_BV.new_zeros(len(new), self.transformer.vocab_size)))
+        # Neighbours of one length share their attention.
+        lengths = self._cache.lengths
+        rows = sorted(range(len(lengths)), key=lengths.__getitem__)
+        if rows != list(range(len(lengths))):
+            self._cache.arrange(rows)
+            self._take(rows)
 
     @torch.no_grad()
     def advance(self, preview_steps: Sequence[int] = ()) -> Iterator[TokenBlock]:
@@ -105,21 +128,25 @@ class AutoregressiveSession:
         rows = [row for row, sample in enumerate(self._samples) if sample.index not in samples]
         if len(rows) == len(self._samples):
             return
-        self._samples = [self._samples[row] for row in rows]
         self._cache.keep(rows)
+        self._take(rows)
+
+    def _take(self, rows: Sequence[int]) -> None:
+        self._samples = [self._samples[row] for row in rows]
         rows_B = torch.tensor(rows, dtype=torch.long, device=self.device)
         self._tokens_B1 = self._tokens_B1[rows_B]
         if self._seen_BV is not None:
             self._seen_BV = self._seen_BV[rows_B]
 
-    def _read(self, lengths: Sequence[int]) -> None:
-        """Fills the cache with the first tokens of each prompt; no logits are needed of them."""
-        for pack in packs(lengths):
-            members = [self._samples[row].prompt[: lengths[row]] for row in pack]
-            attention = PackedPrompts([len(prompt) for prompt in members], 1, self.device, self._cache, pack)
-            tokens_1N = torch.tensor([[token for prompt in members for token in prompt]], device=self.device)
+    def _read(self, before: int) -> None:
+        """Fills the cache with the prompts of the samples from row `before` on; no logits are needed of them."""
+        prompts = [sample.prompt[:-1] for sample in self._samples[before:]]
+        for pack in packs([len(prompt) for prompt in prompts]):
+            lengths, rows = [len(prompts[member]) for member in pack], [before + member for member in pack]
+            attention = PackedPrompts(lengths, 1, self.device, self._cache, rows)
+            tokens_1N = torch.tensor([[token for member in pack for token in prompts[member]]], device=self.device)
             self._hidden(tokens_1N, attention)
-        self._cache.advance(lengths)
+        self._cache.advance([0] * before + [len(prompt) for prompt in prompts])
 
     def _next_tokens(self) -> torch.Tensor:
         """One more token of every sample, (B, 1)."""
@@ -131,13 +158,14 @@ class AutoregressiveSession:
             logits_B1V = penalize_repetition(logits_B1V, self._seen_BV, settings.repetition_penalty)
         if settings.temperature:
             generators = [
-                generator_of(settings.noise_seed, sample.sample_id, self.generated, TOKEN_DRAWS, "hashed")
+                generator_of(settings.noise_seed, sample.sample_id, sample.generated, TOKEN_DRAWS, "hashed")
                 for sample in self._samples
             ]
         self._tokens_B1 = choose_tokens(logits_B1V, settings.temperature, generators, settings.top_k, settings.top_p)
         if self._seen_BV is not None:
             self._seen_BV.scatter_(1, self._tokens_B1, True)
-        self.generated += 1
+        for sample in self._samples:
+            sample.generated += 1
         return self._tokens_B1
 
     def _hidden(self, tokens_BS: torch.Tensor, attention: PackedPrompts | NewBlocks | MaskedBlocks) -> torch.Tensor:
@@ -145,17 +173,3 @@ class AutoregressiveSession:
         positions = attention.positions if isinstance(attention, PackedPrompts) else attention.positions_SB
         context = transformer.context_at(positions, AttentionMask(), attention)
         return transformer.run_blocks(transformer.embed(tokens_BS), context)
-
-
-def _in_order(requests: Sequence[Request], settings: AutoregressiveSettings, padding_id: int) -> list[_Sample]:
-    """The samples in order of their prompts: neighbours of one length share their attention."""
-    samples = [
-        _Sample(
-            index,
-            request.sample_id,
-            list(request.token_ids) or [padding_id],
-            settings.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens,
-        )
-        for index, request in enumerate(requests)
-    ]
-    return sorted(samples, key=lambda sample: len(sample.prompt))

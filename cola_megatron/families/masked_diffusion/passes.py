@@ -33,6 +33,12 @@ class Passes(Protocol):
     def keep(self, rows: Sequence[int]) -> None:
         """Drops every row but these."""
 
+    def admit(self, rows: Rows, starts: Sequence[int]) -> None:
+        """Further rows behind the others, with the starts of their first blocks; tokens before those are clean."""
+
+    def arrange(self, rows: Sequence[int]) -> None:
+        """Puts all rows into this order."""
+
 
 class WholeSequences:
     """Bidirectional: every pass runs over all of each row, laid end to end without padding."""
@@ -61,6 +67,12 @@ class WholeSequences:
     def keep(self, rows: Sequence[int]) -> None:
         """Nothing is kept between passes."""
 
+    def admit(self, rows: Rows, starts: Sequence[int]) -> None:
+        """Nothing is kept between passes."""
+
+    def arrange(self, rows: Sequence[int]) -> None:
+        """Nothing is kept between passes."""
+
     def _attention(self, lengths: tuple[int, ...]) -> PackedPrompts:
         if lengths not in self._packed:
             # One block over the longest row: every position of a row sees all of it.
@@ -71,24 +83,26 @@ class WholeSequences:
 class CachedBlocks:
     """By blocks of the model: a pass runs over one block of each row, which sees the settled ones through a cache.
 
-    Args:
-        rows: whose tokens before `starts` are clean.
-        starts: of each row's first block that is to be unmasked, a multiple of `block_size`.
+    It begins without rows; starts of blocks are multiples of `block_size`.
     """
 
-    def __init__(self, transformer: Transformer, block_size: int, rows: Rows, starts: Sequence[int]):
+    def __init__(self, transformer: Transformer, block_size: int):
         self.transformer, self.block_size = transformer, block_size
         self.device = next(transformer.parameters()).device
-        self.cache = KeyValueCache(len(rows), max((len(row) for row in rows), default=0))
+        self.cache = KeyValueCache()
         self._attention: NewBlocks | MaskedBlocks | None = None
+
+    def admit(self, rows: Rows, starts: Sequence[int]) -> None:
+        """See `Passes`: reads what is clean into the cache."""
+        before, self._attention = len(self.cache.lengths), None
+        self.cache.add(len(rows), max((len(row) for row in rows), default=0))
         for members in packs(starts):
-            attention = PackedPrompts(
-                [starts[member] for member in members], block_size, self.device, self.cache, members
-            )
-            context = transformer.context_at(attention.positions, AttentionMask(), attention)
+            lengths, places = [starts[member] for member in members], [before + member for member in members]
+            attention = PackedPrompts(lengths, self.block_size, self.device, self.cache, places)
+            context = self.transformer.context_at(attention.positions, AttentionMask(), attention)
             tokens_1N = torch.cat([rows[member][: starts[member]] for member in members])[None]
-            transformer.run_blocks(transformer.embed(tokens_1N), context)
-        self.cache.advance(starts)
+            self.transformer.run_blocks(self.transformer.embed(tokens_1N), context)
+        self.cache.advance([0] * before + list(starts))
 
     def hidden(self, rows: Rows, blocks: Sequence[slice]) -> list[torch.Tensor]:
         """See `Passes`."""
@@ -103,6 +117,11 @@ class CachedBlocks:
     def keep(self, rows: Sequence[int]) -> None:
         """Drops every row but these."""
         self.cache.keep(rows)
+        self._attention = None
+
+    def arrange(self, rows: Sequence[int]) -> None:
+        """See `Passes`."""
+        self.cache.arrange(rows)
         self._attention = None
 
     def _run(self, rows: Rows, blocks: Sequence[slice]) -> torch.Tensor:

@@ -58,7 +58,6 @@ class MaskedDiffusionSession:
     for. A model that was trained by blocks unmasks its own blocks, counted from the beginning of the prompt.
     """
 
-    @torch.no_grad()
     def __init__(
         self,
         transformer: Transformer,
@@ -74,16 +73,15 @@ class MaskedDiffusionSession:
                 f"block_length={settings.block_length}: this model was trained by blocks of {config.block_size} and "
                 "generates by them; leave block_length out"
             )
-        self._samples = sorted(
-            (self._sample(index, request) for index, request in enumerate(requests)), key=lambda each: each.start
-        )
         self.passes: Passes
         if config.block_size is None:
             self.passes = WholeSequences(transformer)
         else:
-            starts = [sample.start for sample in self._samples for _ in range(self._copies)]
-            self.passes = CachedBlocks(transformer, config.block_size, self._rows(self._samples), starts)
+            self.passes = CachedBlocks(transformer, config.block_size)
+        self._requests = 0
+        self._samples: list[Sample] = []
         self._unsettled: list[slice] = []
+        self.admit(requests)
 
     @property
     def running(self) -> list[int]:
@@ -96,10 +94,7 @@ class MaskedDiffusionSession:
 
         A preview leaves out what is still masked; its time is the share of the block that is.
         """
-        if self._unsettled:
-            places = [place for place in self._unsettled for _ in range(self._copies)]
-            self.passes.settle(self._rows(self._samples), places)
-            self._unsettled = []
+        self._settle()
         blocks = [self._block(sample) for sample in self._samples]
         for step in range(max((len(block.kept) for block in blocks), default=0)):
             self._unmask([block for block in blocks if step < len(block.kept)], blocks, step)
@@ -116,15 +111,45 @@ class MaskedDiffusionSession:
         self.drop([block.sample for block in settled if block.last])
         yield from settled
 
+    @torch.no_grad()
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Further samples, which begin with the next block.
+
+        Raises:
+            ValueError: a prompt holds [MASK].
+        """
+        new = [self._sample(self._requests + place, request) for place, request in enumerate(requests)]
+        if not new:
+            return
+        self._settle()
+        self._requests += len(new)
+        self._samples += new
+        self.passes.admit(self._rows(new), [sample.start for sample in new for _ in range(self._copies)])
+        # Neighbours of one length share their attention.
+        places = sorted(range(len(self._samples)), key=lambda place: self._samples[place].start)
+        if places != list(range(len(places))):
+            self.passes.arrange(self._rows_of(places))
+            self._samples = [self._samples[place] for place in places]
+
+    @torch.no_grad()
     def drop(self, samples: Sequence[int]) -> None:
         """Ends these samples: batch and caches close up."""
         kept = [place for place, sample in enumerate(self._samples) if sample.index not in samples]
         if len(kept) == len(self._samples):
             return
         self._samples = [self._samples[place] for place in kept]
-        self.passes.keep([place * self._copies + copy for place in kept for copy in range(self._copies)])
+        self.passes.keep(self._rows_of(kept))
         if self._unsettled:
             self._unsettled = [self._unsettled[place] for place in kept]
+
+    def _settle(self) -> None:
+        if self._unsettled:
+            places = [place for place in self._unsettled for _ in range(self._copies)]
+            self.passes.settle(self._rows(self._samples), places)
+            self._unsettled = []
+
+    def _rows_of(self, places: Sequence[int]) -> list[int]:
+        return [place * self._copies + copy for place in places for copy in range(self._copies)]
 
     @property
     def _copies(self) -> int:

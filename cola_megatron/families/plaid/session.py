@@ -55,11 +55,9 @@ class PlaidSession:
 
     def __init__(self, denoiser: Denoiser, requests: Sequence[Request], settings: PlaidSettings):
         self.denoiser, self.settings = denoiser, settings
-        self._samples = []
-        for index, request in enumerate(requests):
-            new = settings.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
-            prompt = tuple(request.token_ids)
-            self._samples.append(_Sample(index, request.sample_id, prompt, len(prompt) + new))
+        self._requests = 0
+        self._samples: list[_Sample] = []
+        self.admit(requests)
 
     @property
     def running(self) -> list[int]:
@@ -69,6 +67,14 @@ class PlaidSession:
     def drop(self, samples: Sequence[int]) -> None:
         """Ends these samples."""
         self._samples = [each for each in self._samples if each.index not in samples]
+
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Further samples."""
+        for request in requests:
+            new = self.settings.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+            prompt = tuple(request.token_ids)
+            self._samples.append(_Sample(self._requests, request.sample_id, prompt, len(prompt) + new))
+            self._requests += 1
 
     def advance(self, preview_steps: Sequence[int] = ()) -> Iterator[TokenPreview | TokenBlock]:
         """The continuation of every running sample; before it its likeliest tokens at some of the steps."""
