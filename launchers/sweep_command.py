@@ -116,7 +116,10 @@ def measure(
     points: Path = typer.Argument(..., help="File of the names of points, one per line."),
     number: int = typer.Argument(..., min=0, help="Line of the point, from 0."),
 ) -> None:
-    """Measure one point of a study; what `cola sweep submit` runs on a node."""
+    """Measure one point of a study; what `cola sweep submit` runs on a node.
+
+    Example: `cola sweep measure studies/rq4 points.txt 7`
+    """
     from cola_megatron.config import ConfigError
     from cola_megatron.studies.folder import StudyFolder
     from launchers.sweep_jobs import measure_point
