@@ -20,6 +20,7 @@ import pytest
 import typer
 
 from cola_megatron.config import load_config, preset_names
+from cola_megatron.training.batches import micro_batches_per_step
 from launchers.cli import app
 from launchers.prep_recipes import from_file
 from launchers.sweep_files import study_file
@@ -152,8 +153,11 @@ def check(shown: Shown, files: frozenset[str] = frozenset()) -> None:
         case ["python" | "python3", "-m", module, *rest] if module.startswith("tools."):
             check_tool(module, rest)
         case ["torchrun", *rest] if "-m" in rest:
+            processes = int(rest[rest.index("--nproc-per-node") + 1])
             module, *rest = rest[rest.index("-m") + 1 :]
             check_tool(module, rest)
+            if module == "cola_megatron":
+                check_processes(rest, processes, 1)
 
 
 def check_cola(words: list[str], is_whole: bool = True, files: frozenset[str] = frozenset()) -> None:
@@ -164,6 +168,7 @@ def check_cola(words: list[str], is_whole: bool = True, files: frozenset[str] = 
     path, given = parse(words, is_whole)
     if path == ("launch",) and given:
         check_cola(given["command"], is_whole, files)
+        check_processes(given["command"], given["nproc"], given["nodes"])
     overrides = list(given.get("overrides") or [])
     source = given.get("source")
     if path[0] == "sweep" and path[-1] != "coordinates":
@@ -183,6 +188,16 @@ def check_cola(words: list[str], is_whole: bool = True, files: frozenset[str] = 
         from_file(given["recipe"], [], None)
     for line in given.get("run") or () if path == ("submit", "array") else ():
         check_config(source, [*overrides, *(word for word in line.split()[1:] if "=" in word)], files)
+
+
+def check_processes(words: list[str], processes: int | None, nodes: int) -> None:
+    """Of a training under `cola launch`: its batch divides over its replicas."""
+    path, given = parse(words, is_whole=False)
+    if path == ("train",) and given.get("source") in preset_names():
+        config = load_config(given["source"], given["overrides"])
+        replicas, rest = divmod((processes or 1) * nodes, config.parallel.ranks_of_a_replica)
+        assert rest == 0, "the layout does not divide the processes"
+        micro_batches_per_step(config, replicas)
 
 
 def check_config(source: str, overrides: list[str], files: frozenset[str]) -> None:

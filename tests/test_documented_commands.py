@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from cola_megatron.studies.study_file import load_study
+from launchers.cli import app
 from launchers.prep_recipes import from_file
+from launchers.slurm.site import example
 from tests.documented_commands import FENCE, ROOT, Shown, check, command_line, groups, leaves, shown_on
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
@@ -48,6 +51,7 @@ def test_most_commands_are_found():
         "cola plan tiny",
         "cola plan tiny --gpus many",
         "cola launch --nproc 8 train tiny model.width=3",
+        "cola launch --nproc 3 train paper-2b data.path=data/web",
         "cola eval runs/first --no-such-option",
         "cola sweep run rq9 --output studies/rq9",
         "cola prep run --recipe nosuch",
@@ -108,3 +112,34 @@ def test_recipes_and_studies_of_a_page_can_be_read(page, tmp_path):
             assert from_file(file, [], None).sources
         else:
             raise AssertionError(f"{page.name} shows a file of an unknown kind: {', '.join(kind)}")
+
+
+# ---- what Slurm would be given --------------------------------------------------------------------------------------
+
+
+def submissions() -> list[Shown]:
+    """Whole commands that submit training, of fenced blocks and of numbered steps."""
+    found = [shown for page in PAGES for shown in shown_on(page)]
+    training = [shown for shown in found if shown.words[:2] == ["cola", "submit"] and "--again" not in shown.words]
+    training += [shown for shown in found if shown.words[:3] == ["cola", "sweep", "submit"]]
+    return [shown for shown in training if "--nodes" in shown.words]
+
+
+@pytest.mark.parametrize("shown", submissions(), ids=lambda shown: " ".join(shown.words[:3]))
+def test_a_submission_of_a_page_fits_its_processes(shown, tmp_path, monkeypatch):
+    """As far as its script: batch, micro-batch, layout and sequence length agree on eight GPUs a node."""
+    monkeypatch.chdir(tmp_path)
+    place = str(tmp_path / "data")
+    for folder in ("benchmarks", "crawl"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    (tmp_path / "data" / "crawl" / "pages.jsonl").write_text('{"text": "a page"}\n')
+    blocks = [
+        block for language, block in FENCE.findall((ROOT / "docs" / "slurm.md").read_text()) if language == "yaml"
+    ]
+    (tmp_path / "web.yaml").write_text(next(block for block in blocks if "sources" in block).replace("/data", place))
+    (tmp_path / "our.yaml").write_text(example("plain"))
+    monkeypatch.setenv("COLA_SITE", str(tmp_path / "our.yaml"))
+    words = [re.sub("^/data", place, word) for word in shown.words]
+    found = CliRunner().invoke(app, [*words[1:], "--dry-run"])
+    assert found.exit_code == 0, f"{shown.place}: {shown.text}\n{found.output}\n{found.exception}"
+    assert "#SBATCH --nodes=" in found.output
