@@ -123,13 +123,14 @@ def test_the_plan_counts_one_moment_where_muon_updates():
 
 
 EVERY_DAY = ("DP 2, ZeRO 1", "TP 2")
+ALL_LAYOUTS = {**LAYOUTS, "CP 2 x DP 2": (4, ["parallel.context_parallel_size=2"])}
 
 
 @pytest.mark.parametrize(
-    "layout", [name if name in EVERY_DAY else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+    "layout", [name if name in EVERY_DAY else pytest.param(name, marks=pytest.mark.slow) for name in ALL_LAYOUTS]
 )
 def test_a_layout_follows_the_curve_of_one_process(layout):
-    ranks, overrides = LAYOUTS[layout]
+    ranks, overrides = ALL_LAYOUTS[layout]
     common = [*whole_loss(2), *MUON]
     expected = run_ranks(train_steps, 1, tiny_config(common), 4)[0]["metrics"]
     found = run_ranks(train_steps, ranks, tiny_config([*common, *overrides]), 4)[0]["metrics"]
