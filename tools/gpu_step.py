@@ -26,6 +26,7 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
     "without_compile": ("training.compile_blocks=never",),
     "without_loss_chunks": ("training.loss_chunk_tokens=0",),
     "attention_in_chunks": ("training.attention_chunk=256",),
+    "muon": ("training.optimizer.name=muon",),
 }
 """Name -> overrides that turn one thing off, or on that has not been measured on a GPU."""
 
@@ -93,6 +94,7 @@ def measured(setting: Setting, name: str, engine: Engine, config: RunConfig, sta
             parameter.grad = None
 
     one = seconds_of(setting, forward_and_backward, repeats)
+    engine.deepspeed.optimizer.zero_grad()  # fused weight gradients went into the sums of the next step
     ok = all(map(math.isfinite, losses)) and losses[-1] < losses[0]
     flops, peak = size * training_flops_per_sample(config), setting.peak_flops
     tokens = size * config.data.sequence_length
