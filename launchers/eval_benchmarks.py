@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from launchers.generation_options import (
+    EMA,
     FIRST_BLOCK,
     GUIDANCE_INTERVAL,
     GUIDANCE_SCALE,
@@ -19,6 +20,7 @@ from launchers.generation_options import (
     SOLVER,
     STEPS,
     family_at,
+    name_of,
     open_model,
     read_given,
     require_precision,
@@ -76,6 +78,7 @@ def run(
     noise: str = NOISE,
     settings: list[str] = SETTINGS,
     precision: str = PRECISION,
+    ema: bool = EMA,
     as_json: bool = typer.Option(False, "--json", help="The table as JSON."),
 ) -> None:
     """Evaluate a model on the published tasks: OUTPUT/TASK.json with every item, and a table.
@@ -108,7 +111,7 @@ def run(
         "noise_seed": noise_seed,
         "noise": noise,
     }
-    evaluated = open_for_evaluation(model, precision, **read_given(named, settings))
+    evaluated = open_for_evaluation(model, precision, ema, **read_given(named, settings))
     groups = initialize_parallel()
     results = {}
     for name, (task, items) in wanted.items():
@@ -185,11 +188,12 @@ def lm_eval(
         print(results.table)
 
 
-def open_for_evaluation(source: Path, precision: str = "fp32", **settings: Any) -> "GeneratorModel":
+def open_for_evaluation(source: Path, precision: str = "fp32", ema: bool = False, **settings: Any) -> "GeneratorModel":
     """A folder's model as the harness sees it.
 
     Args:
         precision: of weights and activations, fp32 or bf16.
+        ema: the averages of the weights in their place.
         settings: of generation by its family, and of its likelihood with `likelihood_` before their names. The seed is
             one for both.
 
@@ -210,9 +214,9 @@ def open_for_evaluation(source: Path, precision: str = "fp32", **settings: Any) 
         likelihood = read_settings(family.likelihood_settings, own, f"a likelihood by {family.title}")
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    model = open_model(source, precision)
+    model = open_model(source, precision, ema=ema)
     model.require_generation()
-    return GeneratorModel(model, str(source), chosen, asdict(likelihood))
+    return GeneratorModel(model, name_of(source, ema), chosen, asdict(likelihood))
 
 
 def _print_results(columns: "dict[str, dict[str, TaskResult]]", as_json: bool) -> None:

@@ -6,6 +6,7 @@ import typer
 
 from launchers.eval_benchmarks import BATCH_SIZE, MODEL, open_for_evaluation
 from launchers.generation_options import (
+    EMA,
     FIRST_BLOCK,
     GUIDANCE_INTERVAL,
     GUIDANCE_SCALE,
@@ -43,6 +44,7 @@ def last_word(
     noise: str = NOISE,
     settings: list[str] = SETTINGS,
     precision: str = PRECISION,
+    ema: bool = EMA,
     as_json: bool = typer.Option(False, "--json", help="JSON instead of a table."),
 ) -> None:
     """Predict the last word of held-out passages: a score that small models on small corpora begin to have.
@@ -78,7 +80,7 @@ def last_word(
     held_out = held_out_shards(model, data)
     training = TokenShards(held_out.folder.place, "train", "size") if training_tokens else None
     task = last_word_task(held_out, PassageRule(context_tokens), limit, training, training_tokens)
-    evaluated = open_for_evaluation(model, precision, **given)
+    evaluated = open_for_evaluation(model, precision, ema, **given)
     found = evaluate_last_word(evaluated, task, initialize_parallel(), batch_size)
     if found is None:
         return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from launchers.generation_options import SETTINGS
+from launchers.generation_options import EMA, SETTINGS
 from launchers.output import print_json
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def likelihood(
     noise_seed: int = typer.Option(None, help="Seed of all draws: 66."),
     settings: list[str] = SETTINGS,
     limit: int = LIMIT,
+    ema: bool = EMA,
     batch_size: int = BATCH_SIZE,
     tensor_parallel_size: int = TENSOR_PARALLEL_SIZE,
     output: Path = typer.Option(None, help="JSON file to write, with the terms of every text."),
@@ -60,14 +61,14 @@ def likelihood(
     from cola_megatron.evaluation.results import format_table
     from cola_megatron.inference.requests import read_settings
     from cola_megatron.records.json_files import write_json
-    from launchers.generation_options import family_at, open_model, read_given
+    from launchers.generation_options import family_at, name_of, open_model, read_given
 
     named = {"samples": samples, "steps": steps, "solver": solver, "divergence": divergence, "noise_seed": noise_seed}
     given, family = read_given(named, settings), family_at(model)
     with _wrong_use():
         chosen = asdict(read_settings(family.likelihood_settings, given, f"a likelihood by {family.title}"))
     asked = _texts(model, data, file, field, context_field, limit)
-    opened = open_model(model, tensor_parallel_size=tensor_parallel_size)
+    opened = open_model(model, ema=ema, tensor_parallel_size=tensor_parallel_size)
     groups = opened.groups
     contexts = None if asked.contexts is None else own_part(asked.contexts, groups)
     ids = own_part(range(len(asked.texts)), groups)
@@ -80,7 +81,7 @@ def likelihood(
         return
     summary = summarize(found)
     counted = baselines(asked, opened.vocab_size)
-    document = {"model": str(model), "settings": chosen, **summary.as_json(), "baselines": counted}
+    document = {"model": name_of(model, ema), "settings": chosen, **summary.as_json(), "baselines": counted}
     if output is not None:
         write_json(output, {**document, "items": [result.as_json() for result in found]})
     if as_json:

@@ -9,6 +9,7 @@ import typer
 
 from launchers.generate_prompts import Prompt, as_line, read_prompts
 from launchers.generation_options import (
+    EMA,
     FIRST_BLOCK,
     GUIDANCE_INTERVAL,
     GUIDANCE_SCALE,
@@ -64,6 +65,7 @@ def generate(
         2, min=0, help="--interactive: show the block every so many steps; 0: when done."
     ),
     precision: str = PRECISION,
+    ema: bool = EMA,
     tensor_parallel_size: int = typer.Option(1, min=1, help="Processes that share each matrix, under torchrun."),
 ) -> None:
     """Continue prompts, with a model of any family.
@@ -108,7 +110,7 @@ def generate(
     chosen = settings_of(family_at(model), options)  # refuses what is out of range before a model is read
     options.setdefault("max_new_tokens", chosen.max_new_tokens)
     try:
-        loaded = open_model(model, precision, tensor_parallel_size=tensor_parallel_size)
+        loaded = open_model(model, precision, ema=ema, tensor_parallel_size=tensor_parallel_size)
         options["end_of_text"] = [_token_id(loaded, token) for token in end_of_text or []]
         if interactive:
             from launchers.generate_terminal import converse

@@ -35,6 +35,7 @@ FIRST_BLOCK = typer.Option(
 SETTINGS = typer.Option(
     None, "--set", help="NAME=VALUE: any other setting of the model's family, such as remasking=random; repeatable."
 )
+EMA = typer.Option(False, "--ema", help="The averages of the weights that a run kept (training.ema_decay).")
 PRECISION = typer.Option("fp32", help="Of weights and activations: fp32 or bf16.")
 
 
@@ -50,6 +51,11 @@ def open_model(source: Path, precision: str = "fp32", **options: Any) -> "TextMo
     from cola_megatron.interface import load_model
 
     return load_model(source, dtype=torch.float32 if precision == "fp32" else torch.bfloat16, **options)
+
+
+def name_of(source: Path, ema: bool) -> str:
+    """What results call the model."""
+    return f"{source} (averaged weights)" if ema else str(source)
 
 
 def family_at(source: Path) -> "Family":

@@ -63,6 +63,7 @@ def _layout_tree(layout: Layout, run: Cost) -> dict[str, Any]:
         "overrides": layout.overrides,
         "tensor_parallel_size": parallel.tensor_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
+        "context_parallel_size": parallel.context_parallel_size,
         "pipeline_parallel_size": parallel.pipeline_parallel_size,
         "data_parallel_size": layout.replicas,
         "zero_stage": parallel.zero_stage,
@@ -103,6 +104,7 @@ def _row(layout: Layout, run: Cost) -> dict[str, str]:
     return {
         "TP": str(parallel.tensor_parallel_size),
         "SP": "yes" if parallel.sequence_parallel else "",
+        "CP": str(parallel.context_parallel_size) if parallel.context_parallel_size > 1 else "",
         "PP": str(parallel.pipeline_parallel_size),
         "DP": str(layout.replicas),
         "ZeRO": f"{parallel.zero_stage}{' host' if parallel.offload_optimizer else ''}",
@@ -124,12 +126,18 @@ def _print_details(layout: Layout, run: Cost) -> None:
     seconds = {
         "computation": first.computation,
         "tensor-parallel traffic": first.tensor,
+        "context-parallel traffic": first.context,
         "pipeline traffic": first.pipeline,
         "pipeline bubble": first.bubble,
         "data-parallel traffic": first.data,
         "optimiser": first.optimizer,
     }
-    sent = {"tensor": first.sent_tensor, "pipeline": first.sent_pipeline, "data": first.sent_data}
+    sent = {
+        "tensor": first.sent_tensor,
+        "context": first.sent_context,
+        "pipeline": first.sent_pipeline,
+        "data": first.sent_data,
+    }
     print_table(
         [
             ("overrides", " ".join(layout.overrides)),

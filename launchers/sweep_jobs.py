@@ -202,6 +202,6 @@ def _memory(config: RunConfig, processes: int, on_gpus: bool) -> float:
     if on_gpus:
         return processes * CUDA_PROCESS_BYTES + COPY_BYTES * parameters_of(config)["all"]
     parallel = config.parallel
-    replicas = max(1, processes // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size))
+    replicas = max(1, processes // parallel.ranks_of_a_replica)
     stages = rank_memory(config, replicas, pipeline_split(config, replicas))
     return processes * (PROCESS_BYTES + max(stage.peak for stage in stages))

@@ -11,10 +11,11 @@ from torch.multiprocessing import ProcessRaisedException
 from cola_megatron.config import ConfigError, RunConfig, load_config
 from cola_megatron.families import family_of
 from cola_megatron.parallel import initialize_parallel
+from cola_megatron.planning.communication import context_traffic
 from tests.ranks import run_ranks
 from tests.support import TINY
 from tests.test_layouts import BF16_LAYOUTS, LAYOUTS
-from tools import bench_layouts, bench_parallel, parallelism_figure, pipeline_facts
+from tools import bench_context, bench_layouts, bench_parallel, parallelism_figure, pipeline_facts
 from tools.bench_layouts import Layout
 from tools.bench_ranks import RankResult, measure
 from tools.communication_counter import CommunicationCounter
@@ -34,6 +35,17 @@ def counted(result: RankResult, kind: str, operation: str, dtype: str = "float32
     found = [each for each in result.sent if (each.kind, each.operation, each.dtype) == (kind, operation, dtype)]
     assert len(found) == 1, result.sent
     return found[0].payload, found[0].wire
+
+
+def test_cost_against_length_is_a_table_beside_one_rank_and_a_picture(tmp_path):
+    points = [
+        bench_context.Point(length, ranks, length / 500, length / 512 / ranks, 2**20 * length / ranks, 2**20, 1e6, 1e9)
+        for length in (512, 1024)
+        for ranks in (1, 2)
+    ]
+    assert list(bench_context.rows(points))[3] == "| 512 | 2 | 0.50 | 0.50 | 0.25 | 0.50 | 1.0 |"
+    bench_context.draw(points).savefig(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 # ---- the counter ----------------------------------------------------------------------------------------------------
@@ -60,8 +72,9 @@ def every_collective() -> dict[tuple[str, str], tuple[float, float]]:
         dist.all_reduce(whole, group=groups.tensor_group)  # of one rank: nothing travels
         dist.barrier()
         dist.all_reduce(whole)
-        with pytest.raises(NotImplementedError, match="alltoall_base_"):
-            dist.all_to_all_single(whole, whole.clone(), group=group)
+        dist.all_to_all_single(whole, whole.clone(), group=group)
+        with pytest.raises(NotImplementedError, match="scatter_"):
+            dist.scatter(part, parts if groups.rank == 0 else None)
     return {transfer[:2]: (amount.payload, amount.wire) for transfer, amount in counter.sent.items()}
 
 
@@ -71,6 +84,7 @@ def test_each_collective_is_counted_by_what_is_handed_over_and_by_what_a_ring_se
             ("pipeline", "all-reduce"): (24, 2 * 2 / 3 * 24),
             ("pipeline", "all-gather"): (8 + 8, 16 + 16),
             ("pipeline", "reduce-scatter"): (24, 2 / 3 * 24),
+            ("pipeline", "all-to-all"): (24, 2 / 3 * 24),
             ("pipeline", "send"): (24, 24),
             ("other", "all-reduce"): (24, 2 * 2 / 3 * 24),
         }
@@ -102,6 +116,16 @@ def test_pipeline_bytes_are_the_hidden_states_and_their_gradients():
     hidden = FLOAT32 * config.latent_length * 2 * MICRO_BATCH * config.model.vae.hidden_size
     for result in run_ranks(measure, 2, config, 0, 1):  # forward from the first stage, gradients from the second
         assert counted(result, "pipeline", "send") == (MICRO_BATCHES * hidden, MICRO_BATCHES * hidden)
+
+
+@pytest.mark.parametrize("recomputed", ["false", "true"])
+def test_context_parallel_bytes_are_queries_keys_values_and_outputs(recomputed):
+    config = tiny_config("parallel.context_parallel_size=2", f"training.activation_checkpointing={recomputed}")
+    parts = family_of(config).parts(config)
+    expected = 2 * MICRO_BATCHES * sum(context_traffic(config, part).bytes for part in parts)
+    for result in run_ranks(measure, 2, config, 0, 1):
+        assert counted(result, "context", "all-to-all") == (expected, expected / 2)
+        assert {each.kind for each in result.sent} == {"context", "data", "other"}
 
 
 @pytest.mark.parametrize(("zero_stage", "reductions"), [(0, 1), (2, MICRO_BATCHES // 2)])

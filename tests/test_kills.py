@@ -83,8 +83,7 @@ def test_a_kill_during_a_save_leaves_the_previous_checkpoint_good(tiny, tmp_path
         (signal.SIGTERM, True),
         (signal.SIGUSR1, False),
         (signal.SIGINT, False),
-        # On a busy machine one run in fifteen ends with "a loader worker died": not understood yet.
-        pytest.param(signal.SIGHUP, False, marks=pytest.mark.slow),
+        (signal.SIGHUP, False),
     ],
 )
 def test_a_signal_to_the_process_group_ends_the_step_saves_and_resumes(tiny, tmp_path, number, anew):

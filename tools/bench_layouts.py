@@ -1,6 +1,7 @@
 """One model and one global batch on several layouts, each in real processes, beside what was predicted."""
 
 import itertools
+import math
 import re
 import statistics
 import sys
@@ -15,11 +16,11 @@ from torch.multiprocessing.spawn import ProcessException
 from cola_megatron.config import ConfigError, RunConfig, load_config
 from cola_megatron.costs.traffic import Traffic
 from cola_megatron.families import family_of
-from cola_megatron.planning.communication import data_traffic, pipeline_traffic, tensor_traffic
+from cola_megatron.planning.communication import context_traffic, data_traffic, pipeline_traffic, tensor_traffic
 from cola_megatron.planning.split import pipeline_split
 from cola_megatron.training.batches import micro_batches_per_step
 from tools.bench_ranks import RankResult, run_ranks
-from tools.communication_counter import DATA, PIPELINE, TENSOR
+from tools.communication_counter import CONTEXT, DATA, PIPELINE, TENSOR
 
 BUBBLE_MICRO_BATCHES = (1, 2, 4, 8)
 
@@ -35,13 +36,15 @@ class Layout:
 
     @classmethod
     def parse(cls, name: str) -> "Layout":
-        """`one`, or parts joined by hyphens: tp2, sp, pp2, dp2, zero1. Raises ConfigError."""
-        sizes = {"tp": 1, "pp": 1, "dp": 1}
+        """`one`, or parts joined by hyphens: tp2, sp, cp2, pp2, dp2, zero1. Raises ConfigError."""
+        sizes = {"tp": 1, "cp": 1, "pp": 1, "dp": 1}
         overrides = []
         for part in name.split("-") if name != "one" else []:
-            found = re.fullmatch(r"(tp|pp|dp|zero)([0-9]+)|sp", part)
+            found = re.fullmatch(r"(tp|cp|pp|dp|zero)([0-9]+)|sp", part)
             if found is None:
-                raise ConfigError(f"{name}: {part!r} is no part of a layout; there are tpN, sp, ppN, dpN and zeroN")
+                raise ConfigError(
+                    f"{name}: {part!r} is no part of a layout; there are tpN, sp, cpN, ppN, dpN and zeroN"
+                )
             kind, number = found.groups()
             if kind is None:
                 overrides.append("parallel.sequence_parallel=true")
@@ -51,9 +54,10 @@ class Layout:
                 sizes[kind] = int(number)
         overrides += [
             f"parallel.tensor_parallel_size={sizes['tp']}",
+            f"parallel.context_parallel_size={sizes['cp']}",
             f"parallel.pipeline_parallel_size={sizes['pp']}",
         ]
-        return cls(name, sizes["tp"] * sizes["pp"] * sizes["dp"], sizes["dp"], tuple(overrides))
+        return cls(name, math.prod(sizes.values()), sizes["dp"], tuple(overrides))
 
 
 def predicted(config: RunConfig, replicas: int, stage: int) -> dict[str, Traffic]:
@@ -64,6 +68,7 @@ def predicted(config: RunConfig, replicas: int, stage: int) -> dict[str, Traffic
     end = first + split[stage]
     return {
         TENSOR: sum((tensor_traffic(config, part) for part in parts[first:end]), Traffic()) * count,
+        CONTEXT: sum((context_traffic(config, part) for part in parts[first:end]), Traffic()) * count,
         PIPELINE: pipeline_traffic(parts, first, end) * count,
         DATA: data_traffic(config, parts[first:end], replicas, count),
     }

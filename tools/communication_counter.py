@@ -9,7 +9,8 @@ Two numbers for each transfer, in bytes:
 * payload: what this rank hands over. The whole tensor for an all-reduce, its own part for an all-gather, everything
   that it contributes for a reduce-scatter, the tensor for a send; nothing for a receive or a barrier.
 * wire: what this rank sends where the collective is a ring over n ranks: 2 (n - 1) / n of the tensor for an
-  all-reduce, (n - 1) / n of the whole (all n parts) for an all-gather, (n - 1) / n for a reduce-scatter. What gloo or
+  all-reduce, (n - 1) / n of the whole (all n parts) for an all-gather, (n - 1) / n for a reduce-scatter or an
+  all-to-all. What gloo or
   nccl do with a tensor is their own affair and is not seen here.
 """
 
@@ -25,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.deepspeed_grid import DeepSpeedGrid
 
-TENSOR, PIPELINE, DATA, OTHER = "tensor", "pipeline", "data", "other"
+TENSOR, CONTEXT, PIPELINE, DATA, OTHER = "tensor", "context", "pipeline", "data", "other"
 """Kinds of groups; other: norms and flags over a whole replica or the whole job."""
 
 
@@ -33,7 +34,7 @@ class Transfer(NamedTuple):
     """What is counted together."""
 
     kind: str
-    """Of the group: `TENSOR`, `PIPELINE`, `DATA` or `OTHER`."""
+    """Of the group: `TENSOR`, `CONTEXT`, `PIPELINE`, `DATA` or `OTHER`."""
     operation: str
     dtype: str
 
@@ -78,6 +79,7 @@ _OPERATIONS = {
     "_reduce_scatter_base_": _Operation("reduce-scatter", 1, _share),
     "reduce_scatter_": _Operation("reduce-scatter", 1, _share),
     "reduce_scatter_tensor_coalesced_": _Operation("reduce-scatter", 1, _share),
+    "alltoall_base_": _Operation("all-to-all", 1, _share),
     "send": _Operation("send", 0, lambda ranks: 1.0),
     # One rank is the source or the target: the mean over the ranks of the group.
     "broadcast_": _Operation("broadcast", 0, _share),
@@ -96,11 +98,12 @@ class CommunicationCounter(TorchDispatchMode):
     def __init__(self, groups: ProcessGroups):
         super().__init__()
         self.sent: dict[Transfer, Amount] = defaultdict(Amount)
-        self._data_ranks = dist.get_process_group_ranks(groups.data_group)
+        self._data_ranks = dist.get_process_group_ranks(groups.same_weights_group)
         world = dist.group.WORLD
         assert world is not None, "the job was joined: there are groups"
         self._kinds = {
             groups.tensor_group.group_name: TENSOR,
+            groups.context_group.group_name: CONTEXT,
             groups.pipeline_group.group_name: PIPELINE,
             groups.data_group.group_name: DATA,
             DeepSpeedGrid.get_data_parallel_group().group_name: DATA,

@@ -8,7 +8,15 @@ from functools import partial
 
 import torch
 
-from tools import gpu_ceilings, gpu_checkpoint, gpu_generation, gpu_parity, gpu_step, gpu_training
+from tools import (
+    gpu_ceilings,
+    gpu_checkpoint,
+    gpu_documents,
+    gpu_generation,
+    gpu_parity,
+    gpu_step,
+    gpu_training,
+)
 from tools.gpu_setting import Check, Record, Setting, software
 
 GENERATED_BATCHES = (1, 8, 64)
@@ -34,7 +42,11 @@ def all_checks(quick: bool = False) -> dict[str, Check]:
     for switch, overrides in gpu_step.SWITCHES.items():
         name = f"step.paper-2b.{switch}"
         checks[name] = partial(gpu_step.check_step, name=name, overrides=overrides)
+    for family in gpu_step.OTHER_FAMILIES[:1] if quick else gpu_step.OTHER_FAMILIES:
+        name = f"step.paper-2b-{family}"
+        checks[name] = partial(gpu_step.check_step, name=name, family=family)
     checks["ceilings.attention"] = gpu_ceilings.check_attention
+    checks["attention.documents"] = gpu_documents.check_documents
     for batch in GENERATED_BATCHES:
         checks[f"generate.batch{batch}"] = partial(gpu_generation.check_generation, batch=batch)
     for zero_stage in (1,) if quick else (1, 2, 3):

@@ -30,18 +30,24 @@ def start_of_fork(config: RunConfig, groups: ProcessGroups) -> Start:
     """What `training.start_from` names; all ranks call it.
 
     Raises:
-        ConfigError: another model or stage, no step left, or an import where the family has another key for it.
-            CheckpointError: there is none, or it is damaged.
+        ConfigError: another model, stage or optimiser, no step left, or an import where the family has another key for
+            it. CheckpointError: there is none, or it is damaged.
     """
     assert config.training.start_from is not None, "asked for where it is given"
     source = from_main(groups, partial(require_checkpoint, config.training.start_from))
     state = read_state(source)
     given, step = f"training.start_from={config.training.start_from}", state["step"]
-    if family := other_family(upgraded_tree(state["config"], source), config):
+    stored = upgraded_tree(state["config"], source)
+    if family := other_family(stored, config):
         raise ConfigError(f"{given} is of {family}: give a checkpoint of the same family")
     imported = "imported_from" in state
     if imported and "stage_one" in type(config.training).model_fields:
         raise ConfigError(f"{given} was imported and has no optimiser: give it as training.stage_one")
+    here, there = config.training.optimizer.name, stored["training"]["optimizer"]["name"]
+    if not imported and here != there:
+        raise ConfigError(
+            f"{given} has the state of {there}, and training.optimizer.name={here}: give {there} here too"
+        )
     other = [
         f"{key} ({old!r} there, {new!r} here)"
         for key, old, new in _differences(source, config)

@@ -1,8 +1,10 @@
 """What of a model and its optimiser this process holds, as pieces of whole tensors.
 
 Three tensors belong to a trained parameter: `weights/NAME` (the float32 master), `exp_avg/NAME` and
-`exp_avg_sq/NAME`; a frozen one has its weights only. Tensor parallelism holds a cut of the whole along one dimension,
-and ZeRO a range of the flattened cut, which `rectangles` turns into pieces.
+`exp_avg_sq/NAME`, or two where Muon updates it: `momentum/NAME` in place of these. A frozen one has its weights only.
+A run that keeps an average of its weights has `ema/NAME` of every trained one.
+Tensor parallelism holds a cut of the whole along one dimension, and ZeRO a range of the flattened cut, which
+`rectangles` turns into pieces.
 """
 
 import math
@@ -16,9 +18,12 @@ from cola_megatron.checkpoint.sharded_tensors import Piece, rectangles
 from cola_megatron.config import RunConfig
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.parameters import full_shape, marks_of
+from cola_megatron.parallel.weight_average import WeightAverage
 from cola_megatron.parallel.zero_optimizer import Fragment, ZeroOptimizer
 
-WEIGHTS, MOMENTS = "weights/", ("exp_avg", "exp_avg_sq")
+WEIGHTS, EMA = "weights/", "ema/"
+EMA_UPDATES = "ema_updates"
+"""Key of state.json: how many updates the average has seen; there is one where the key is."""
 
 
 class TrainingState(Protocol):
@@ -31,6 +36,7 @@ class TrainingState(Protocol):
     """`frozen_weights` of the model as it started."""
     skipped_updates: int
     """Steps so far whose update was not applied: AdamW has counted so many fewer."""
+    ema: WeightAverage | None
 
     @property
     def model(self) -> nn.Module:
@@ -57,7 +63,7 @@ def frozen_weights(model: nn.Module, groups: ProcessGroups) -> dict[str, torch.T
     return {
         name: parameter.detach().to("cpu", torch.float32, copy=True).view(-1)
         for name, parameter in model.named_parameters()
-        if not parameter.requires_grad and groups.data_parallel_rank == 0 and _is_writer(parameter, groups)
+        if not parameter.requires_grad and groups.same_weights_rank == 0 and _is_writer(parameter, groups)
     }
 
 
@@ -80,16 +86,21 @@ def trained_pieces(state: TrainingState, steps: int) -> Iterator[Piece]:
         raise RuntimeError(f"AdamW has counted {sorted(counted)} steps, the run {steps}")
     for held in _held(state, shared_out=True):
         if _is_writer(held.parameter, state.groups):
-            yield from _pieces_of(held, state)
+            yield from _pieces_of(held, state, state.ema)
 
 
-def pieces_to_load(state: TrainingState, steps: int) -> Iterator[Piece]:
-    """What this process holds of masters and moments, to be overwritten; `steps` is what Adam has counted."""
+def pieces_to_load(state: TrainingState, steps: int, ema: WeightAverage | None) -> Iterator[Piece]:
+    """What this process holds of masters, moments and average, to be overwritten; `steps` is what Adam has counted."""
     _prepare_moments(state.optimizer)
     for flat in state.optimizer.flat_masters:
         state.optimizer.adam.state[flat]["step"].fill_(steps)
     for held in _held(state, shared_out=False):
-        yield from _pieces_of(held, state)
+        yield from _pieces_of(held, state, ema)
+
+
+def state_of_average(state: TrainingState) -> dict[str, int]:
+    """What state.json says of the average of the weights; nothing where there is none."""
+    return {} if state.ema is None else {EMA_UPDATES: state.ema.updates}
 
 
 class _Held(NamedTuple):
@@ -99,7 +110,7 @@ class _Held(NamedTuple):
 
 
 def _held(state: TrainingState, shared_out: bool) -> Iterator[_Held]:
-    """What this process's optimiser updates; `shared_out`: without what another data-parallel rank holds as well."""
+    """What this process's optimiser updates; `shared_out`: without what another rank holds as well."""
     for name, parameter in state.model.named_parameters():
         fragment = state.optimizer.fragment(parameter, shared_out) if parameter.requires_grad else None
         if fragment is not None:
@@ -113,14 +124,16 @@ def _prepare_moments(optimizer: ZeroOptimizer) -> None:
         if not adam.state[flat]:
             where = flat.device if adam.defaults["fused"] else "cpu"
             adam.state[flat]["step"] = torch.zeros((), dtype=torch.float32, device=where)
-            for moment in MOMENTS:
+            for moment in optimizer.moments(flat):
                 adam.state[flat][moment] = torch.zeros_like(flat, memory_format=torch.preserve_format)
 
 
-def _pieces_of(held: _Held, state: TrainingState) -> Iterator[Piece]:
+def _pieces_of(held: _Held, state: TrainingState, ema: WeightAverage | None) -> Iterator[Piece]:
     start, master, flat_start, count = held.fragment
     adam = state.optimizer.adam.state[master]
-    for kind, flat in {WEIGHTS: master, **{f"{moment}/": adam[moment] for moment in MOMENTS}}.items():
+    moments = {f"{moment}/": adam[moment] for moment in state.optimizer.moments(master)}
+    averages = {} if ema is None else {EMA: ema.of(master)}
+    for kind, flat in {WEIGHTS: master, **moments, **averages}.items():
         values = flat.detach().view(-1).narrow(0, flat_start, count)
         yield from _pieces(f"{kind}{held.name}", held.parameter, state.groups, start, values)
 

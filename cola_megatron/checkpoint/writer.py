@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from cola_megatron.checkpoint.errors import CheckpointError, NotFinite
 from cola_megatron.checkpoint.folder import begin_folder, complete_folder, folder_of, prune, unfinished_folder
-from cola_megatron.checkpoint.pieces import TrainingState, frozen_pieces, trained_pieces
+from cola_megatron.checkpoint.pieces import TrainingState, frozen_pieces, state_of_average, trained_pieces
 from cola_megatron.checkpoint.sharded_tensors import Piece, Written, cut, write_index, write_pieces
 from cola_megatron.checkpoint.staging import StagingBuffers
 from cola_megatron.checkpoint.state_file import TENSORS, write_state
@@ -150,7 +150,7 @@ class CheckpointWriter:
 
     def _copy(self, save: "_Save") -> int:
         """Returns the bytes that this rank will write."""
-        save.more_state = self.more_state()
+        save.more_state = {**self.more_state(), **state_of_average(self.engine)}
         updates = save.step - self.engine.skipped_updates
         trained: list[Piece] | Iterator[Piece] = trained_pieces(self.engine, updates)
         if self.asynchronous:
@@ -284,6 +284,7 @@ def _state(config: RunConfig, step: int, data_fingerprint: str, groups: ProcessG
         "layout": {
             "tensor_parallel": groups.tensor_parallel_size,
             "pipeline_parallel": groups.pipeline_parallel_size,
+            "context_parallel": groups.context_parallel_size,
             "data_parallel": groups.data_parallel_size,
             "zero_stage": config.parallel.zero_stage,
         },

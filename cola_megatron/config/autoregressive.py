@@ -34,6 +34,12 @@ class AutoregressiveConfig(RunConfig):
         return {f"model.transformer.{key}": size for key, size in self.model.transformer.shared_widths.items()}
 
     @property
+    def attention_heads(self) -> dict[str, tuple[int, int]]:
+        """Of the transformer."""
+        transformer = self.model.transformer
+        return {"model.transformer": (transformer.num_attention_heads, transformer.key_value_heads)}
+
+    @property
     def shared_sequences(self) -> dict[str, int]:
         """The tokens of a sequence."""
         length = self.data.sequence_length

@@ -83,6 +83,12 @@ class ColaConfig(RunConfig):
         return widths
 
     @property
+    def attention_heads(self) -> dict[str, tuple[int, int]]:
+        """Of both networks; of the prior only where it is trained."""
+        networks = {"model.vae": self.model.vae} | ({"model.dit": self.model.dit} if self.stage == 2 else {})
+        return {name: (each.num_attention_heads, each.num_attention_heads) for name, each in networks.items()}
+
+    @property
     def shared_sequences(self) -> dict[str, int]:
         """The latents of a text, and of the prior's two copies."""
         latents, block = self.latent_length, self.model.dit.block_size

@@ -47,4 +47,10 @@ CHANGES: tuple[Change, ...] = (
     Added("training.schedule.decay_from", None),  # schema 12
     Added("training.checkpoint.at", []),  # schema 13
     _standard_parametrization,  # schema 14
+    Added("training.document_kernel", "never"),  # schema 15
+    Added("parallel.context_parallel_size", 1),  # schema 16
+    Added("training.optimizer.name", "adamw"),  # schema 17
+    Added("training.optimizer.momentum", 0.95),  # schema 18
+    Added("training.ema_decay", None),  # schema 19
+    Added("training.fused_weight_gradients", "never"),  # schema 20
 )

@@ -94,6 +94,12 @@ class MaskedDiffusionConfig(RunConfig):
         return {f"model.transformer.{key}": size for key, size in self.model.transformer.shared_widths.items()}
 
     @property
+    def attention_heads(self) -> dict[str, tuple[int, int]]:
+        """Of the transformer."""
+        transformer = self.model.transformer
+        return {"model.transformer": (transformer.num_attention_heads, transformer.key_value_heads)}
+
+    @property
     def shared_sequences(self) -> dict[str, int]:
         """Positions that sequence parallelism cuts, by words that a refusal begins with."""
         length, block = self.data.sequence_length, self.block_size
@@ -103,7 +109,12 @@ class MaskedDiffusionConfig(RunConfig):
         return {f"model.block_size={block}: 2 * {length} tokens - block_size = {copies}, which": copies}
 
     def check_family(self) -> None:
-        """A block that does not divide the sequence is refused."""
+        """A block that does not divide the sequence is refused, and a noisy copy that ranks cannot share."""
         length, block = self.data.sequence_length, self.block_size
         if length % block:
             raise ValueError(f"model.block_size={block} must divide data.sequence_length={length}")
+        if length % self.parallel.context_parallel_size:
+            raise ValueError(
+                f"data.sequence_length={length} must be divisible by parallel.context_parallel_size="
+                f"{self.parallel.context_parallel_size}"
+            )

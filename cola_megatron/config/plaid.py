@@ -86,6 +86,12 @@ class PlaidConfig(RunConfig):
         return {**shared, "model.transformer.hidden_size": self.model.transformer.hidden_size}
 
     @property
+    def attention_heads(self) -> dict[str, tuple[int, int]]:
+        """Of the transformer."""
+        transformer = self.model.transformer
+        return {"model.transformer": (transformer.num_attention_heads, transformer.key_value_heads)}
+
+    @property
     def shared_sequences(self) -> dict[str, int]:
         """The tokens of a sequence."""
         length = self.data.sequence_length

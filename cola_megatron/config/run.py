@@ -49,6 +49,9 @@ class ParallelConfig(Section):
     """Processes that share every matrix; must divide the heads of VAE and DiT."""
     sequence_parallel: Annotated[bool, OURS] = False
     """Shard the activations between tensor-parallel regions along the sequence."""
+    context_parallel_size: Annotated[PositiveInt, OURS] = 1
+    """Processes that share every sequence, each with a part of its positions; in attention they exchange parts for
+    heads, which they must divide (with `tensor_parallel_size`)."""
     pipeline_parallel_size: Annotated[PositiveInt, OURS] = 1
     """Stages that the chain of layers is cut into; each holds its own layers only."""
     pipeline_split: Annotated[list[PositiveInt] | None, OURS] = None
@@ -73,6 +76,11 @@ class ParallelConfig(Section):
     peer_timeout_seconds: Annotated[PositiveFloat, OURS] = 60.0
     """A rank that is not heard of for that long is lost, and the job ends with its name. Must be longer than any call
     of C++ code that keeps Python's lock (a build, a large file), which holds up the heartbeat."""
+
+    @property
+    def ranks_of_a_replica(self) -> int:
+        """Processes that together see one micro-batch."""
+        return self.tensor_parallel_size * self.context_parallel_size * self.pipeline_parallel_size
 
     @property
     def can_compile_blocks(self) -> bool:
@@ -116,8 +124,19 @@ class RunConfig(Section):
 
     @property
     def shared_sequences(self) -> dict[str, int]:
-        """Positions that sequence parallelism cuts, by words that a refusal begins with: "KEY=... is N, which"."""
+        """Positions that ranks cut between the layers, by words that a refusal begins with: "KEY=... is N, which"."""
         raise NotImplementedError
+
+    @property
+    def attention_heads(self) -> dict[str, tuple[int, int]]:
+        """Heads of queries, and of keys and values, of every network that is trained, by the section of its config."""
+        raise NotImplementedError
+
+    @property
+    def can_fuse_weight_gradients(self) -> bool:
+        """Whether there are float32 sums to which a layer can add: in ZeRO 1 with bf16, on the device."""
+        parallel = self.parallel
+        return self.training.precision == "bf16" and parallel.zero_stage == 1 and not parallel.offload_optimizer
 
     @property
     def has_two_copies(self) -> bool:
@@ -150,6 +169,11 @@ class RunConfig(Section):
                 "training.compile_blocks=always with parallel.zero_stage=3: a compiled layer would not run the hooks "
                 "that gather its parameters; use zero_stage=2, or compile_blocks=never"
             )
+        if self.training.fused_weight_gradients == "always" and not self.can_fuse_weight_gradients:
+            raise ValueError(
+                "training.fused_weight_gradients=always adds to float32 sums of the gradients, which there are with "
+                "training.precision=bf16 and parallel.zero_stage=1 on the device alone; use these, or auto"
+            )
         if self.parallel.offload_optimizer and self.parallel.zero_stage == 0:
             raise ValueError("parallel.offload_optimizer=true needs parallel.zero_stage of 1 or more")
         ranks = self.parallel.tensor_parallel_size
@@ -157,13 +181,34 @@ class RunConfig(Section):
         for key, size in self.shared_widths.items():
             if size % ranks:
                 raise ValueError(f"{key}={size} {rule}")
-        if not self.parallel.sequence_parallel:
-            return
-        if ranks == 1:
+        if self.parallel.sequence_parallel and ranks == 1:
             raise ValueError("parallel.sequence_parallel=true needs parallel.tensor_parallel_size above 1")
+        if self.parallel.context_parallel_size > 1:
+            self._check_context()
+        elif self.parallel.sequence_parallel:
+            for positions, size in self.shared_sequences.items():
+                if size % ranks:
+                    raise ValueError(f"{positions} {rule} under parallel.sequence_parallel")
+
+    def _check_context(self) -> None:
+        """Context-parallel ranks cut every sequence, and in attention its heads."""
+        parallel = self.parallel
+        tensor, context = parallel.tensor_parallel_size, parallel.context_parallel_size
+        times = f"parallel.tensor_parallel_size={tensor} times " if tensor > 1 else ""
+        rule = f"must be divisible by {times}parallel.context_parallel_size={context}"
+        for section, (heads, shared) in self.attention_heads.items():
+            if heads % (tensor * context):
+                raise ValueError(f"{section}.num_attention_heads={heads} {rule}")
+            if (shared // tensor) % context and context % (shared // tensor):
+                raise ValueError(
+                    f"{section}.num_key_value_heads={shared} over parallel.tensor_parallel_size={tensor} must be a "
+                    f"multiple or a divisor of parallel.context_parallel_size={context}"
+                )
+        if not parallel.sequence_parallel:
+            tensor, rule = 1, f"must be divisible by parallel.context_parallel_size={context}"
         for positions, size in self.shared_sequences.items():
-            if size % ranks:
-                raise ValueError(f"{positions} {rule} under parallel.sequence_parallel")
+            if size % (tensor * context):
+                raise ValueError(f"{positions} {rule}")
 
     def _check_pipeline(self) -> None:
         parallel = self.parallel

@@ -13,8 +13,13 @@ Decay = Annotated[float, Field(ge=0, lt=1), NOT_BOOL]
 
 
 class OptimizerConfig(Section):
-    """AdamW."""
+    """AdamW, or Muon for the matrices of the layers and AdamW for everything else: docs/optimizers.md."""
 
+    name: Annotated[Literal["adamw", "muon"], OURS] = "adamw"
+    """muon: matrices from width to width are updated by Muon (momentum, whose singular values are all brought to one
+    size) at the root mean square of an AdamW update, so that learning rate and decay mean the same."""
+    momentum: Annotated[Decay, OURS] = 0.95
+    """Of Muon: decay of the gradients' average, with Nesterov's look ahead."""
     learning_rate: Annotated[PositiveFloat, PUBLISHED] = 1.5e-4
     """Peak learning rate."""
     betas: Annotated[tuple[Decay, Decay], PUBLISHED] = (0.9, 0.95)
@@ -87,7 +92,7 @@ class CheckpointConfig(Section):
     step that is over gets none."""
     asynchronous: Annotated[bool, OURS] = True
     """Training goes on while a checkpoint is written. Needs host memory for a copy: 12 bytes for every parameter that
-    this rank writes. false: it waits until the checkpoint is complete."""
+    this rank writes, and 4 more for `training.ema_decay`. false: it waits until the checkpoint is complete."""
 
     def is_due(self, step: int) -> bool:
         """Whether there is a checkpoint after `step` steps, wherever the run ends."""
@@ -151,13 +156,25 @@ class TrainingConfig(Section):
     """Compile the transformer layers with torch.compile: fewer passes over the memory, and no work of the host between
     them. auto: on CUDA, below ZeRO 3. Under tensor parallelism layers that communicate stay as they are. It rounds
     elsewhere than the plain layers do, so a run that is resumed with another value goes on, but not bit for bit."""
+    fused_weight_gradients: Annotated[Literal["auto", "never", "always"], OURS, FREE] = "auto"
+    """Linear layers add the gradients of their weights straight to the float32 sums, with the kernel of NVIDIA apex: no
+    bfloat16 gradient is written, and none rounded. auto: on CUDA under ZeRO 1 in bf16, where apex is installed (`cola
+    doctor` says so). A run that is resumed with another value goes on, but not bit for bit."""
     attention_chunk: Annotated[NonNegativeInt | None, OURS, FREE] = None
     """Queries of one attention product over a clean and a noisy copy (Cola DLM's prior, masked diffusion by blocks),
     rounded up to whole blocks: smaller products leave out pairs that the mask hides. 0: one product; null: what was
     found to be the faster, which is 256 on a CPU from 512 positions on, and one product on a GPU."""
+    document_kernel: Annotated[Literal["auto", "never", "always"], OURS, FREE] = "auto"
+    """Attention that stays inside documents (`data.document_attention`, samples that were cut) by flash attention of
+    variable lengths, from flash-attn or, without it, torch: it leaves out the pairs that a mask would hide. Of causal
+    attention and of all with all; attention by blocks keeps its mask. auto: on CUDA in bf16."""
     loss_chunk_tokens: Annotated[NonNegativeInt, OURS, FREE] = 0
     """Tokens whose logits exist at once: head and cross-entropy are computed in chunks, their gradients in the forward
     pass. 0: all logits of a micro-batch. Worth it for a large vocabulary."""
+    ema_decay: Annotated[Decay | None, OURS, FREE] = None
+    """Keep an exponential moving average of the weights, of which so much stays in every update (less in the first
+    ones), for `--ema` of the commands that read a run: docs/optimizers.md. null: none. A resumed run that sets it
+    begins the average at that step; one that takes it out drops it."""
     start_from: Annotated[Path | None, OURS] = None
     """A new run goes on from this run's newest checkpoint, or this checkpoint, at its step and with its optimiser: with
     another learning rate, schedule, batch or other data. start.json in the run folder says what differs. Under another

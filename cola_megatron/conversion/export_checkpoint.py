@@ -18,12 +18,14 @@ def export_checkpoint(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = True,
+    ema: bool = False,
 ) -> CheckpointModel:
     """Writes a checkpoint, or a run's newest one, tensor by tensor; no model is built.
 
     Args:
         dtype: of the written weights. By default an imported checkpoint is written as it was read, type by type and
             key by key of config.json, and a trained one in float32.
+        ema: the averages of the weights in their place.
 
     Returns:
         what was written.
@@ -33,7 +35,7 @@ def export_checkpoint(
             trained, and no tokenizer is known (an import without one is exported as it was). UserError: its family has
             no such layout.
     """
-    model = CheckpointModel(checkpoint)
+    model = CheckpointModel(checkpoint, ema)
     family = FAMILIES[model.config.family]
     if not family.formats:
         raise UserError(

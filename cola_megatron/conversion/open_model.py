@@ -11,10 +11,18 @@ from cola_megatron.interop.weight_source import ModelSource, WeightFormat
 CONFIG = "config.json"
 
 
-def open_model(folder: Path) -> ModelSource:
-    """A run folder, a checkpoint, or a folder in a layout that a family knows; raises UserError."""
+def open_model(folder: Path, ema: bool = False) -> ModelSource:
+    """A run folder, a checkpoint, or a folder in a layout that a family knows; raises UserError.
+
+    Args:
+        ema: the averages of the weights in their place, which only checkpoints have.
+    """
     layout = format_of(folder)
-    return CheckpointModel(folder) if layout is None else layout.open(folder)
+    if layout is None:
+        return CheckpointModel(folder, ema)
+    if ema:
+        raise UserError(f"{folder} is an export, which has one set of weights: leave out --ema, or give the run")
+    return layout.open(folder)
 
 
 def format_of(folder: Path) -> WeightFormat | None:

@@ -75,12 +75,17 @@ class Part:
     """Its backward pass runs the forward pass again, whatever `training.activation_checkpointing` says."""
     computed_pairs: float = 1.0
     """Attention pairs that the kernel computes over those that the mask keeps: with a mask tensor it skips none."""
+    layer_matrices: int = 0
+    """Parameters in the matrices that Muon updates where it is chosen; of the whole model, all of them cut."""
     largest_matrix: float = 0.0
     """Elements of its largest matrix on one rank."""
     gathered_input: float = 0.0
     """Bytes of the largest input that a linear layer gathers under sequence parallelism."""
     activations: Activations = field(default_factory=Activations)
     ring_units: RingUnits = field(default_factory=RingUnits)
+    exchanged: Traffic = field(default_factory=Traffic)
+    """Queries, keys, values and outputs of this rank's positions, which context-parallel ranks exchange in one forward
+    pass of a micro-batch."""
 
     @property
     def network(self) -> str:
@@ -145,6 +150,21 @@ def pairs_in_products(length: int, block_size: int, chunk: int) -> float:
         sum((end - start) * end for end, start in of_clean)
         + sum((end - start) * (min(end, clean_length) + end - start) for end, start in of_noisy)
     )
+
+
+def exchanged_in_attention(config: RunConfig, positions: int, heads: int, shared: int, head_dim: int) -> Traffic:
+    """`Part.exchanged` of one attention.
+
+    Args:
+        positions: of a micro-batch on this rank.
+        heads: of queries.
+        shared: of keys and values; where they are fewer than ranks they are repeated.
+    """
+    tensor, context = config.parallel.tensor_parallel_size, config.parallel.context_parallel_size
+    if context == 1:
+        return Traffic()
+    width = 2 * heads / tensor + 2 * max(shared / tensor, context)
+    return Traffic(compute_bytes(config) * positions * width * head_dim, 2)
 
 
 def largest_gathered_input(parts: Iterable[Part]) -> float:

@@ -1,6 +1,7 @@
 """The records of a running evaluation: one JSONL file per rank, appended to batch by batch.
 
-A record is {"id", "prompt_hash", "generation", "answer", "ground_truth", "choices" (where there are any), "correct"}.
+A record is {"id", "prompt_hash", "prompt_tokens" (where the model counts them), "generation", "answer", "ground_truth",
+"choices" (where there are any), "correct"}.
 """
 
 import json
@@ -19,11 +20,12 @@ ADDED = {"model.precision": "fp32", "model.noise": "published", "decoding.until_
 """Settings that evaluations of older versions did not name, with what they computed."""
 
 
-def make_record(item: Item, generation: str, verdict: Verdict) -> Record:
+def make_record(item: Item, generation: str, verdict: Verdict, prompt_tokens: int | None = None) -> Record:
     """What is kept of one item."""
     return {
         "id": item.id,
         "prompt_hash": item.prompt_hash,
+        **({} if prompt_tokens is None else {"prompt_tokens": prompt_tokens}),
         "generation": generation,
         "answer": verdict.answer,
         "ground_truth": item.truths[0] if len(item.truths) == 1 else list(item.truths),

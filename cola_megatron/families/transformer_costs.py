@@ -8,15 +8,23 @@
 A tensor is counted in the part that makes it; the input of a part belongs to the part before. Left out are tensors
 without a width, such as the statistics of norms.
 
-Symbols: e bytes of the compute type; positions are those of a micro-batch; a width is divided by the tensor-parallel
-size where the layer cuts it, positions are divided by it where sequence parallelism does.
+Symbols: e bytes of the compute type; positions are those of a micro-batch in this rank's part of the sequence; a width
+is divided by the tensor-parallel size where the layer cuts it, positions are divided by it where sequence parallelism
+does.
 """
 
 from dataclasses import dataclass
 
 from cola_megatron.config import RunConfig
 from cola_megatron.config.transformer import TransformerConfig
-from cola_megatron.costs.part import FLOAT32, Activations, Part, RingUnits, compute_bytes
+from cola_megatron.costs.part import (
+    FLOAT32,
+    Activations,
+    Part,
+    RingUnits,
+    compute_bytes,
+    exchanged_in_attention,
+)
 from cola_megatron.costs.traffic import Traffic
 
 
@@ -76,10 +84,18 @@ class TransformerCosts:
             2 * attention * self.pairs,
             self.positions * feed_forward,
             computed_pairs=self._computed_pairs,
+            layer_matrices=matrices + feed_forward,
             largest_matrix=2 * width * inner / self._ranks,
             gathered_input=self._hidden if self.config.parallel.sequence_parallel else 0.0,
             activations=self._block_activations(),
             ring_units=self._block_ring_units(),
+            exchanged=exchanged_in_attention(
+                self.config,
+                self._all_positions,
+                transformer.num_attention_heads,
+                transformer.key_value_heads,
+                transformer.head_dim,
+            ),
         )
 
     def head(self) -> Part:
@@ -118,8 +134,12 @@ class TransformerCosts:
         return self._ranks if self.config.parallel.sequence_parallel else 1
 
     @property
+    def _context(self) -> int:
+        return self.config.parallel.context_parallel_size
+
+    @property
     def _all_positions(self) -> int:
-        return self.positions * self.config.training.micro_batch_size
+        return self.positions * self.config.training.micro_batch_size // self._context
 
     @property
     def _hidden(self) -> float:
@@ -141,8 +161,9 @@ class TransformerCosts:
         # Both norms' outputs, the sum between the branches, the output.
         residual = 4 * output
         # Projected queries, keys and values (one tensor), rotated queries and keys, the product, and its copy in the
-        # order of the sequence.
-        products = self._e * positions * (attention + 2 * shared + attention + shared + 2 * attention) / self._ranks
+        # order of the sequence; over a context also the values, which are exchanged with the others.
+        own = attention + 2 * shared + attention + shared + 2 * attention + (shared if self._context > 1 else 0)
+        products = self._e * positions * own / self._ranks
         statistics = FLOAT32 * positions * transformer.num_attention_heads / self._ranks  # log-sum-exp of each query
         # In the compute type, made by every call of the product; grouped queries have it once for each of a group.
         group = transformer.num_attention_heads // transformer.key_value_heads
@@ -167,7 +188,8 @@ class TransformerCosts:
 
     def _head_activations(self, positions: int) -> Activations:
         width, rows = self.transformer.hidden_size, self.config.model.vocab_size / self._ranks
-        tokens, chunk = positions * self.config.training.micro_batch_size, self.config.training.loss_chunk_tokens
+        tokens = positions * self.config.training.micro_batch_size // self._context
+        chunk = self.config.training.loss_chunk_tokens
         # The norm's output; under sequence parallelism also gathered.
         normed = self._hidden / self._sequence
         gathered = self._hidden if self._sequence > 1 else 0.0

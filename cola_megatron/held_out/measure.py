@@ -94,7 +94,7 @@ def _micro_batches(
 def _over_the_job(
     sums: Tensors, names: list[str], measurement: Measurement, groups: ProcessGroups
 ) -> dict[str, torch.Tensor]:
-    """Adds up stages and replicas; each sum is made in one stage."""
+    """Adds up stages and replicas; each sum is made in one stage, and alike on all ranks of a context."""
     shapes = measurement.shapes
     flat = [
         sums[name].double().reshape(-1)
@@ -102,6 +102,6 @@ def _over_the_job(
         else torch.zeros(math.prod(shapes.get(name, ())), dtype=torch.float64, device=groups.device)
         for name in names
     ]
-    whole = groups.sum_over_stages_and_replicas(torch.cat(flat)).cpu()
+    whole = groups.sum_over_stages_and_replicas(torch.cat(flat)).cpu() / groups.context_parallel_size
     parts = whole.split([part.numel() for part in flat])
     return {name: part.view(shapes.get(name, ())) for name, part in zip(names, parts, strict=True)}

@@ -18,6 +18,12 @@ from torch import nn
 from cola_megatron.inference.kv_cache import KeyValueCache
 from cola_megatron.layers.attention import attend, product
 from cola_megatron.layers.masks import block_causal_mask, block_causal_visibility
+from cola_megatron.layers.packed_documents import (
+    PackedDocuments,
+    attend_inside_documents,
+    kernel_of_variable_lengths,
+    starts_of,
+)
 
 # Prompts are laid end to end up to this many latents in one pass; more only takes memory for activations.
 PACKED_LATENTS = 8192
@@ -61,6 +67,8 @@ class PackedPrompts:
     ):
         self.lengths, self.cache, self.samples = lengths, cache, samples
         self.masks = {length: block_causal_mask(length, block_size, device) for length in set(lengths)}
+        self.block_size = block_size
+        self.starts_N: torch.Tensor | None = None
         self.positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
 
     def attend(
@@ -73,6 +81,12 @@ class PackedPrompts:
             for sample, k, v in zip(self.samples, *parts[1:], strict=True):
                 keys[sample, :, : len(k)] = k[:, 0].transpose(0, 1)
                 values[sample, :, : len(v)] = v[:, 0].transpose(0, 1)
+        kernel = kernel_of_variable_lengths(q_NRAD.device, q_NRAD.dtype)
+        if kernel is not None and (self.block_size == 1 or self.block_size >= max(self.lengths)):
+            if self.starts_N is None:
+                self.starts_N = starts_of(self.lengths).to(q_NRAD.device)
+            documents = PackedDocuments(self.starts_N, max(self.lengths), kernel)
+            return attend_inside_documents(q_NRAD, k_NRGD, v_NRGD, documents, causal=self.block_size == 1)
         return torch.cat([attend(q, k, v, self.masks[len(q)]) for q, k, v in zip(*parts, strict=True)])
 
 

@@ -15,10 +15,12 @@ from torch.nn import functional as F
 from cola_megatron.layers.linear import ColumnLinear, RowLinear
 from cola_megatron.layers.masks import AttentionMask
 from cola_megatron.layers.norms import LayerNorm, ShardedLayerNorm
+from cola_megatron.layers.packed_documents import attend_inside_documents
 from cola_megatron.layers.roles import Roles
 from cola_megatron.layers.rotary import RotaryTable
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.parameters import Initializer
+from cola_megatron.parallel.sequence_parts import heads_for_positions, positions_for_heads
 
 Norm = LayerNorm | ShardedLayerNorm
 
@@ -34,7 +36,10 @@ class KeyValueStore(Protocol):
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """Where the queries stand and what they see; the same for every layer of a stack. A cache has its own mask."""
+    """Where the queries stand and what they see; the same for every layer of a stack. A cache has its own mask.
+
+    Under context parallelism the queries are of this rank's part of the sequence; the mask is that of whole sequences.
+    """
 
     rotary: RotaryTable | torch.Tensor
     """What `rotate` of the layers takes: a table, or the phases that `inference.fast_forward` makes of it."""
@@ -50,6 +55,8 @@ class InContext(Protocol):
 
 def attend(q_SBAD: torch.Tensor, k_KBGD: torch.Tensor, v_KBGD: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v over the visible keys; (S, B, A, D) -> (S, B, A * D)."""
+    if mask.documents is not None:
+        return attend_inside_documents(q_SBAD, k_KBGD, v_KBGD, mask.documents, mask.causal)
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SBAD, k_KBGD, v_KBGD))
     if mask.chunks:
         out = torch.cat(
@@ -160,6 +167,7 @@ class Attention(nn.Module):
     ):
         super().__init__()
         self.head_dim, self.rotate, self.norm_whole_width = head_dim, rotate, norm_whole_width
+        self.groups = groups
         key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
         self.shared_by = num_heads // key_value_heads
         width, key_value_width = num_heads * head_dim, key_value_heads * head_dim
@@ -170,6 +178,7 @@ class Attention(nn.Module):
             bias=qkv_bias,
             initializer=initializer,
             role=roles.in_branch,
+            fused_rows=(self.shared_by * head_dim, head_dim, head_dim),
         )
         self.output = RowLinear(
             width,
@@ -211,7 +220,26 @@ class Attention(nn.Module):
         q, k = self.rotate(q, context.rotary), self.rotate(k, context.rotary)
         if context.cache is not None:
             return self.output(context.cache.attend(self, q, k, v))
+        if self.groups.context_parallel_size > 1:
+            return self.output(self.attend_over_ranks(q, k, v, context.mask))
         return self.output(attend(q, k, v, context.mask))
+
+    def attend_over_ranks(
+        self, q_sBAD: torch.Tensor, k_sBGD: torch.Tensor, v_sBGD: torch.Tensor, mask: AttentionMask
+    ) -> torch.Tensor:
+        """`attend` where every context-parallel rank has a part of the positions: (s, B, A, D) -> (s, B, A * D).
+
+        Each rank attends for its share of the heads. Heads of keys and values that are fewer than ranks are repeated.
+        """
+        shared = k_sBGD.shape[2]
+        repeats = max(1, self.groups.context_parallel_size // shared)
+        queries = q_sBAD.shape[2] // (shared * repeats)
+        q = q_sBAD.unflatten(2, (-1, queries))
+        k, v = (x.repeat_interleave(repeats, dim=2)[:, :, :, None] for x in (k_sBGD, v_sBGD))
+        exchanged = heads_for_positions(torch.cat((q, k, v), dim=3), self.groups)
+        q, k, v = exchanged.split((queries, 1, 1), dim=3)
+        out_SBH = attend(q.flatten(2, 3), k.squeeze(3), v.squeeze(3), mask)
+        return positions_for_heads(out_SBH, self.groups)
 
     def _normed(self, norm: Norm, x_SBAD: torch.Tensor) -> torch.Tensor:
         return norm(x_SBAD.flatten(2)).view(x_SBAD.shape) if self.norm_whole_width else norm(x_SBAD)

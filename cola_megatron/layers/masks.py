@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from cola_megatron.layers.packed_documents import Kernel, PackedDocuments, pack_documents
+
 
 @dataclass(frozen=True)
 class QueryChunk:
@@ -28,16 +30,25 @@ class AttentionMask:
     causal: bool = False
     chunks: tuple[QueryChunk, ...] = ()
     """The same mask as products over fewer pairs, one for each chunk of the queries in order; empty: one product."""
+    documents: PackedDocuments | None = None
+    """Everybody sees their own document alone; under `causal` what of it is not later. There is no `visible` then."""
 
 
 def block_causal_mask(
-    length: int, block_size: int, device: torch.device, documents_BS: torch.Tensor | None = None
+    length: int,
+    block_size: int,
+    device: torch.device,
+    documents_BS: torch.Tensor | None = None,
+    kernel: Kernel | None = None,
 ) -> AttentionMask:
     """Self-attention over one sequence of `length` positions.
 
     Args:
-        documents_BS: which document each position belongs to; no position sees those of another.
+        documents_BS: which document each position belongs to, one behind the other; no position sees those of another.
+        kernel: computes attention inside documents, causal or of all with all; other blocks keep a mask of all pairs.
     """
+    if documents_BS is not None and kernel is not None and (block_size == 1 or block_size >= length):
+        return AttentionMask(causal=block_size == 1, documents=pack_documents(documents_BS, kernel))
     if documents_BS is not None:
         positions = torch.arange(length, device=device)
         visible = block_causal_visibility(positions, positions, block_size)

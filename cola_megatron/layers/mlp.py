@@ -39,7 +39,13 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.channels = inner_size // 2 // num_groups
         self.input = ColumnLinear(
-            hidden_size, inner_size, groups=groups, bias=bias, initializer=initializer, role=roles.in_branch
+            hidden_size,
+            inner_size,
+            groups=groups,
+            bias=bias,
+            initializer=initializer,
+            role=roles.in_branch,
+            fused_rows=(self.channels, self.channels),
         )
         self.output = RowLinear(
             inner_size // 2,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from cola_megatron.layers import initializers
 from cola_megatron.layers.calls import OnTensor
 from cola_megatron.layers.linear import ColumnLinear
-from cola_megatron.layers.roles import Roles
+from cola_megatron.layers.roles import Roles, of_time
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.megatron import copy_to_tensor_model_parallel_region
 from cola_megatron.parallel.parameters import Role
@@ -64,7 +64,8 @@ class TimeEmbedding(nn.Module):
             )
 
         self.input = linear(sinusoid_dim, roles.embedding)
-        self.hidden, self.output = linear(hidden_size, roles.hidden), linear(hidden_size, roles.hidden)
+        hidden = of_time(roles.hidden)
+        self.hidden, self.output = linear(hidden_size, hidden), linear(hidden_size, hidden)
 
     def forward(self, times_T: torch.Tensor) -> torch.Tensor:
         """t in [0, 1], (T,) -> (T, 1, H)."""
@@ -89,7 +90,7 @@ class Modulation(nn.Module):
             groups=groups,
             bias=True,
             initializer=initializers.zeros,
-            role=role,
+            role=of_time(role),
             gather_output=True,
             replicated_input=True,
         )

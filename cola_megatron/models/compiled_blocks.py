@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from cola_megatron.config import RunConfig
+from cola_megatron.layers.attention import Attention
 from cola_megatron.layers.linear import ColumnLinear, RowLinear
 from cola_megatron.layers.norms import ShardedLayerNorm
 from cola_megatron.models.dit import DiTBlock
@@ -56,11 +57,13 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
 
 
 def _leave_collectives_out(block: nn.Module) -> None:
-    """Under tensor parallelism layers that communicate run as they are written, between compiled pieces.
+    """Under tensor and context parallelism what communicates runs as it is written, between compiled pieces.
 
     megatron-core's collectives change tensors in place inside their autograd functions, which cannot be traced.
     """
     for module in block.modules():
+        if isinstance(module, Attention) and module.groups.context_parallel_size > 1:
+            vars(module)["attend_over_ranks"] = torch.compiler.disable(module.attend_over_ranks)
         if isinstance(module, ColumnLinear | RowLinear):
             group: Any = module.tp_group
             communicates = torch.distributed.get_world_size(group) > 1

@@ -1,7 +1,8 @@
 """Block-causal diffusion transformer: the velocity field v(z_t, t; z_0^(<b)) of the prior (paper section 3.2).
 
 Shapes: S positions (clean copy, then noisy copy, in training), B batch, C latent channels, H hidden, T distinct
-times, N blocks.
+times, N blocks. Under context parallelism (`parallel/sequence_parts.py`) latents and velocities are whole on every
+rank, hidden states of its part of both copies one behind the other.
 """
 
 from typing import NamedTuple, cast
@@ -22,6 +23,7 @@ from cola_megatron.layers.rotary import rotary_table, rotate_interleaved
 from cola_megatron.layers.time_embedding import Modulation, TimeEmbedding, TimeRows
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.megatron import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+from cola_megatron.parallel.sequence_parts import own_part, whole_sequence
 
 
 class TimeTable(NamedTuple):
@@ -162,7 +164,7 @@ class DiT(nn.Module):
 
     def embed(self, z_SBC: torch.Tensor) -> torch.Tensor:
         """Latents (S, B, C) -> (S, B, H)."""
-        x_SBH = self.input(z_SBC)
+        x_SBH = self.input(own_part(z_SBC, self.groups))
         return scatter_to_sequence_parallel_region(x_SBH) if self.groups.sequence_parallel else x_SBH
 
     def embed_time(self, times_T: torch.Tensor) -> torch.Tensor:
@@ -171,15 +173,18 @@ class DiT(nn.Module):
 
     def local_index(self, index: TimeRows | None) -> TimeRows | None:
         """That of this rank's part of the sequence, which begins and ends inside a block."""
-        if index is None or not self.groups.sequence_parallel:
+        if index is None or self.groups.sequence_parts == 1:
             return index
-        return TimeRows(index.rows_SB.chunk(self.groups.tensor_parallel_size)[self.groups.tensor_parallel_rank])
+        rows_SB = own_part(index.rows_SB, self.groups)
+        if self.groups.sequence_parallel:
+            rows_SB = rows_SB.chunk(self.groups.tensor_parallel_size)[self.groups.tensor_parallel_rank]
+        return TimeRows(rows_SB)
 
     def context_at(
         self, positions: torch.Tensor, mask: AttentionMask, cache: KeyValueStore | None = None
     ) -> AttentionContext:
         """Attention of queries at the given positions, (S,) or (S, B)."""
-        config = self.config
+        config, positions = self.config, own_part(positions, self.groups)
         precision = getattr(torch, config.rotary_precision)
         rotary = rotary_table(positions, config.rotary_dim, config.rotary_base, precision)
         return AttentionContext(rotary, mask, cache)
@@ -213,7 +218,7 @@ class DiT(nn.Module):
         x_SBH = modulate(self.output_norm(x_SBH), shift, scale)
         if self.groups.sequence_parallel:
             x_SBH = gather_from_sequence_parallel_region(x_SBH, tensor_parallel_output_grad=False)
-        return self.output(x_SBH).float()
+        return whole_sequence(self.output(x_SBH).float(), self.groups)
 
     def modulations(self, times_T: torch.Tensor) -> Modulations:
         """Everything that depends on the time alone, for a solver that meets the same times again and again."""

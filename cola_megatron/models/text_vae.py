@@ -1,7 +1,8 @@
 """Text VAE: encoder q(z|x) and conditional decoder p(x|z) (paper section 3.1).
 
 Shapes: B batch, L tokens, P tokens per latent, S = L / P latents, H hidden, C latent channels, V vocabulary on this
-rank. Activations are sequence-first (S, B, H).
+rank. Activations are sequence-first (S, B, H). Under context parallelism (`parallel/sequence_parts.py`) tokens and
+latents are whole on every rank, hidden states and logits of this rank's part of the sequence.
 """
 
 import torch
@@ -15,12 +16,14 @@ from cola_megatron.layers.linear import ColumnLinear, RowLinear
 from cola_megatron.layers.masks import AttentionMask, block_causal_mask
 from cola_megatron.layers.mlp import SwiGLU, swiglu_groups
 from cola_megatron.layers.norms import LayerNorm
+from cola_megatron.layers.packed_documents import Kernel
 from cola_megatron.layers.roles import Roles
 from cola_megatron.layers.rotary import rotary_table, rotate_half_split
 from cola_megatron.objectives.vae import Posterior
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.megatron import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from cola_megatron.parallel.parameters import Role
+from cola_megatron.parallel.sequence_parts import own_part, whole_sequence
 
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 
@@ -92,15 +95,22 @@ class TextStack(nn.Module):
         self.roles = Roles(config.parametrization, config.hidden_size, num_layers)
         self.blocks = nn.ModuleList(TextBlock(config, groups, self.roles) for _ in range(num_layers))
 
-    def context(self, length: int, device: torch.device, documents_BS: torch.Tensor | None = None) -> AttentionContext:
+    def context(
+        self,
+        length: int,
+        device: torch.device,
+        documents_BS: torch.Tensor | None = None,
+        kernel: Kernel | None = None,
+    ) -> AttentionContext:
         """Self-attention over whole sequences of `length` latents, or inside each of their documents."""
-        mask = block_causal_mask(length, self.config.block_size, device, documents_BS)
+        mask = block_causal_mask(length, self.config.block_size, device, documents_BS, kernel)
         return self.context_at(torch.arange(length, device=device), mask)
 
     def context_at(
         self, positions: torch.Tensor, mask: AttentionMask, cache: KeyValueStore | None = None
     ) -> AttentionContext:
         """Attention of queries at the given positions, (S,) or (S, B), through a cache."""
+        positions = own_part(positions, self.groups)
         return AttentionContext(rotary_table(positions, self.config.head_dim, self.config.rotary_base), mask, cache)
 
     def run_blocks(self, x_SBH: torch.Tensor, context: AttentionContext) -> torch.Tensor:
@@ -147,7 +157,7 @@ class TextEncoder(TextStack):
 
     def embed(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """Token ids (B, L) -> (S, B, H)."""
-        x_BLH = self.embedding(tokens_BL)
+        x_BLH = self.embedding(own_part(tokens_BL, self.groups, dim=1))
         # A convolution whose stride is its kernel is a linear map of each patch.
         x_SBH = self.patch(x_BLH.unflatten(1, (-1, self.config.patch_size)).flatten(2).transpose(0, 1))
         return scatter_to_sequence_parallel_region(x_SBH) if self.groups.sequence_parallel else x_SBH
@@ -156,7 +166,7 @@ class TextEncoder(TextStack):
         """Head: mean (normed over channels) and log variance, clamped or fixed by a signal-to-noise ratio."""
         if self.groups.sequence_parallel:
             x_SBH = gather_from_sequence_parallel_region(x_SBH, tensor_parallel_output_grad=False)
-        out = self.head(x_SBH).float()
+        out = whole_sequence(self.head(x_SBH).float(), self.groups)
         mean, logvar = out.chunk(2, dim=-1) if self.config.variational else (out, None)
         if self.mean_norm is not None:
             mean = self.mean_norm(mean)
@@ -210,11 +220,14 @@ class TextDecoder(TextStack):
 
     def embed(self, z_SBC: torch.Tensor) -> torch.Tensor:
         """Latents (S, B, C) -> (S, B, H)."""
-        x_SBH = self.input(z_SBC)
+        x_SBH = self.input(own_part(z_SBC, self.groups))
         return scatter_to_sequence_parallel_region(x_SBH) if self.groups.sequence_parallel else x_SBH
 
     def to_tokens(self, x_SBH: torch.Tensor) -> torch.Tensor:
-        """(S, B, H) -> (S * P, B, H), whole on every rank: a latent's tokens are (channel, patch), patch fastest."""
+        """(S, B, H) -> (S * P, B, H), alike on tensor-parallel ranks.
+
+        A latent's tokens are (channel, patch), patch fastest.
+        """
         if self.groups.sequence_parallel:
             x_SBH = gather_from_sequence_parallel_region(x_SBH, tensor_parallel_output_grad=False)
         x_SBHP = self.unpatch(x_SBH).unflatten(-1, (-1, self.config.patch_size))

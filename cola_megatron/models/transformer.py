@@ -4,7 +4,8 @@ Pre-norm blocks of attention (rotary, grouped queries) and SwiGLU behind RMSNorm
 head are two matrices. The mask makes the family: causal, bidirectional, or inside documents.
 
 Shapes: B batch, L tokens, S of them on this rank, H hidden, V vocabulary on this rank. Activations are sequence-first
-(S, B, H).
+(S, B, H). Under context parallelism (`parallel/sequence_parts.py`) whole tokens come in and this rank's part of them,
+P of L, goes out.
 """
 
 import torch
@@ -21,6 +22,7 @@ from cola_megatron.layers.roles import Roles
 from cola_megatron.layers.rotary import rotary_table, rotate_half_split
 from cola_megatron.parallel import ProcessGroups
 from cola_megatron.parallel.megatron import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+from cola_megatron.parallel.sequence_parts import own_part
 
 
 class TransformerBlock(nn.Module):
@@ -95,7 +97,7 @@ class Transformer(nn.Module):
 
     def embed(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """Token ids (B, L) -> (S, B, H)."""
-        x_SBH = self.embedding(tokens_BL).transpose(0, 1).contiguous()
+        x_SBH = self.embedding(own_part(tokens_BL, self.groups, dim=1)).transpose(0, 1).contiguous()
         return scatter_to_sequence_parallel_region(x_SBH) if self.groups.sequence_parallel else x_SBH
 
     def context(self, length: int, device: torch.device, mask: AttentionMask) -> AttentionContext:
@@ -106,6 +108,7 @@ class Transformer(nn.Module):
         self, positions: torch.Tensor, mask: AttentionMask, cache: KeyValueStore | None = None
     ) -> AttentionContext:
         """Attention of queries at the given positions, (L,) or (L, B); through a cache, which has its own mask."""
+        positions = own_part(positions, self.groups)
         return AttentionContext(rotary_table(positions, self.config.head_dim, self.config.rotary_base), mask, cache)
 
     def run_blocks(self, x_SBH: torch.Tensor, context: AttentionContext) -> torch.Tensor:
@@ -115,27 +118,30 @@ class Transformer(nn.Module):
         return x_SBH
 
     def to_head(self, x_SBH: torch.Tensor) -> torch.Tensor:
-        """The last block's output, normed, as the head takes it: (S, B, H) -> (L, B, H), whole on every rank."""
+        """The last block's output, normed, as the head takes it: (S, B, H) -> (P, B, H).
+
+        Tensor-parallel ranks hold the same.
+        """
         x_SBH = self.norm(x_SBH)
         if self.groups.sequence_parallel:
             x_SBH = gather_from_sequence_parallel_region(x_SBH, tensor_parallel_output_grad=False)
         return x_SBH
 
     def logits(self, x_SBH: torch.Tensor) -> torch.Tensor:
-        """The last block's output (S, B, H) -> logits (L, B, V)."""
+        """The last block's output (S, B, H) -> logits (P, B, V)."""
         return self.head(self.to_head(x_SBH))
 
     def weighted_nll(
-        self, x_SBH: torch.Tensor, targets_LB: torch.Tensor, weights_LB: torch.Tensor, chunk: int
+        self, x_SBH: torch.Tensor, targets_PB: torch.Tensor, weights_PB: torch.Tensor, chunk: int
     ) -> torch.Tensor:
         """sum weights * -log softmax(logits)[target] of the last block's output, a float32 scalar.
 
         Args:
             chunk: positions whose logits exist at once; see `layers/vocabulary_loss.py`.
         """
-        return self.head.weighted_nll(self.to_head(x_SBH), targets_LB, weights_LB, chunk)
+        return self.head.weighted_nll(self.to_head(x_SBH), targets_PB, weights_PB, chunk)
 
     def forward(self, tokens_BL: torch.Tensor, mask: AttentionMask) -> torch.Tensor:
-        """Token ids (B, L) -> logits (L, B, V)."""
+        """Token ids (B, L) -> logits (P, B, V)."""
         context = self.context(tokens_BL.shape[1], tokens_BL.device, mask)
         return self.logits(self.run_blocks(self.embed(tokens_BL), context))

@@ -8,17 +8,21 @@ from collections.abc import Iterator
 import torch
 
 from cola_megatron.layers.masks import block_causal_mask
+from cola_megatron.layers.packed_documents import Kernel
 from cola_megatron.models.steps import Step
 from cola_megatron.models.transformer import Transformer
 from cola_megatron.parallel.megatron import gather_from_tensor_model_parallel_region
 
 
-def context_step(transformer: Transformer, length: int, *, causal: bool, by_document: bool) -> Step:
+def context_step(
+    transformer: Transformer, length: int, *, causal: bool, by_document: bool, kernel: Kernel | None
+) -> Step:
     """-> context, the same in every pass; or documents -> context, in which no position sees another document.
 
     Args:
         length: positions of a sequence.
         causal: no position sees a later one; False: all see all.
+        kernel: of attention inside documents; None: a mask.
     """
     block_size, device = 1 if causal else length, transformer.groups.device
     if not by_document:
@@ -27,7 +31,7 @@ def context_step(transformer: Transformer, length: int, *, causal: bool, by_docu
     return Step(
         "documents -> context",
         lambda documents_BL: transformer.context(
-            length, device, block_causal_mask(length, block_size, device, documents_BL)
+            length, device, block_causal_mask(length, block_size, device, documents_BL, kernel)
         ),
     )
 
@@ -63,8 +67,9 @@ def as_head(transformer: Transformer, head: Step) -> Step:
 
 
 def whole_logits(transformer: Transformer, hidden_SBH: torch.Tensor) -> torch.Tensor:
-    """What the head makes of the last block, (L, B, V) over the whole vocabulary on every rank."""
-    logits_LBV = transformer.logits(hidden_SBH)
+    """What the head makes of the last block, over the whole vocabulary on every rank, of the rank's part of the
+    sequence: (S, B, H) -> (P, B, V)."""
+    logits_PBV = transformer.logits(hidden_SBH)
     if transformer.groups.tensor_parallel_size == 1:
-        return logits_LBV
-    return gather_from_tensor_model_parallel_region(logits_LBV)[..., : transformer.vocab_size]
+        return logits_PBV
+    return gather_from_tensor_model_parallel_region(logits_PBV)[..., : transformer.vocab_size]

@@ -8,6 +8,8 @@ from cola_megatron.parallel.megatron import parallel_state
 class DeepSpeedGrid:
     """Adapter: DeepSpeed calls "model parallel" all that is not data parallel (tensor times pipeline).
 
+    Data parallel are to it all ranks that hold the same parameters, those of one context too.
+
     Without it DeepSpeed takes every rank for a data-parallel replica, and the results are wrong.
     """
 
@@ -37,12 +39,12 @@ class DeepSpeedGrid:
 
     @staticmethod
     def get_data_parallel_world_size() -> int:
-        """Number of replicas."""
+        """How many ranks hold the same parameters."""
         return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
 
     @staticmethod
     def get_data_parallel_rank() -> int:
-        """Index of this replica."""
+        """Which of them this one is."""
         return parallel_state.get_data_parallel_rank(with_context_parallel=True)
 
     @staticmethod

@@ -16,7 +16,7 @@ from cola_megatron.parallel.rendezvous import cannot_join, has_a_gpu_of_its_own,
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """Where this process stands in the (tensor, pipeline, data) grid.
+    """Where this process stands in the (tensor, context, data, pipeline) grid.
 
     `layer_config` is what megatron-core's parallel linears read; `replicated_input_config` is the same without
     sequence parallelism, for inputs that every tensor-parallel rank holds whole (the table of distinct times).
@@ -27,16 +27,27 @@ class ProcessGroups:
     pipeline_parallel_size: int
     pipeline_parallel_rank: int
     """The stage of the pipeline that this process computes."""
+    context_parallel_size: int
+    context_parallel_rank: int
+    """Which part of every sequence is here; see `parallel/sequence_parts.py`."""
     data_parallel_size: int
     data_parallel_rank: int
+    """The replica: all of its ranks, those of its context too, see the same samples."""
+    same_weights_size: int
+    same_weights_rank: int
     sequence_parallel: bool
     device: torch.device
     tensor_group: dist.ProcessGroup = field(repr=False)
     pipeline_group: dist.ProcessGroup = field(repr=False)
     """The stages of one replica (with the same tensor-parallel rank), in order."""
     replica_group: dist.ProcessGroup = field(repr=False)
-    """The ranks that together hold one replica: its stages times their tensor-parallel ranks."""
+    """The ranks that together hold the weights once: stages times their tensor-parallel ranks."""
+    context_group: dist.ProcessGroup = field(repr=False)
+    """The ranks that share every sequence, in the order of its parts."""
     data_group: dist.ProcessGroup = field(repr=False)
+    same_weights_group: dist.ProcessGroup = field(repr=False)
+    """The ranks that hold the same parameters, over which ZeRO adds up gradients and shares the optimiser out: replicas
+    times their context-parallel ranks."""
     layer_config: ModelParallelConfig = field(repr=False)
     replicated_input_config: ModelParallelConfig = field(repr=False)
 
@@ -61,16 +72,21 @@ class ProcessGroups:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def sum_over_stages_and_replicas(self, values_N: torch.Tensor) -> torch.Tensor:
-        """Sum of a small tensor over pipeline stages and data-parallel ranks, alike on every rank.
+        """Sum of a small tensor over pipeline stages, context- and data-parallel ranks, alike on every rank.
 
         In float64, so that the order of the terms does not show.
         """
         total_N = values_N.double()
         if self.pipeline_parallel_size > 1:
             dist.all_reduce(total_N, group=self.pipeline_group)
-        if self.data_parallel_size > 1:
-            dist.all_reduce(total_N, group=self.data_group)
+        if self.same_weights_size > 1:
+            dist.all_reduce(total_N, group=self.same_weights_group)
         return total_N
+
+    @property
+    def sequence_parts(self) -> int:
+        """Into how many parts ranks cut a sequence between the layers: its length must divide by it."""
+        return self.context_parallel_size * (self.tensor_parallel_size if self.sequence_parallel else 1)
 
 
 def initialize_parallel(
@@ -78,6 +94,7 @@ def initialize_parallel(
     sequence_parallel: bool = False,
     timeout_minutes: float = 30.0,
     pipeline_parallel_size: int = 1,
+    context_parallel_size: int = 1,
 ) -> ProcessGroups:
     """Joins the job and builds its groups.
 
@@ -86,8 +103,8 @@ def initialize_parallel(
     port. A second call in one process must ask for the same sizes and returns an equal object.
 
     Raises:
-        ConfigError: the world size is not divisible by the tensor- times the pipeline-parallel size, or the groups
-            exist with other sizes.
+        ConfigError: the world size is not divisible by the tensor- times the pipeline- times the context-parallel
+            size, or the groups exist with other sizes.
         RendezvousFailed: the processes do not find each other.
     """
     set_queues(tensor_parallel_size)  # `cola train` has done so before torch was imported
@@ -96,17 +113,19 @@ def initialize_parallel(
     if not dist.is_initialized():
         _join_job(device, timedelta(minutes=timeout_minutes))
     world_size = dist.get_world_size()
-    replica_size = tensor_parallel_size * pipeline_parallel_size
+    replica_size = tensor_parallel_size * pipeline_parallel_size * context_parallel_size
     if world_size % replica_size:
+        context = f" times parallel.context_parallel_size={context_parallel_size}" if context_parallel_size > 1 else ""
         raise ConfigError(
             f"parallel.tensor_parallel_size={tensor_parallel_size} times parallel.pipeline_parallel_size="
-            f"{pipeline_parallel_size} does not divide the {world_size} processes of this job; start a multiple of "
-            f"{replica_size} processes"
+            f"{pipeline_parallel_size}{context} does not divide the {world_size} processes of this job; start a "
+            f"multiple of {replica_size} processes"
         )
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor_parallel_size,
             pipeline_model_parallel_size=pipeline_parallel_size,
+            context_parallel_size=context_parallel_size,
             distributed_timeout_minutes=timeout_minutes,
             # Nobody asks for the gloo twins of its groups, each of which would connect all its ranks at once.
             create_gloo_process_groups=False,
@@ -114,11 +133,13 @@ def initialize_parallel(
     sizes = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
     )
-    if sizes != (tensor_parallel_size, pipeline_parallel_size):
+    if sizes != (tensor_parallel_size, pipeline_parallel_size, context_parallel_size):
         raise ConfigError(
-            f"this process already runs with tensor_parallel_size={sizes[0]} and pipeline_parallel_size={sizes[1]}, "
-            f"not {tensor_parallel_size} and {pipeline_parallel_size}"
+            f"this process already runs with tensor_parallel_size={sizes[0]}, pipeline_parallel_size={sizes[1]} and "
+            f"context_parallel_size={sizes[2]}, not {tensor_parallel_size}, {pipeline_parallel_size} and "
+            f"{context_parallel_size}"
         )
     sequence_parallel = sequence_parallel and tensor_parallel_size > 1
 
@@ -137,14 +158,20 @@ def initialize_parallel(
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_parallel_size=pipeline_parallel_size,
         pipeline_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        context_parallel_size=context_parallel_size,
+        context_parallel_rank=parallel_state.get_context_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        same_weights_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        same_weights_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
         sequence_parallel=sequence_parallel,
         device=device,
         tensor_group=parallel_state.get_tensor_model_parallel_group(),
         pipeline_group=parallel_state.get_pipeline_model_parallel_group(),
         replica_group=parallel_state.get_model_parallel_group(),
+        context_group=parallel_state.get_context_parallel_group(),
         data_group=parallel_state.get_data_parallel_group(),
+        same_weights_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         layer_config=layer_config(sequence_parallel),
         replicated_input_config=layer_config(False),
     )

@@ -66,11 +66,17 @@ class VocabParallelEmbedding(nn.Module):
         tp_group: dist.ProcessGroup,
     ) -> None: ...
 
+def all_to_all(
+    group: dist.ProcessGroup,
+    input_: torch.Tensor,
+    output_split_sizes_: list[int] | None = None,
+    input_split_sizes: list[int] | None = None,
+) -> torch.Tensor: ...
 def copy_to_tensor_model_parallel_region(
     input_: torch.Tensor, group: dist.ProcessGroup | None = None
 ) -> torch.Tensor: ...
 def gather_from_sequence_parallel_region(
-    input_: torch.Tensor, *, tensor_parallel_output_grad: bool = True
+    input_: torch.Tensor, *, tensor_parallel_output_grad: bool = True, group: dist.ProcessGroup | None = None
 ) -> torch.Tensor: ...
 def gather_from_tensor_model_parallel_region(
     input_: torch.Tensor, group: dist.ProcessGroup | None = None

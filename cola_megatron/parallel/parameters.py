@@ -32,6 +32,8 @@ class Role:
     """Multiple of the learning rate; weight decay is divided by it, so that their product stays."""
     eps: float = 1.0
     """Multiple of AdamW's epsilon."""
+    muon_rate: float | None = None
+    """Multiple of the learning rate where Muon updates the parameter; None: it is no matrix for Muon."""
     bias: "Role | None" = None
     """Of a matrix: the role of the bias that belongs to it."""
 
@@ -45,6 +47,7 @@ class ParameterMarks:
     partition_dim: int | None
     full_size: int | None
     partial_gradient: bool
+    fused_rows: tuple[int, ...] | None
 
 
 def mark_parameter(
@@ -54,6 +57,7 @@ def mark_parameter(
     partition_dim: int | None = None,
     full_size: int | None = None,
     partial_gradient: bool = False,
+    fused_rows: tuple[int, ...] | None = None,
 ) -> None:
     """Notes on a parameter how it starts, what it is, and how tensor parallelism cuts it.
 
@@ -64,6 +68,7 @@ def mark_parameter(
         full_size: size of `partition_dim` in the whole tensor where padding makes the shards' sum larger (vocabulary).
         partial_gradient: a replicated parameter whose gradient on one rank is a partial sum over the tensor-parallel
             ranks (each saw its own part of the sequence, or its own heads).
+        fused_rows: of a matrix that is several projections of one input: the rows of each of them in one group of rows.
 
     Raises:
         TypeError: no role.
@@ -71,7 +76,7 @@ def mark_parameter(
     if role is None:
         raise TypeError(f"a parameter of shape {tuple(parameter.shape)} has no role: see layers/roles.py")
     vars(parameter).update(
-        marks=ParameterMarks(initializer, role, partition_dim, full_size, partial_gradient),
+        marks=ParameterMarks(initializer, role, partition_dim, full_size, partial_gradient, fused_rows),
         # What megatron-core sets and DeepSpeed reads, when it counts a parameter of several ranks once.
         tensor_model_parallel=partition_dim is not None,
         partition_dim=-1 if partition_dim is None else partition_dim,

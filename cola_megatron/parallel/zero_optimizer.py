@@ -7,7 +7,7 @@ is listed in `PRIVATE_PARTS`; `tests/test_zero_optimizer.py` fails for a version
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,8 @@ from torch import nn
 from cola_megatron.errors import UserError
 from cola_megatron.parallel.gradient_sums import GradientSums
 from cola_megatron.parallel.groups import ProcessGroups
+from cola_megatron.parallel.matrix_exchange import HeldMatrix, MatrixExchange
+from cola_megatron.parallel.muon import MuonAdamW
 from cola_megatron.parallel.parameters import marks_of
 
 WRITTEN_AGAINST = "0.19.8"
@@ -72,11 +74,16 @@ class ZeroOptimizer:
         self._squares_N: torch.Tensor | None = None
         self._norms_of_flat: list[torch.Tensor] = []
         self._sums: GradientSums | None = None
+        self._added_elsewhere: set[int] = set()
         self._may_update: Callable[[float], bool] | None = None
         if stage > 0:
             self._ask_before_updates()
         if hasattr(self._optimizer, "update_hp_grads"):
             self._replace("update_hp_grads", self._add_gradients)
+        if isinstance(self.adam, MuonAdamW) and stage == 0:
+            self.adam.share_whole(groups)
+        elif isinstance(self.adam, MuonAdamW):
+            self.adam.share(self._matrices())
 
     @property
     def adam(self) -> torch.optim.AdamW:
@@ -90,6 +97,23 @@ class ZeroOptimizer:
             return self._optimizer.fp32_partitioned_groups_flat
         return [flat for group in self.adam.param_groups for flat in group["params"]]
 
+    def sums_of_gradients(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+        """The float32 sums of trained parameters' gradients, to which the caller adds (ZeRO 1 in bfloat16 alone).
+
+        What is left on the parameters is added too.
+        """
+        zero = self._optimizer
+        groups = zip(zero.bf16_groups, zero.fp32_groups_gradients, strict=True)
+        sums = {id(each): total for group, of_group in groups for each, total in zip(group, of_group, strict=True)}
+        self._added_elsewhere |= {id(parameter) for parameter in parameters}
+        # `.data` counts its changes by itself. All sums are views of a few flat tensors and would share one count, and
+        # autograd would refuse one that a pass in flight has saved for a change of another.
+        return [sums[id(parameter)].data.view(parameter.shape) for parameter in parameters]
+
+    def moments(self, flat: torch.Tensor) -> tuple[str, ...]:
+        """Names of the optimiser's state of one of `flat_masters`, each a tensor of its size."""
+        return self.adam.moments(flat) if isinstance(self.adam, MuonAdamW) else ("exp_avg", "exp_avg_sq")
+
     @property
     def overflowed(self) -> bool:
         """Whether the last update was left out, because its gradient was not a number or it was refused."""
@@ -99,16 +123,16 @@ class ZeroOptimizer:
         """What of a trained parameter this rank updates; None: nothing.
 
         Args:
-            shared_out: leaves out what another data-parallel rank holds as well.
+            shared_out: leaves out what another rank of `same_weights_group` holds as well.
         """
         zero, groups = self._optimizer, self.groups
         if self.stage == 0:
-            rank, ranks = (groups.data_parallel_rank, groups.data_parallel_size) if shared_out else (0, 1)
+            rank, ranks = (groups.same_weights_rank, groups.same_weights_size) if shared_out else (0, 1)
             start, stop = (parameter.numel() * end // ranks for end in (rank, rank + 1))
             return Fragment(start, parameter, start, stop - start)
         if self.stage == 3:
             group, flat_start, part = zero.grad_position[zero.get_param_id(parameter)]
-            start = groups.data_parallel_rank * part
+            start = groups.same_weights_rank * part
             count = max(0, min(part, deepspeeds(parameter).ds_numel - start))  # the parts are padded to one size
             return Fragment(start, zero.fp32_partitioned_groups_flat[group], flat_start, count)
         mapping = deepspeeds(parameter)._hp_mapping
@@ -230,6 +254,26 @@ class ZeroOptimizer:
             else:
                 safe_set_local_grad(parameter, torch.zeros_like(deepspeeds(parameter).ds_tensor, dtype=torch.float32))
 
+    def _matrices(self) -> dict[int, MatrixExchange]:
+        """For Muon: of each flat tensor of its groups, by id, the matrices of which it holds ranges."""
+        zero = self._optimizer
+        names = {1: "bf16_groups" if self._holds_whole else "bit16_groups", 2: "bit16_groups", 3: "fp16_groups"}
+        flats = zip(getattr(zero, names[self.stage]), self.flat_masters, strict=True)
+        return {
+            id(flat): MatrixExchange([self._held_matrix(each) for each in parameters], self.groups)
+            for parameters, flat in flats
+            if marks_of(parameters[0]).role.muon_rate is not None
+        }
+
+    def _held_matrix(self, parameter: nn.Parameter) -> HeldMatrix:
+        fragment, marks = self.fragment(parameter, shared_out=False), marks_of(parameter)
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if fragment is None:
+            return HeldMatrix(shape, marks.partition_dim, marks.fused_rows, 0, 0, 0)
+        return HeldMatrix(
+            shape, marks.partition_dim, marks.fused_rows, fragment.start, fragment.length, fragment.flat_start
+        )
+
     def let_go(self) -> None:
         """Takes the model out of the list in which ZeRO 3 keeps, for ever, those whose forward pass it has seen."""
         if self.stage == 3:
@@ -266,7 +310,7 @@ class ZeroOptimizer:
             zero.bf16_groups, zero.fp32_groups_gradients, zero.fp32_groups_has_gradients, strict=True
         ):
             for index, parameter in enumerate(group):
-                if parameter.grad is not None:
+                if parameter.grad is not None or id(parameter) in self._added_elsewhere:
                     parameter._hp_grad, parameter.grad, has_sum[index] = sums[index], None, True
 
     def _replace(self, method: str, by: Callable[..., Any]) -> None:

@@ -1,8 +1,8 @@
 """Bytes that one rank sends in one optimiser step, by kind, and the links that they take.
 
-Ranks are numbered with tensor parallelism innermost, then data, then pipeline parallelism, so a tensor-parallel group
-lies within a node. Collectives are rings: an all-gather or a reduce-scatter of x bytes over n ranks sends x (n - 1) / n
-from each, an all-reduce twice that.
+Ranks are numbered with tensor parallelism innermost, then context, data and pipeline parallelism, so a tensor-parallel
+group lies within a node. Collectives are rings: an all-gather or a reduce-scatter of x bytes over n ranks sends
+x (n - 1) / n from each, an all-reduce twice that; so does an all-to-all of x bytes of each rank, once.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ class Links:
     """Bandwidth in bytes/s that one rank has in each kind of communication."""
 
     tensor: float
+    context: float
     pipeline: float
     data: float
 
@@ -26,12 +27,16 @@ class Links:
 def links(gpu: GPU, config: RunConfig, replicas: int, gpus_per_node: int) -> Links:
     """The slowest link of each group. A data-parallel group that spans nodes uses the network port of each of its
     members in a node, at most what NVLink carries."""
-    ranks = config.parallel.tensor_parallel_size
+    ranks, context = config.parallel.tensor_parallel_size, config.parallel.context_parallel_size
     data = gpu.node_bandwidth
-    if ranks * replicas > gpus_per_node:
+    if ranks * context * replicas > gpus_per_node:
         data = min(data, max(1, gpus_per_node // ranks) * gpu.network_bandwidth)
-    total = ranks * replicas * config.parallel.pipeline_parallel_size
-    return Links(gpu.node_bandwidth, gpu.node_bandwidth if total <= gpus_per_node else gpu.network_bandwidth, data)
+    total = ranks * context * replicas * config.parallel.pipeline_parallel_size
+
+    def over(ranks: int) -> float:
+        return gpu.node_bandwidth if ranks <= gpus_per_node else gpu.network_bandwidth
+
+    return Links(gpu.node_bandwidth, over(ranks * context), over(total), data)
 
 
 def tensor_traffic(config: RunConfig, part: Part) -> Traffic:
@@ -44,6 +49,15 @@ def tensor_traffic(config: RunConfig, part: Part) -> Traffic:
         backward = backward + forward
     total = forward + backward if part.backward else forward
     return Traffic(total.bytes * (ranks - 1) / ranks, total.transfers)
+
+
+def context_traffic(config: RunConfig, part: Part) -> Traffic:
+    """Of one micro-batch through one part: what its attention exchanges, recomputation included."""
+    ranks = config.parallel.context_parallel_size
+    if ranks == 1 or not part.forward:
+        return Traffic()
+    passes = 1 + part.backward + part.runs_again(config) + part.extra_forwards
+    return Traffic(part.exchanged.bytes * (ranks - 1) / ranks, part.exchanged.transfers) * passes
 
 
 def pipeline_traffic(parts: Sequence[Part], first: int, end: int) -> Traffic:
@@ -59,6 +73,7 @@ def data_traffic(config: RunConfig, parts: Sequence[Part], replicas: int, micro_
     ZeRO 0 and 1 reduce once a step; ZeRO 2 all-reduces its buckets in every micro-batch; ZeRO 3 gathers the weights
     forward and backward and scatters the gradients in every micro-batch.
     """
+    replicas *= config.parallel.context_parallel_size  # these hold the same weights
     if replicas == 1:
         return Traffic()
     parallel, e = config.parallel, compute_bytes(config)

@@ -91,22 +91,24 @@ def parameter_step_cost(config: RunConfig, data_parallel_size: int) -> float:
     memory = (46 + 12 * micro_batches) * flops / (gpu.memory_bandwidth * efficiency.memory)
     node = min(gpu.node_bandwidth, 8 * gpu.network_bandwidth)
     links = 3 * e * flops / (node * efficiency.link)
-    return memory + links * (data_parallel_size - 1) / data_parallel_size
+    same_weights = data_parallel_size * config.parallel.context_parallel_size
+    return memory + links * (same_weights - 1) / same_weights
 
 
 def stage_costs(config: RunConfig, data_parallel_size: int = 1) -> list[float]:
     """Cost of each part of the chain, in FLOP-equivalents per sample, for `planning.balance.balance`.
 
     FLOPs, plus `parameter_step_cost` for each trained parameter, divided over the samples that one replica contributes
-    to an optimiser step: global_batch_size / data_parallel_size. Where there are several kinds of steps the FLOPs are
-    their mean over one period.
+    to an optimiser step: global_batch_size / data_parallel_size. Of the FLOPs a rank has its share of the sequence.
+    Where there are several kinds of steps they are their mean over one period.
     """
     family, samples = family_of(config), config.training.global_batch_size / data_parallel_size
     kinds = family.kinds(config, family.period(config))
     chains = [(family.parts(config, mode), count) for mode, count in kinds]
+    period, context = family.period(config), config.parallel.context_parallel_size
     per_parameter = parameter_step_cost(config, data_parallel_size) / samples
     return [
-        sum(part.flops * count for part, (_, count) in zip(parts, chains, strict=True)) / family.period(config)
+        sum(part.flops * count for part, (_, count) in zip(parts, chains, strict=True)) / (period * context)
         + (parts[0].parameters * per_parameter if parts[0].backward else 0.0)
         for parts in zip(*(chain for chain, _ in chains), strict=True)
     ]

@@ -12,8 +12,6 @@ from cola_megatron.config import RunConfig
 from cola_megatron.costs.part import FLOAT32, Activations, Part, largest_gathered_input
 from cola_megatron.families import family_of
 
-MASTER_AND_MOMENTS = 3 * FLOAT32
-
 # DeepSpeed's defaults for ZeRO 3: parameters used again within 1e9 elements stay gathered (at the turn from forward to
 # backward that is the last half of them, for they are passed twice), and 5e7 more are fetched ahead.
 GATHERED_PARAMETERS = 1e9 / 2 + 5e7
@@ -93,7 +91,7 @@ def _stage_memory(
     received: float,
     in_flight: int,
 ) -> RankMemory:
-    states = model_states(config, parts, replicas)
+    states = model_states(config, parts, replicas * config.parallel.context_parallel_size)
     kept = [each.kept for each in activations]
     recomputed = [each.output if each.recomputable else each.kept for each in activations]
     held = recomputed if config.training.activation_checkpointing else kept
@@ -120,7 +118,10 @@ def _stage_memory(
 def model_states(config: RunConfig, parts: Sequence[Part], replicas: int) -> ModelStates:
     """What DeepSpeed holds for these parts on one rank; e is the size of the compute type.
 
-    * ZeRO 0 (float32): weights, gradients, two moments.
+    `replicas` are all ranks that hold the same weights, those of a context too.
+
+    * ZeRO 0 (float32): weights, gradients, two moments; of what Muon updates, here and below, one. An average of the
+      weights is one tensor more of the size of a moment.
     * ZeRO 1, bf16 (`BF16_Optimizer`): bf16 weights, a float32 sum of the gradients at full size, the bf16 gradients of
       the running micro-batch beside it until its end; master weights and moments / D. Before it reduces the sums it
       joins and rounds them in copies (`_reduction_copies`).
@@ -138,11 +139,14 @@ def model_states(config: RunConfig, parts: Sequence[Part], replicas: int) -> Mod
     bucket = parallel.reduce_bucket_size * bucket_buffers
     largest = max((part.largest_matrix for part in parts if part.backward), default=0.0)
 
-    weights, optimizer = e * everything, MASTER_AND_MOMENTS * partition
+    second_moments, averages = _second_moments(config, parts), int(config.training.ema_decay is not None)
+    weights = e * everything
+    optimizer = (2 + averages) * FLOAT32 * partition + FLOAT32 * second_moments / replicas
     gradients = parameter_gradients = buffers = at_the_step = 0.0
     stay = True
     if stage == 0:
-        optimizer, parameter_gradients = 2 * FLOAT32 * trained, FLOAT32 * trained
+        optimizer = FLOAT32 * ((1 + averages) * trained + second_moments)
+        parameter_gradients = FLOAT32 * trained
         at_the_step = FLOAT32 * min(trained, JOINED_REDUCTION) if replicas > 1 else 0.0
     elif stage == 1 and bf16 and not offload:
         stay = False
@@ -161,7 +165,7 @@ def model_states(config: RunConfig, parts: Sequence[Part], replicas: int) -> Mod
         weights = e * everything / replicas
         buffers += e * min(everything, GATHERED_PARAMETERS + largest)
         if not bf16:
-            optimizer = 2 * FLOAT32 * partition  # the float32 weights are the master weights
+            optimizer -= FLOAT32 * partition  # the float32 weights are the master weights
         if offload:
             gradients = 0.0
     host = FLOAT32 * (everything - trained)
@@ -198,6 +202,14 @@ def _reduction_copies(config: RunConfig, parts: Sequence[Part]) -> float:
 
 def _trained(part: Part, config: RunConfig) -> float:
     return part.parameters_on_rank(config.parallel.tensor_parallel_size) if part.backward else 0.0
+
+
+def _second_moments(config: RunConfig, parts: Sequence[Part]) -> float:
+    """Trained parameters on a rank that AdamW updates."""
+    if config.training.optimizer.name == "adamw":
+        return sum(_trained(part, config) for part in parts)
+    matrices = sum(part.layer_matrices for part in parts if part.backward)
+    return sum(_trained(part, config) for part in parts) - matrices / config.parallel.tensor_parallel_size
 
 
 def _construction(config: RunConfig, parts: Sequence[Part]) -> float:

@@ -1,8 +1,8 @@
 """Seconds of one optimiser step on one layout, from counted work and the assumed efficiencies.
 
-A stage of the pipeline needs t = computation + tensor-parallel traffic + transfers to its neighbours for each
-micro-batch; one-forward-one-backward over M micro-batches takes sum(t) + (M - 1) max(t) over the stages. After it come
-the part of the data-parallel traffic that nothing hides, and the optimiser step.
+A stage of the pipeline needs t = computation + tensor- and context-parallel traffic + transfers to its neighbours for
+each micro-batch; one-forward-one-backward over M micro-batches takes sum(t) + (M - 1) max(t) over the stages. After it
+come the part of the data-parallel traffic that nothing hides, and the optimiser step.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from cola_megatron.costs.part import ATTENTION_PASSES, MATRIX_PASSES, Part
 from cola_megatron.costs.traffic import Traffic
 from cola_megatron.families import Mode, family_of
 from cola_megatron.planning.communication import (
+    context_traffic,
     data_traffic,
     links,
     pipeline_traffic,
@@ -36,6 +37,7 @@ class StepTime:
     computation: float
     """Of the slowest stage, recomputation included."""
     tensor: float
+    context: float
     pipeline: float
     """Transfers between stages."""
     bubble: float
@@ -45,18 +47,20 @@ class StepTime:
     optimizer: float
     sent_tensor: float
     """Bytes."""
+    sent_context: float
     sent_pipeline: float
     sent_data: float
 
     @property
     def seconds(self) -> float:
         """The whole step."""
-        return self.computation + self.tensor + self.pipeline + self.bubble + self.data + self.optimizer
+        sent = self.tensor + self.context + self.pipeline + self.data
+        return self.computation + sent + self.bubble + self.optimizer
 
     @property
     def sent(self) -> float:
         """Bytes that one rank sends in the step."""
-        return self.sent_tensor + self.sent_pipeline + self.sent_data
+        return self.sent_tensor + self.sent_context + self.sent_pipeline + self.sent_data
 
 
 def step_time(
@@ -76,18 +80,23 @@ def step_time(
         own = parts[first : first + held]
         computation = sum(computation_seconds(config, part, gpu, efficiency) for part in own)
         tensor = sum((tensor_traffic(config, part) for part in own), Traffic())
+        context = sum((context_traffic(config, part) for part in own), Traffic())
         pipeline = pipeline_traffic(parts, first, first + held)
         data = data_traffic(config, own, replicas, count)
-        stages.append((computation, tensor, pipeline, data, optimizer_seconds(config, own, replicas, gpu, efficiency)))
+        optimizer = optimizer_seconds(config, own, replicas, gpu, efficiency)
+        stages.append((computation, tensor, context, pipeline, data, optimizer))
         first += held
     rates = efficiency.link, efficiency.collective_seconds
     lengths = [
-        computation + tensor.seconds(link.tensor, *rates) + pipeline.seconds(link.pipeline, *rates)
-        for computation, tensor, pipeline, _, _ in stages
+        computation
+        + tensor.seconds(link.tensor, *rates)
+        + context.seconds(link.context, *rates)
+        + pipeline.seconds(link.pipeline, *rates)
+        for computation, tensor, context, pipeline, _, _ in stages
     ]
     slowest = lengths.index(max(lengths))
-    computation, tensor, pipeline, _, _ = stages[slowest]
-    data = max((stage[3] for stage in stages), key=lambda traffic: traffic.bytes)
+    computation, tensor, context, pipeline, _, _ = stages[slowest]
+    data = max((stage[4] for stage in stages), key=lambda traffic: traffic.bytes)
     exposed = data.seconds(link.data, *rates)
     if _overlaps(config):
         backward = count * computation * (1 - 1 / MATRIX_PASSES)
@@ -96,11 +105,13 @@ def step_time(
     return StepTime(
         computation=count * computation,
         tensor=count * tensor.seconds(link.tensor, *rates),
+        context=count * context.seconds(link.context, *rates),
         pipeline=count * pipeline.seconds(link.pipeline, *rates),
         bubble=sum(lengths) - lengths[slowest],
         data=exposed,
-        optimizer=max(stage[4] for stage in stages),
+        optimizer=max(stage[5] for stage in stages),
         sent_tensor=count * tensor.bytes,
+        sent_context=count * context.bytes,
         sent_pipeline=count * pipeline.bytes,
         sent_data=data.bytes,
     )
@@ -116,7 +127,8 @@ def computation_seconds(config: RunConfig, part: Part, gpu: GPU, efficiency: Eff
     if not part.forward:
         return 0.0
     peak = gpu.bf16_flops if config.training.precision == "bf16" else gpu.fp32_flops
-    samples, ranks = config.training.micro_batch_size, config.parallel.tensor_parallel_size
+    samples = config.training.micro_batch_size
+    ranks = config.parallel.tensor_parallel_size * config.parallel.context_parallel_size
 
     def passes(forward_and_backward: float) -> float:
         return (forward_and_backward if part.backward else 1.0) + part.runs_again(config) + part.extra_forwards
@@ -144,15 +156,17 @@ def optimizer_seconds(
     """Accumulating, measuring, clipping and clearing gradients, and AdamW, all bound by memory.
 
     Bytes for each parameter; AdamW: 28 (read weight, gradient, two moments, write all but the gradient) and 6 to write
-    the compute copy; norm and clip: 12. Under bf16 a gradient is added to its float32 sum in every micro-batch (12 with
-    the clearing), and the reduction goes through a bf16 copy (12).
+    the compute copy; an average of the weights: 12; norm and clip: 12. Under bf16 a gradient is added to its float32
+    sum in every micro-batch (12 with the clearing), and the reduction goes through a bf16 copy (12).
     """
     parallel, count = config.parallel, micro_batches(config, replicas)
     trained = sum(part.parameters_on_rank(parallel.tensor_parallel_size) for part in parts if part.backward)
-    partition, bf16 = trained / replicas, config.training.precision == "bf16"
-    update = 34 * partition
+    bf16 = config.training.precision == "bf16"
+    partition = trained / (replicas * parallel.context_parallel_size)
+    averaging = 0 if config.training.ema_decay is None else 12
+    update = (34 + averaging) * partition
     if parallel.zero_stage == 0:
-        moved = (28 + 12) * trained
+        moved = (28 + averaging + 12) * trained
     elif parallel.zero_stage == 1:
         moved = update + (12 + 4) * trained + ((12 * count + 12) if bf16 else 8 * count) * trained
     else:

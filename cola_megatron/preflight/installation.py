@@ -14,11 +14,11 @@ PACKAGE = "cola-megatron"
 CORE = ("torch", "deepspeed", "megatron-core", "numpy", "mosaicml-streaming")
 # Not among the requirements of our metadata: pyproject.toml says why, in [dependency-groups].
 INSTALLED_ALONE = ("mosaicml-streaming==0.13.0",)
-# Package, a module that only the real one has, what it is good for.
+# Package, a module that only the real one has, what it does here.
 ACCELERATORS = (
-    ("flash-attn", "flash_attn", "flash_attn.flash_attn_interface"),
-    ("NVIDIA apex", "apex", "apex.optimizers"),
-    ("transformer-engine", "transformer_engine", "transformer_engine.pytorch"),
+    ("flash-attn", "flash_attn", "flash_attn.flash_attn_interface", "attention inside documents, and of prompts"),
+    ("NVIDIA apex", "apex", "apex.optimizers", "weight gradients go straight into their sums under ZeRO 1"),
+    ("transformer-engine", "transformer_engine", "transformer_engine.pytorch", "the models here do not use it"),
 )
 
 
@@ -51,8 +51,8 @@ def _package(name: str) -> Check:
     return Check(name, Status.OK, found)
 
 
-def _accelerator(known: tuple[str, str, str]) -> Check:
-    name, top, real = known
+def _accelerator(known: tuple[str, str, str, str]) -> Check:
+    name, top, real, use = known
     if find_spec(top) is None:
         return Check(name, Status.NOTE, "absent", "optional: docs/install.md says how to build it")
     try:
@@ -62,7 +62,17 @@ def _accelerator(known: tuple[str, str, str]) -> Check:
     if not there:
         cure = "that package is not NVIDIA's; `pip uninstall apex`" if top == "apex" else "install it again"
         return Check(name, Status.WARNING, f"installed, but it has no {real}", cure)
-    return Check(name, Status.NOTE, f"{_version(top) or 'installed'}; the models here do not use it yet")
+    if top == "apex":
+        return _apex(name, use)
+    return Check(name, Status.NOTE, f"{_version(top) or 'installed'}: {use}")
+
+
+def _apex(name: str, use: str) -> Check:
+    version, extension = _version("apex") or "installed", "fused_weight_gradient_mlp_cuda"
+    if find_spec(extension) is None:
+        cure = "training.fused_weight_gradients=auto stays off; build apex with its CUDA extensions (docs/install.md)"
+        return Check(name, Status.WARNING, f"{version}, without {extension}", cure)
+    return Check(name, Status.OK, f"{version}: {use} in bf16")
 
 
 def _version(name: str) -> str | None:

@@ -15,6 +15,7 @@ def initialize_run(config: RunConfig) -> ProcessGroups:
         parallel.sequence_parallel,
         parallel.timeout_minutes,
         parallel.pipeline_parallel_size,
+        parallel.context_parallel_size,
     )
 
 

@@ -5,11 +5,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import nn
 
 from cola_megatron.checkpoint.pieces import frozen_weights
 from cola_megatron.config import RunConfig
 from cola_megatron.families import family_of
 from cola_megatron.layers.attention import allow_cudnn_in_training
+from cola_megatron.layers.linear import ColumnLinear, RowLinear
 from cola_megatron.models.compiled_blocks import compile_blocks, compiles, start_compilers
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.models.steps import Stage
@@ -17,6 +19,8 @@ from cola_megatron.parallel import ProcessGroups, sum_partial_gradients
 from cola_megatron.parallel.deepspeed_grid import DeepSpeedGrid
 from cola_megatron.parallel.deepspeed_output import quiet_deepspeed
 from cola_megatron.parallel.pipeline import Neighbours, SeedGradients, Tensors, one_forward_one_backward
+from cola_megatron.parallel.weight_average import WeightAverage
+from cola_megatron.parallel.weight_gradients import fuses_weight_gradients
 from cola_megatron.parallel.zero_optimizer import ZeroOptimizer
 from cola_megatron.training.batches import micro_batches_per_step
 from cola_megatron.training.optimizer import build_optimizer, learning_rate, set_learning_rates
@@ -59,6 +63,15 @@ class Engine:
             groups,
             model.trained_networks(),
         )
+        if fuses_weight_gradients(config, groups.device):
+            linears = [each for each in model.modules() if isinstance(each, ColumnLinear | RowLinear)]
+            # A stage of a pipeline has None in the place of parameters that are another's.
+            trained = [each for each in linears if isinstance(each.weight, nn.Parameter) and each.weight.requires_grad]
+            sums = self.optimizer.sums_of_gradients([each.weight for each in trained])
+            for linear, total in zip(trained, sums, strict=True):
+                linear.add_weight_gradients_to(total)
+        decay = config.training.ema_decay
+        self.ema = None if decay is None else WeightAverage(self.optimizer.flat_masters, decay)
 
     @property
     def model(self) -> PipelinedModel:
@@ -101,7 +114,9 @@ class Engine:
 
         def backward(taken: Tensors, handed_on: Tensors, gradients: Tensors) -> Tensors:
             outputs = [handed_on[name] for name in gradients]
-            self.deepspeed.backward(self._scalar(losses.popleft(), outputs, list(gradients.values())))
+            # DeepSpeed takes the mean over all that hold the same weights; context-parallel ranks count summands.
+            loss = losses.popleft() * self.groups.context_parallel_size
+            self.deepspeed.backward(self._scalar(loss, outputs, list(gradients.values())))
             if not self.deepspeed.is_gradient_accumulation_boundary():
                 self.deepspeed.step()  # counts the micro-batch; the update waits until every stage has its gradients
             return {
@@ -122,6 +137,7 @@ class Engine:
             return accepts is None or accepts({**metrics, "learning_rate": rate})
 
         self.optimizer.ask_before_update(accepts_norm if accepts is not None else None)
+        skipped = self.skipped_updates
         if self.config.parallel.zero_stage == 0:
             metrics["gradient_norm"] = self._update_without_zero()
         else:
@@ -131,6 +147,8 @@ class Engine:
                 metrics.setdefault("gradient_norm", math.inf)
             else:
                 metrics["gradient_norm"] = float(self.deepspeed.get_global_grad_norm())
+        if self.ema is not None and self.skipped_updates == skipped:
+            self.ema.update()
         metrics |= {f"gradient_norm_{name}": norm for name, norm in self.optimizer.network_norms().items()}
         metrics["learning_rate"] = rate
         return metrics
@@ -187,15 +205,16 @@ class Engine:
 def deepspeed_config(config: RunConfig, groups: ProcessGroups, accumulation: int) -> dict:
     """DeepSpeed's own config, written from ours; nothing in it is left to DeepSpeed's defaults that matters."""
     training, parallel = config.training, config.parallel
-    # DeepSpeed would round the sums of a single replica too.
-    rounds = training.precision == "bf16" and groups.data_parallel_size > 1
+    # DeepSpeed would round the sums of a single rank too.
+    rounds = training.precision == "bf16" and groups.same_weights_size > 1
     on_cuda, offload = groups.device.type == "cuda", {}
     if parallel.offload_optimizer:
         offload = {"offload_optimizer": {"device": "cpu", "pin_memory": on_cuda}}
     return {
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": training.global_batch_size,
+        # By its count every rank of a context has samples of its own.
+        "train_batch_size": training.global_batch_size * groups.context_parallel_size,
         "gradient_clipping": training.optimizer.max_gradient_norm
         if parallel.zero_stage > 0
         else 0.0,  # see _clip_without_zero

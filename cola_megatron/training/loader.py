@@ -44,6 +44,9 @@ class BatchLoader(Iterator[dict[str, torch.Tensor]]):
             prefetch_factor=max(2, training.prefetch_steps * batches.per_step) if workers else None,
             pin_memory=groups.device.type == "cuda",
             worker_init_fn=leave_stopping_to_the_main_process,
+            # Not by a fork server (the default from Python 3.14 on, and where this process came from one): it would
+            # die of a signal to the process group, and its workers would count as dead.
+            multiprocessing_context="fork" if workers else None,
         )
         self._items = _items(loader)
 

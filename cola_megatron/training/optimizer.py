@@ -1,4 +1,4 @@
-"""AdamW groups and the learning-rate schedule."""
+"""The optimiser's groups and the learning-rate schedule."""
 
 import math
 from collections.abc import Callable, Collection
@@ -9,29 +9,33 @@ import torch.distributed as dist
 from cola_megatron.config import ConfigError, RunConfig, TrainingConfig
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.parallel import ProcessGroups
+from cola_megatron.parallel.muon import MuonAdamW
 from cola_megatron.parallel.parameters import marks_of
 
 
 def parameter_groups(model: PipelinedModel, config: RunConfig) -> list[dict]:
-    """Groups by network, by decay (matrices, vectors) and by what a parameter's role says of rate and epsilon.
+    """Groups by network, by decay (matrices, vectors), by optimiser and by what a role says of rate and epsilon.
 
     `learning_rate_ratio` is relative to the schedule's rate.
     """
     optimizer, ratios = config.training.optimizer, model.learning_rate_ratios()
-    groups: dict[tuple[str, bool, float, float], dict] = {}
+    groups: dict[tuple[str, bool, bool, float, float], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         network, decays = name.split(".")[0], len(getattr(parameter, "ds_shape", parameter.shape)) > 1
         role = marks_of(parameter).role
+        muon = optimizer.name == "muon" and role.muon_rate is not None
+        rate, eps = (role.muon_rate, 1.0) if muon and role.muon_rate is not None else (role.rate, role.eps)
         group = groups.setdefault(
-            (network, decays, role.rate, role.eps),
+            (network, decays, muon, rate, eps),
             {
                 "params": [],
                 "network": network,
-                "learning_rate_ratio": ratios.get(network, 1.0) * role.rate,
-                "weight_decay": optimizer.weight_decay / role.rate if decays else 0.0,
-                "eps": optimizer.eps * role.eps,
+                "muon": muon,
+                "learning_rate_ratio": ratios.get(network, 1.0) * rate,
+                "weight_decay": optimizer.weight_decay / rate if decays else 0.0,
+                "eps": optimizer.eps * eps,
             },
         )
         group["params"].append(parameter)
@@ -39,15 +43,21 @@ def parameter_groups(model: PipelinedModel, config: RunConfig) -> list[dict]:
 
 
 def build_optimizer(model: PipelinedModel, config: RunConfig, groups: ProcessGroups) -> torch.optim.AdamW:
-    """AdamW over the trained parameters of this stage; its learning rates are set anew before every step.
+    """Of the trained parameters of this stage; its learning rates are set anew before every step.
 
     Raises:
         ConfigError: a pipeline stage with too few tensors.
     """
     optimizer = config.training.optimizer
     on_cuda = next(model.parameters()).is_cuda
-    return torch.optim.AdamW(
-        as_many_on_every_stage(parameter_groups(model, config), groups),
+    split = as_many_on_every_stage(parameter_groups(model, config), groups)
+    if optimizer.name == "adamw":
+        return torch.optim.AdamW(split, lr=optimizer.learning_rate, betas=optimizer.betas, fused=on_cuda)
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    return MuonAdamW(
+        split,
+        momentum=optimizer.momentum,
+        dtype=dtype,
         lr=optimizer.learning_rate,
         betas=optimizer.betas,
         fused=on_cuda,

@@ -76,12 +76,14 @@ def check_layout(config: RunConfig, shape: Shape) -> None:
     from cola_megatron.training.batches import micro_batches_per_step
 
     parallel = config.parallel
-    replica = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    replica = parallel.ranks_of_a_replica
+    context = f" times context_parallel_size={parallel.context_parallel_size}"
+    context = context if parallel.context_parallel_size > 1 else ""
     if shape.world_size % replica:
         raise ConfigError(
             f"{shape.nodes} nodes of {shape.processes} processes: {shape.world_size} is not divisible by "
             f"tensor_parallel_size={parallel.tensor_parallel_size} times "
-            f"pipeline_parallel_size={parallel.pipeline_parallel_size}; change --nodes or the layout"
+            f"pipeline_parallel_size={parallel.pipeline_parallel_size}{context}; change --nodes or the layout"
         )
     micro_batches_per_step(config, shape.world_size // replica)
 

@@ -1,6 +1,7 @@
 """The held-out measurement: the likelihood of the next token, which for this family is exact.
 
-Shapes: B batch, L tokens, S of them on this rank, H hidden, V vocabulary, K moments.
+Shapes: B batch, L tokens, P of them in this rank's part of the sequence, S of these on this rank, H hidden, V
+vocabulary, K moments.
 """
 
 import math
@@ -15,6 +16,7 @@ from cola_megatron.families.autoregressive.chain import Autoregressive
 from cola_megatron.families.family import Measurement
 from cola_megatron.models.steps import Step
 from cola_megatron.models.transformer_steps import whole_logits
+from cola_megatron.parallel.sequence_parts import own_part, whole_sequence
 
 
 class NextTokenMeasurement(Measurement):
@@ -35,10 +37,13 @@ class NextTokenMeasurement(Measurement):
         def count(
             hidden_SBH: torch.Tensor, targets_LB: torch.Tensor, counted_LB: torch.Tensor, weight_B: torch.Tensor
         ) -> torch.Tensor:
-            logits_LBV = whole_logits(model.transformer, hidden_SBH)
-            nll_LB = F.cross_entropy(logits_LBV.flatten(0, 1).float(), targets_LB.flatten(), reduction="none")
-            nll_B = (nll_LB.view_as(targets_LB).double() * counted_LB).sum(0)
-            correct_B = ((logits_LBV.argmax(-1) == targets_LB) & counted_LB).double().sum(0)
+            logits_PBV, targets_PB = whole_logits(model.transformer, hidden_SBH), own_part(targets_LB, model.groups)
+            nll_PB = F.cross_entropy(logits_PBV.flatten(0, 1).float(), targets_PB.flatten(), reduction="none")
+            correct_PB = (logits_PBV.argmax(-1) == targets_PB).double()
+            nll_LB, correct_LB = (
+                whole_sequence(x_PB, model.groups) for x_PB in (nll_PB.view_as(targets_PB).double(), correct_PB)
+            )
+            nll_B, correct_B = ((x_LB * counted_LB).sum(0) for x_LB in (nll_LB, correct_LB))
             tokens_B = counted_LB.double().sum(0)
             moments_KB = torch.stack((torch.ones_like(tokens_B), tokens_B, nll_B, correct_B))
             return (moments_KB * weight_B) @ moments_KB.t()

@@ -17,6 +17,7 @@ from cola_megatron.families.texts import Continuation, HeldOutText, given_and_en
 from cola_megatron.layers.masks import AttentionMask
 from cola_megatron.models.steps import Step
 from cola_megatron.models.transformer_steps import transformer_steps, whole_logits
+from cola_megatron.parallel.sequence_parts import whole_sequence
 
 
 def write_texts(model: Autoregressive, texts_KL: np.ndarray, on_pass: Callable[[], None]) -> Sequence[HeldOutText]:
@@ -24,12 +25,15 @@ def write_texts(model: Autoregressive, texts_KL: np.ndarray, on_pass: Callable[[
     groups, transformer = model.groups, model.transformer
     count, length = texts_KL.shape
     given, end = given_and_end(length)
-    # Positions behind the text are seen by none of it; sequence parallelism cuts what its ranks divide.
-    width = -(-end // groups.tensor_parallel_size) * groups.tensor_parallel_size
+    # Positions behind the text are seen by none of it; ranks cut what they divide.
+    width = -(-end // groups.sequence_parts) * groups.sequence_parts
     tokens_KW = torch.zeros(count, width, dtype=torch.long, device=groups.device)
     tokens_KW[:, :given] = torch.from_numpy(texts_KL[:, :given].astype(np.int64))
 
-    head = Step("hidden -> chosen", lambda hidden_SBH: whole_logits(transformer, hidden_SBH).argmax(-1))
+    def choose(hidden_SBH: torch.Tensor) -> torch.Tensor:
+        return whole_sequence(whole_logits(transformer, hidden_SBH).argmax(-1), groups)
+
+    head = Step("hidden -> chosen", choose)
     run = ChainPass(model, list(transformer_steps(transformer, head)), ["chosen"], ["tokens", "context"])
     context = transformer.context(width, groups.device, AttentionMask(causal=True))
     for place in range(given, end):

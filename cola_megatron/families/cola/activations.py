@@ -3,15 +3,17 @@
 A tensor is counted in the part that makes it; the input of a part belongs to the part before. Left out are tensors
 without a width: the statistics of norms, latents of few channels, tables of times, index tensors.
 
-Symbols: e bytes of the compute type; "positions" are sequence times batch times views; a width is divided by the
-tensor-parallel size where the layer cuts it, positions are divided by it where sequence parallelism does.
+Symbols: e bytes of the compute type; "positions" are sequence times batch times views, over the context-parallel ranks;
+a width is divided by the tensor-parallel size where the layer cuts it, positions are divided by it where sequence
+parallelism does.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from cola_megatron.config import ColaConfig
-from cola_megatron.costs.part import FLOAT32, Activations, compute_bytes
+from cola_megatron.costs.part import FLOAT32, Activations, compute_bytes, exchanged_in_attention
+from cola_megatron.costs.traffic import Traffic
 from cola_megatron.families.cola.copies import two_copy_positions
 
 
@@ -35,23 +37,27 @@ class _MicroBatch:
         return self.tensor if self.config.parallel.sequence_parallel else 1
 
     @property
+    def context(self) -> int:
+        return self.config.parallel.context_parallel_size
+
+    @property
     def samples(self) -> int:
         return self.config.training.micro_batch_size
 
     @property
     def text_positions(self) -> int:
         """Latents of all views."""
-        return self.config.latent_length * self.samples * self.views
+        return self.config.latent_length // self.context * self.samples * self.views
 
     @property
     def tokens(self) -> int:
         """Tokens of all views."""
-        return self.config.data.sequence_length * self.samples * self.views
+        return self.config.data.sequence_length // self.context * self.samples * self.views
 
     @property
     def flow_positions(self) -> int:
         """Latents of both copies."""
-        return two_copy_positions(self.config) * self.samples
+        return two_copy_positions(self.config) // self.context * self.samples
 
 
 def part_activations(config: ColaConfig, label: str) -> Activations:
@@ -68,6 +74,19 @@ def reference_work(config: ColaConfig) -> float:
     """What the reference encoder would keep of the text if it were trained: a measure of its elementwise work."""
     blocks = config.model.vae.encoder_layers * part_activations(config, "vae.encoder.block").kept
     return (blocks + part_activations(config, "vae.encoder.embed").kept) / text_views(config)
+
+
+def exchanged(config: ColaConfig, label: str) -> Traffic:
+    """What the part's attention exchanges over a context; see `Part.exchanged`."""
+    micro_batch, vae, dit = _MicroBatch(config, text_views(config)), config.model.vae, config.model.dit
+    if label == "dit.block":
+        heads, head_dim, positions = dit.num_attention_heads, dit.head_dim, micro_batch.flow_positions
+    elif label in ("vae.encoder.block", "vae.decoder.block", "reference"):
+        heads, head_dim, positions = vae.num_attention_heads, vae.head_dim, micro_batch.text_positions
+    else:
+        return Traffic()
+    found = exchanged_in_attention(config, positions, heads, heads, head_dim)
+    return found * (vae.encoder_layers / micro_batch.views) if label == "reference" else found
 
 
 def gathered_input(config: ColaConfig, label: str) -> float:
@@ -172,8 +191,11 @@ def _flow_head(m: _MicroBatch) -> Activations:
 
 
 def _attention(m: _MicroBatch, inner: int, positions: int) -> float:
-    """Projected q, k and v (one tensor), rotated q and k, the product, and its copy in the order of the sequence."""
-    return m.e * positions * (3 + 2 + 1 + 1) * inner / m.tensor
+    """Projected q, k and v (one tensor), rotated q and k, the product, and its copy in the order of the sequence.
+
+    Over a context v is exchanged with q and k, and so a tensor of its own.
+    """
+    return m.e * positions * (3 + 2 + 1 + 1 + (m.context > 1)) * inner / m.tensor
 
 
 def _head_statistics(m: _MicroBatch, heads: int, positions: int) -> float:

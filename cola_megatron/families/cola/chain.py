@@ -1,7 +1,10 @@
 """Cola DLM in training: the losses of `families/cola/loss.py` as a chain of steps.
 
-Shapes: B batch, W views of each sample stacked along the batch (the text, then its masked view), L tokens, S latents,
-C latent channels, N blocks, H hidden.
+Latents, posteriors, velocities and what is computed of them are of whole sequences on every rank of a context; hidden
+states and logits are of its own part.
+
+Shapes: B batch, W views of each sample stacked along the batch (the text, then its masked view), L tokens (T where they
+come first, P of this rank's part), S latents, C latent channels, N blocks, H hidden.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +19,7 @@ from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.layers.time_embedding import TimeRows
 from cola_megatron.models.attention_chunks import attention_chunk
 from cola_megatron.models.dit import DiT, two_copy_times
+from cola_megatron.models.document_kernel import document_kernel
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.models.steps import Step
 from cola_megatron.models.text_vae import TextEncoder, TextStack, TextVAE
@@ -23,6 +27,7 @@ from cola_megatron.objectives import flow_matching, masking, samples, vae
 from cola_megatron.objectives.averages import weights_of_mean
 from cola_megatron.objectives.vae import Posterior
 from cola_megatron.parallel import ProcessGroups
+from cola_megatron.parallel.sequence_parts import counted_once, own_part, whole_sequence
 
 
 class Cola(PipelinedModel):
@@ -153,11 +158,14 @@ class Cola(PipelinedModel):
         )
         yield Step(
             "mean, logvar, reference_mean, reference_logvar, counted_latents -> loss_reference",
-            lambda mean, logvar, reference_mean, reference_logvar, counted_BS: vae.kl_to_reference(
-                Posterior(mean, logvar).of_first(len(counted_BS)),
-                Posterior(reference_mean, reference_logvar),
-                counted_BS.t(),
-                patch_size,
+            lambda mean, logvar, reference_mean, reference_logvar, counted_BS: counted_once(
+                vae.kl_to_reference(
+                    Posterior(mean, logvar).of_first(len(counted_BS)),
+                    Posterior(reference_mean, reference_logvar),
+                    counted_BS.t(),
+                    patch_size,
+                ),
+                self.groups,
             ),
         )
 
@@ -202,9 +210,10 @@ class Cola(PipelinedModel):
         if not self.config.data.document_attention:
             context = stack.context(length, device)
             return Step(f"-> {name}", lambda: context)
+        kernel = document_kernel(self.config.training, device)
         return Step(
             f"latent_documents -> {name}",
-            lambda documents_BS: stack.context(length, device, documents_BS.repeat(views, 1)),
+            lambda documents_BS: stack.context(length, device, documents_BS.repeat(views, 1), kernel),
         )
 
     # What training computes with them.
@@ -237,8 +246,11 @@ class Cola(PipelinedModel):
             term = vae.kl_to_standard_normal if config.posterior_term == "kl" else vae.negative_entropy
             yield Step(
                 "mean, logvar, counted_latents -> loss_posterior",
-                lambda mean, logvar, counted_BS: term(
-                    Posterior(mean, logvar).of_first(len(counted_BS)), counted_BS.t(), config.model.vae.patch_size
+                lambda mean, logvar, counted_BS: counted_once(
+                    term(
+                        Posterior(mean, logvar).of_first(len(counted_BS)), counted_BS.t(), config.model.vae.patch_size
+                    ),
+                    self.groups,
                 ),
             )
 
@@ -282,7 +294,8 @@ class Cola(PipelinedModel):
             counted_BS: torch.Tensor,
         ) -> torch.Tensor:
             target_SBC = stop_gradient(z1_SBC - latents_SWC[:, : z1_SBC.shape[1]])
-            return flow_matching.flow_matching_loss(velocity[clean_length:], target_SBC, at_zero_BS.t(), counted_BS.t())
+            loss = flow_matching.flow_matching_loss(velocity[clean_length:], target_SBC, at_zero_BS.t(), counted_BS.t())
+            return counted_once(loss, self.groups)
 
         yield Step("velocity, latents, z1, at_zero, counted_latents -> loss_flow_matching", loss)
 
@@ -295,9 +308,10 @@ class Cola(PipelinedModel):
                     yield Step.idle(step.part, step.modules)
             return
 
-        def token_nll(logits_TWV: torch.Tensor, tokens_BL: torch.Tensor) -> torch.Tensor:
-            views = logits_TWV.shape[1] // tokens_BL.shape[0]
-            return token_cross_entropy(logits_TWV, tokens_BL.t().repeat(1, views))
+        def token_nll(logits_PWV: torch.Tensor, tokens_BL: torch.Tensor) -> torch.Tensor:
+            views = logits_PWV.shape[1] // tokens_BL.shape[0]
+            targets_PW = own_part(tokens_BL.t(), self.groups).repeat(1, views)
+            return whole_sequence(token_cross_entropy(logits_PWV, targets_PW), self.groups)
 
         views = 1 + self._has_mask_view(train_vae)
         if self.config.training.loss_chunk_tokens:
@@ -307,13 +321,15 @@ class Cola(PipelinedModel):
         yield Step("logits, tokens -> nll", token_nll)
         yield Step(
             "nll, counted -> loss_reconstruction",
-            lambda nll_TW, counted_BL: vae.reconstruction_loss(nll_TW[:, : counted_BL.shape[0]], counted_BL.t()),
+            lambda nll_TW, counted_BL: counted_once(
+                vae.reconstruction_loss(nll_TW[:, : counted_BL.shape[0]], counted_BL.t()), self.groups
+            ),
         )
         if self._has_mask_view(train_vae):
             yield Step(
                 "nll, masked, counted -> loss_mask",
-                lambda nll_TW, masked_BL, counted_BL: masking.mask_loss(
-                    nll_TW[:, counted_BL.shape[0] :], masked_BL, counted_BL.t()
+                lambda nll_TW, masked_BL, counted_BL: counted_once(
+                    masking.mask_loss(nll_TW[:, counted_BL.shape[0] :], masked_BL, counted_BL.t()), self.groups
                 ),
             )
 
@@ -327,14 +343,17 @@ class Cola(PipelinedModel):
         def both(
             hidden_SWH: torch.Tensor, tokens_BL: torch.Tensor, counted_BL: torch.Tensor, masked_BL: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            hidden_TWH, texts = decoder.to_tokens(hidden_SWH), len(tokens_BL)
+            hidden_PWH, texts = decoder.to_tokens(hidden_SWH), len(tokens_BL)
             return (
-                mean_nll(hidden_TWH[:, :texts], tokens_BL, counted_BL),
-                mean_nll(hidden_TWH[:, texts:], tokens_BL, counted_BL & masked_BL),
+                mean_nll(hidden_PWH[:, :texts], tokens_BL, counted_BL),
+                mean_nll(hidden_PWH[:, texts:], tokens_BL, counted_BL & masked_BL),
             )
 
-        def mean_nll(hidden_TBH: torch.Tensor, tokens_BL: torch.Tensor, counted_BL: torch.Tensor) -> torch.Tensor:
-            return decoder.head.weighted_nll(hidden_TBH, tokens_BL.t(), weights_of_mean(counted_BL.t()), chunk)
+        def mean_nll(hidden_PBH: torch.Tensor, tokens_BL: torch.Tensor, counted_BL: torch.Tensor) -> torch.Tensor:
+            targets_PB, weights_PB = (
+                own_part(x_TB, self.groups) for x_TB in (tokens_BL.t(), weights_of_mean(counted_BL.t()))
+            )
+            return decoder.head.weighted_nll(hidden_PBH, targets_PB, weights_PB, chunk)
 
         if self.config.objective.vae.mask_weight > 0:
             return Step("hidden, tokens, counted, masked -> loss_reconstruction, loss_mask", both)

@@ -14,6 +14,7 @@ from cola_megatron.families.cola.posterior_statistics import posterior_sums
 from cola_megatron.families.cola.velocity_passes import Passes, total
 from cola_megatron.models.steps import Step
 from cola_megatron.parallel.megatron import gather_from_tensor_model_parallel_region
+from cola_megatron.parallel.sequence_parts import own_part, whole_sequence
 
 ROBUSTNESS_TIMES = (0.0, 0.25, 0.5)
 
@@ -69,13 +70,13 @@ def _of_the_logits(model: Cola) -> Step:
         correct: list[torch.Tensor] = []
         nll, spread = torch.empty(0), torch.empty(0)
         for hidden_SBH in hidden.chunk(len(ROBUSTNESS_TIMES), dim=1):
-            logits_TBV = whole_logits(model, hidden_SBH)
+            logits_PBV, targets_BP = whole_logits(model, hidden_SBH), own_part(tokens_BL, model.groups, dim=1)
             if not correct:
-                nll_BT = torch.nn.functional.cross_entropy(
-                    logits_TBV.permute(1, 2, 0).float(), tokens_BL, reduction="none"
+                nll_BP = torch.nn.functional.cross_entropy(
+                    logits_PBV.permute(1, 2, 0).float(), targets_BP, reduction="none"
                 )
-                nll = total(nll_BT.t(), counted_BL, weight_B)
-            correct_TB = logits_TBV.argmax(-1) == tokens_BL.t()
+                nll = total(whole_sequence(nll_BP.t(), model.groups), counted_BL, weight_B)
+            correct_TB = whole_sequence(logits_PBV.argmax(-1), model.groups) == tokens_BL.t()
             if not correct:
                 share_B = (correct_TB & counted_BL.t()).double().sum(0) / counted_BL.double().sum(1).clamp(min=1)
                 spread = torch.stack((weight_B.sum(), share_B @ weight_B, share_B.square() @ weight_B))
@@ -86,8 +87,9 @@ def _of_the_logits(model: Cola) -> Step:
 
 
 def whole_logits(model: Cola, hidden_SBH: torch.Tensor) -> torch.Tensor:
-    """What the decoder's head makes of its last block, (L, B, V) over the whole vocabulary on every rank."""
-    logits_TBV: torch.Tensor = model.vae.decoder.logits(hidden_SBH)
+    """What the decoder's head makes of its last block, over the whole vocabulary on every rank, of the tokens of the
+    rank's part of the sequence: (S, B, H) -> (P, B, V)."""
+    logits_PBV: torch.Tensor = model.vae.decoder.logits(hidden_SBH)
     if model.groups.tensor_parallel_size == 1:
-        return logits_TBV
-    return gather_from_tensor_model_parallel_region(logits_TBV)[..., : model.config.model.vocab_size]
+        return logits_PBV
+    return gather_from_tensor_model_parallel_region(logits_PBV)[..., : model.config.model.vocab_size]

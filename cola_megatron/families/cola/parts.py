@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from cola_megatron.config import ColaConfig, DiTConfig, VAEConfig
 from cola_megatron.costs.part import Part, RingUnits, causal_pairs, pairs_in_products, two_copy_pairs
-from cola_megatron.families.cola.activations import gathered_input, part_activations, reference_work
+from cola_megatron.families.cola.activations import exchanged, gathered_input, part_activations, reference_work
 from cola_megatron.families.cola.copies import distinct_times, two_copy_positions
 from cola_megatron.families.cola.tensor_traffic import ring_units
 
@@ -75,6 +75,7 @@ def _encoder(config: ColaConfig, views: int, backward: bool) -> tuple[Part, ...]
             0,
             views * latents * patch * width * width,
             backward=backward,
+            layer_matrices=patch * width * width,
         ),
         *[block] * vae.encoder_layers,
         Part(
@@ -103,6 +104,7 @@ def _text_block(vae: VAEConfig, label: str, latents: int, views: int, runs: bool
         views * latents * feed_forward,
         forward=runs,
         backward=runs if backward is None else backward,
+        layer_matrices=matrices,
     )
 
 
@@ -116,6 +118,7 @@ def _decoder_head(config: ColaConfig, views: int, runs: bool) -> Part:
         views * config.latent_length * (patch * width * width + patch * width * vocabulary),
         forward=runs,
         backward=runs,
+        layer_matrices=patch * width * width,
     )
 
 
@@ -155,6 +158,7 @@ def _dit_block(dit: DiTConfig, positions: int, latents: int, times: int) -> Part
         2 * inner * two_copy_pairs(latents, dit.block_size),
         feed_forward_macs,
         modulation_macs,
+        layer_matrices=4 * width * inner + 2 * width * ffn,
     )
 
 
@@ -174,6 +178,7 @@ def _with_bytes(config: ColaConfig, parts: Sequence[Part]) -> tuple[Part, ...]:
                 gathered_input=gathered_input(config, part.label),
                 activations=activations,
                 ring_units=RingUnits(forward, backward),
+                exchanged=exchanged(config, part.label),
             )
     return tuple(found[part.label] for part in parts)
 

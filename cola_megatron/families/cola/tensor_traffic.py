@@ -11,9 +11,10 @@ def ring_units(config: ColaConfig, label: str) -> tuple[Traffic, Traffic]:
     """Forward and backward: bytes of whole tensors that are gathered or scattered, an all-reduce counted twice."""
     vae, dit, sequence = config.model.vae, config.model.dit, config.parallel.sequence_parallel
     e, samples, views = compute_bytes(config), config.training.micro_batch_size, text_views(config)
-    latents = e * samples * views * config.latent_length * vae.hidden_size
+    context = config.parallel.context_parallel_size
+    latents = e * samples * views * config.latent_length // context * vae.hidden_size
     tokens = latents * vae.patch_size
-    flow = e * samples * two_copy_positions(config) * dit.hidden_size
+    flow = e * samples * two_copy_positions(config) // context * dit.hidden_size
     table = e * (1 + samples * distinct_times(config)) * dit.hidden_size  # one row for each distinct time
     # A block has two branches: in each the input is gathered and the output summed. Under sequence parallelism the
     # inputs are gathered once more for the gradients of the weights, and a sum is a gather and a scatter.

@@ -21,6 +21,7 @@ from cola_megatron.inference.solvers import RULES, Evaluation, integrate, unifor
 from cola_megatron.layers.masks import AttentionMask, block_causal_visibility
 from cola_megatron.layers.time_embedding import TimeRows
 from cola_megatron.models.steps import Step
+from cola_megatron.parallel.sequence_parts import whole_sequence
 
 
 class TextPasses:
@@ -90,7 +91,9 @@ def _pass(model: Cola, network: str, results: tuple[str, ...], batch: set[str]) 
 
 def _chain(model: Cola, network: str) -> list[Step]:
     """The steps with parameters; contexts and times come with the batch, for their lengths are not training's."""
-    chosen = Step("hidden -> chosen", lambda hidden: whole_logits(model, hidden).argmax(-1))
+    chosen = Step(
+        "hidden -> chosen", lambda hidden: whole_sequence(whole_logits(model, hidden).argmax(-1), model.groups)
+    )
     networks = {
         "encoder": model.encoder_steps("tokens", gradient=False),
         "reference": model.reference_steps(train_vae=False),

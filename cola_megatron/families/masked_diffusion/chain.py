@@ -1,7 +1,7 @@
 """Masked diffusion in training: the loss of `loss.py` as a chain of steps.
 
-Shapes: B batch, W views of it stacked along the batch, L tokens, N blocks, S positions of the network's sequence, H
-hidden, V vocabulary on this rank.
+Shapes: B batch, W views of it stacked along the batch, L tokens, P of them in this rank's part of the noisy copy, N
+blocks, S positions of the network's sequence, H hidden, V vocabulary on this rank.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,7 @@ from cola_megatron.families.masked_diffusion.copies import Copies, require_no_ma
 from cola_megatron.families.masked_diffusion.loss import LOSS_WEIGHTS
 from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.models.attention_chunks import attention_chunk
+from cola_megatron.models.document_kernel import document_kernel
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.models.steps import Step
 from cola_megatron.models.transformer import Transformer
@@ -20,6 +21,7 @@ from cola_megatron.models.transformer_steps import transformer_steps
 from cola_megatron.objectives.averages import mean_over_counted, weights_of_mean
 from cola_megatron.objectives.masked_diffusion import inverse_time_weights, masked_positions
 from cola_megatron.parallel import ProcessGroups
+from cola_megatron.parallel.sequence_parts import counted_once, even_parts_from, own_part, whole_sequence
 
 
 class MaskedDiffusion(PipelinedModel):
@@ -38,7 +40,8 @@ class MaskedDiffusion(PipelinedModel):
         super().__init__(groups, split)
         self.config, model = config, config.model
         length = config.data.sequence_length
-        self.copies = Copies(length, config.block_size, attention_chunk(config.training, length, groups.device))
+        chunk = attention_chunk(config.training, length, groups.device)
+        self.copies = Copies(length, config.block_size, chunk, document_kernel(config.training, groups.device))
         with self.under_construction():
             self.transformer = Transformer(model.vocab_size, model.transformer, groups, extra_rows=model.extra_rows)
         self.keep_own_stage()
@@ -90,8 +93,8 @@ class MaskedDiffusion(PipelinedModel):
         return transformer_steps(self.transformer, head, "network_tokens", recompute)
 
     def of_noisy_copy(self, hidden_SBH: torch.Tensor) -> torch.Tensor:
-        """What the head reads of the last block's output: (S, B, H) -> (L, B, H), whole on every rank."""
-        return self.transformer.to_head(hidden_SBH)[self.copies.clean_length :]
+        """What the head reads of the last block's output: (S, B, H) -> (P, B, H), alike on tensor-parallel ranks."""
+        return even_parts_from(self.transformer.to_head(hidden_SBH), self.copies.clean_length, self.groups)
 
     # What training computes with them.
 
@@ -127,18 +130,20 @@ class MaskedDiffusion(PipelinedModel):
             time_BN: torch.Tensor,
             counted_BL: torch.Tensor,
         ) -> torch.Tensor:
-            weight_LB = weights_of_bound(masked_BL, time_BN, counted_BL)
-            return transformer.head.weighted_nll(self.of_noisy_copy(hidden_SBH), tokens_BL.t(), weight_LB, chunk)
+            targets_PB = own_part(tokens_BL.t(), self.groups)
+            weight_PB = own_part(weights_of_bound(masked_BL, time_BN, counted_BL), self.groups)
+            return transformer.head.weighted_nll(self.of_noisy_copy(hidden_SBH), targets_PB, weight_PB, chunk)
 
         def bound(
-            logits_LBV: torch.Tensor,
+            logits_PBV: torch.Tensor,
             tokens_BL: torch.Tensor,
             masked_BL: torch.Tensor,
             time_BN: torch.Tensor,
             counted_BL: torch.Tensor,
         ) -> torch.Tensor:
-            nll_LB = token_cross_entropy(logits_LBV, tokens_BL.t())
-            return mean_over_counted(nll_LB * inverse_time_weights(masked_BL, time_BN).t(), counted_BL.t())
+            nll_PB = token_cross_entropy(logits_PBV, own_part(tokens_BL.t(), self.groups))
+            nll_LB, weight_LB = whole_sequence(nll_PB, self.groups), inverse_time_weights(masked_BL, time_BN).t()
+            return counted_once(mean_over_counted(nll_LB * weight_LB, counted_BL.t()), self.groups)
 
         if chunk:
             yield from self.network_steps(

@@ -10,6 +10,7 @@ import torch
 from cola_megatron.errors import UserError
 from cola_megatron.layers.attention import AttentionContext
 from cola_megatron.layers.masks import AttentionMask, block_causal_mask, two_copies_in_chunks, two_copy_mask
+from cola_megatron.layers.packed_documents import Kernel
 from cola_megatron.models.transformer import Transformer
 
 
@@ -25,6 +26,8 @@ class Copies:
     block_size: int
     chunk: int = 0
     """Queries of one product of attention over both copies; see `layers.masks.two_copies_in_chunks`."""
+    kernel: Kernel | None = None
+    """Of attention inside documents, where there is no clean copy."""
 
     @property
     def clean_length(self) -> int:
@@ -42,7 +45,7 @@ class Copies:
             if not self.chunk:
                 return mask
             return two_copies_in_chunks(mask, self.length, self.clean_length, self.block_size, self.chunk)
-        return block_causal_mask(self.length, self.length, device, documents_BL)
+        return block_causal_mask(self.length, self.length, device, documents_BL, self.kernel)
 
     def context(
         self, transformer: Transformer, device: torch.device, documents_BL: torch.Tensor | None = None

@@ -26,6 +26,7 @@ from cola_megatron.layers.embedding import token_cross_entropy
 from cola_megatron.models.steps import Step
 from cola_megatron.objectives.masked_diffusion import low_discrepancy, mask_in_order, number_to_mask, subset_weights
 from cola_megatron.objectives.randomness import generator
+from cola_megatron.parallel.sequence_parts import own_part, whole_sequence
 
 PASSES = 4
 """Masks of every held-out text."""
@@ -94,12 +95,12 @@ class MaskedDiffusionMeasurement(Measurement):
     def _nll(self, model: MaskedDiffusion) -> Step:
         def nll(hidden_SWH: torch.Tensor, tokens_BL: torch.Tensor) -> torch.Tensor:
             # One pass after the other: the logits of all of them would take much memory.
-            of_noisy_LWH = model.of_noisy_copy(hidden_SWH)
+            of_noisy_PWH, targets_PB = model.of_noisy_copy(hidden_SWH), own_part(tokens_BL.t(), model.groups)
             found = [
-                token_cross_entropy(model.transformer.head(x_LBH), tokens_BL.t())
-                for x_LBH in of_noisy_LWH.chunk(PASSES, dim=1)
+                token_cross_entropy(model.transformer.head(x_PBH), targets_PB)
+                for x_PBH in of_noisy_PWH.chunk(PASSES, dim=1)
             ]
-            return torch.cat(found, dim=1).t()
+            return whole_sequence(torch.cat(found, dim=1), model.groups).t()
 
         return Step("hidden, tokens -> nll", nll)
 

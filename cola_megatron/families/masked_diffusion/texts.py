@@ -18,6 +18,7 @@ from cola_megatron.families.texts import Continuation, HeldOutText, given_and_en
 from cola_megatron.layers.masks import AttentionMask, block_causal_visibility
 from cola_megatron.models.steps import Step
 from cola_megatron.models.transformer_steps import transformer_steps, whole_logits
+from cola_megatron.parallel.sequence_parts import whole_sequence
 
 STEPS = 16
 """Of a continuation; by blocks, each has its share of them."""
@@ -68,8 +69,8 @@ def write_texts(model: MaskedDiffusion, texts_KL: np.ndarray, on_pass: Callable[
 def _predictions(model: MaskedDiffusion, end: int) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """(K, end) tokens -> the most likely token of each position, and the logarithm of its odds."""
     groups, transformer, config = model.groups, model.transformer, model.config.model
-    # Positions behind the text are seen by none of it; sequence parallelism cuts what its ranks divide.
-    width = -(-end // groups.tensor_parallel_size) * groups.tensor_parallel_size
+    # Positions behind the text are seen by none of it; ranks cut what they divide.
+    width = -(-end // groups.sequence_parts) * groups.sequence_parts
     positions = torch.arange(width, device=groups.device)
     visible = block_causal_visibility(positions, positions, config.block_size or width) & (positions < end)
     context = transformer.context(width, groups.device, AttentionMask(visible))
@@ -80,7 +81,8 @@ def _predictions(model: MaskedDiffusion, end: int) -> Callable[[torch.Tensor], t
             logits_WKV[..., config.mask_token_id] = -torch.inf
         best, ids = logits_WKV.max(-1, keepdim=True)
         odds = best - logits_WKV.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-        return torch.stack((ids[..., 0].double(), odds[..., 0].double()))  # an id is exact in float64
+        of_own_part = torch.cat((ids, odds), dim=-1).double()  # in which an id is exact
+        return whole_sequence(of_own_part, groups).movedim(-1, 0)
 
     head = Step("hidden -> chosen", choose)
     run = ChainPass(model, list(transformer_steps(transformer, head)), ["chosen"], ["tokens", "context"])

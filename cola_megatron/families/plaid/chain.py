@@ -19,6 +19,7 @@ from cola_megatron.families.plaid.denoiser import Denoiser
 from cola_megatron.families.plaid.loss import LOSS_WEIGHTS, diffusion_loss, reconstruction_loss, stop_gradient, texts_of
 from cola_megatron.families.plaid.network import PlaidParts
 from cola_megatron.layers.attention import AttentionContext
+from cola_megatron.models.document_kernel import document_kernel
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.models.steps import Step
 from cola_megatron.models.transformer import Transformer
@@ -26,6 +27,7 @@ from cola_megatron.models.transformer_steps import as_head, block_steps
 from cola_megatron.objectives.averages import mean_over_counted
 from cola_megatron.objectives.plaid import noisy_embeddings, prior_kl, squared_distance
 from cola_megatron.parallel import ProcessGroups
+from cola_megatron.parallel.sequence_parts import counted_once
 
 
 class Plaid(PipelinedModel):
@@ -55,7 +57,8 @@ class Plaid(PipelinedModel):
                 model.vocab_size, model.diffusion, model.transformer, self.self_conditioning, groups
             )
             self.transformer = Transformer(model.vocab_size, model.transformer, groups, has_embedding=False)
-        self.denoiser = Denoiser(self.transformer, self.plaid, config.training.loss_chunk_tokens)
+        kernel = document_kernel(config.training, groups.device)
+        self.denoiser = Denoiser(self.transformer, self.plaid, config.training.loss_chunk_tokens, kernel)
         self.keep_own_stage()
 
     @property
@@ -69,7 +72,7 @@ class Plaid(PipelinedModel):
         config = self.config
 
         def reconstruction(nll_SB: torch.Tensor, time_B: torch.Tensor, counted_BL: torch.Tensor) -> torch.Tensor:
-            return reconstruction_loss(nll_SB, time_B, counted_BL.t(), config)
+            return counted_once(reconstruction_loss(nll_SB, time_B, counted_BL.t(), config), self.groups)
 
         def diffusion(
             distance_SB: torch.Tensor,
@@ -79,16 +82,16 @@ class Plaid(PipelinedModel):
             time_B: torch.Tensor,
             counted_BL: torch.Tensor,
         ) -> torch.Tensor:
-            return diffusion_loss(distance_SB, gamma_B, slope_B, report_B, time_B, counted_BL.t(), config)
+            loss = diffusion_loss(distance_SB, gamma_B, slope_B, report_B, time_B, counted_BL.t(), config)
+            return counted_once(loss, self.groups)
+
+        def prior(x_SBC: torch.Tensor, gamma_end_B: torch.Tensor, counted_BL: torch.Tensor) -> torch.Tensor:
+            loss = mean_over_counted(prior_kl(x_SBC, gamma_end_B), counted_BL.t()).float()
+            return counted_once(loss, self.groups)
 
         return [
             *self.noise_steps(),
-            Step(
-                "x, gamma_end, counted -> loss_prior",
-                lambda x_SBC, gamma_end_B, counted_BL: mean_over_counted(
-                    prior_kl(x_SBC, gamma_end_B), counted_BL.t()
-                ).float(),
-            ),
+            Step("x, gamma_end, counted -> loss_prior", prior),
             *self.network_steps(),
             Step("nll, time, counted -> loss_reconstruction", reconstruction),
             Step("distance, gamma, slope, report, time, counted -> loss_diffusion", diffusion),

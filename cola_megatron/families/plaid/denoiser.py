@@ -14,9 +14,11 @@ from cola_megatron.families.plaid.categorical import Prediction, predict, with_o
 from cola_megatron.families.plaid.network import PlaidParts
 from cola_megatron.layers.attention import AttentionContext
 from cola_megatron.layers.masks import block_causal_mask
+from cola_megatron.layers.packed_documents import Kernel
 from cola_megatron.models.transformer import Transformer
 from cola_megatron.objectives.plaid import likelihood_scale
 from cola_megatron.parallel.megatron import gather_from_tensor_model_parallel_region
+from cola_megatron.parallel.sequence_parts import own_part, whole_sequence
 
 
 class Denoiser:
@@ -24,15 +26,17 @@ class Denoiser:
 
     Args:
         chunk: tokens whose logits exist at once; 0: all.
+        kernel: of attention inside documents; None: a mask.
     """
 
-    def __init__(self, transformer: Transformer, plaid: PlaidParts, chunk: int = 0):
-        self.transformer, self.plaid, self.chunk = transformer, plaid, chunk
+    def __init__(self, transformer: Transformer, plaid: PlaidParts, chunk: int = 0, kernel: Kernel | None = None):
+        self.transformer, self.plaid, self.chunk, self.kernel = transformer, plaid, chunk, kernel
         self.groups = transformer.groups
 
     def context(self, length: int, device: torch.device, documents_BL: torch.Tensor | None = None) -> AttentionContext:
         """Every position sees every other one, or every one of its document."""
-        return self.transformer.context(length, device, block_causal_mask(length, length, device, documents_BL))
+        mask = block_causal_mask(length, length, device, documents_BL, self.kernel)
+        return self.transformer.context(length, device, mask)
 
     def hidden(
         self,
@@ -54,9 +58,10 @@ class Denoiser:
         tokens_SB: torch.Tensor,
         trained_B: torch.Tensor,
     ) -> Prediction:
-        """The last block's output -> x_hat and the cross-entropy of the tokens.
+        """The last block's output -> x_hat and the cross-entropy of the tokens, of whole sequences on every rank.
 
-        With `chunk` the logits are computed again in the backward pass.
+        With `chunk` the logits are computed again in the backward pass. A rank of a context computes those of its part
+        of the sequence.
 
         Args:
             output_prior_B: weight of log p(z_t | token) in the logits.
@@ -68,7 +73,8 @@ class Denoiser:
             return predict(logits_SBV, embeddings_VC, tokens_SB, trained_B, self.groups)
 
         hidden_SBH = self.transformer.to_head(hidden_SBH)
-        scaled_z_SBC = _scaled(z_SBC, gamma_B, output_prior_B)
+        scaled_z_SBC = _scaled(own_part(z_SBC, self.groups), gamma_B, output_prior_B)
+        tokens_SB = own_part(tokens_SB, self.groups)
         chunks = list(self._chunks(len(tokens_SB), tokens_SB.shape[1]))
         run: Callable[..., Any] = of_chunk
         if len(chunks) > 1 and torch.is_grad_enabled():
@@ -77,7 +83,8 @@ class Denoiser:
                 return checkpoint(of_chunk, *parts, use_reentrant=False, preserve_rng_state=False)
 
         found = [run(hidden_SBH[here], scaled_z_SBC[here], tokens_SB[here]) for here in chunks]
-        return found[0] if len(found) == 1 else Prediction(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        of_own_part = [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True)]
+        return Prediction(*(whole_sequence(x_SB, self.groups) for x_SB in of_own_part))
 
     @torch.no_grad()
     def estimate(
@@ -126,9 +133,9 @@ class Denoiser:
     def logits(
         self, hidden_SBH: torch.Tensor, z_SBC: torch.Tensor, gamma_B: torch.Tensor, embeddings_VC: torch.Tensor
     ) -> torch.Tensor:
-        """What `to_head` gave -> logits with the whole output prior, (S, B, V), float32."""
+        """What `to_head` gave -> logits with the whole output prior of this rank's positions, (S, B, V), float32."""
         nobody_B = torch.zeros(z_SBC.shape[1], device=z_SBC.device)
-        scaled_z_SBC = _scaled(z_SBC, gamma_B, torch.ones_like(nobody_B))
+        scaled_z_SBC = _scaled(own_part(z_SBC, self.groups), gamma_B, torch.ones_like(nobody_B))
         return self._logits(hidden_SBH, scaled_z_SBC, embeddings_VC, nobody_B)
 
     def whole(self, logits_SBV: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from cola_megatron.objectives.plaid import unit_variance
 from cola_megatron.parallel import ProcessGroups, mark_parameter
 from cola_megatron.parallel.megatron import scatter_to_sequence_parallel_region
 from cola_megatron.parallel.parameters import Initializer
+from cola_megatron.parallel.sequence_parts import own_part
 
 LOWEST_FREQUENCY, HIGHEST_FREQUENCY = -5.0, 5.0
 """Logarithms of the frequencies of the sinusoid of gamma, as published."""
@@ -99,13 +100,16 @@ class NoisyInput(nn.Module):
     def forward(
         self, z_SBC: torch.Tensor, gamma_B: torch.Tensor, estimate_SBC: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(S, B, C) whole on every rank -> (S, B, H).
+        """Whole sequences on every rank, (S, B, C) -> those of its positions, (S, B, H).
 
         Args:
             estimate_SBC: 0 for samples without a first estimate; None: there is none of any.
         """
-        x_SBH = self.state(unit_variance(z_SBC, gamma_B)) + self.level(self.features(gamma_B)[None])
+        x_SBH = self.state(unit_variance(own_part(z_SBC, self.groups), gamma_B)) + self.level(
+            self.features(gamma_B)[None]
+        )
         if self.estimate is not None and estimate_SBC is not None:
+            estimate_SBC = own_part(estimate_SBC, self.groups)
             x_SBH = x_SBH + self.estimate(estimate_SBC * self.config.embedding_dim**0.5)
         return scatter_to_sequence_parallel_region(x_SBH) if self.groups.sequence_parallel else x_SBH
 

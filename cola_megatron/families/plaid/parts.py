@@ -50,7 +50,7 @@ def _input(config: PlaidConfig, masks: int) -> Part:
     diffusion, width, length = config.model.diffusion, config.model.transformer.hidden_size, config.data.sequence_length
     states = 2 if config.objective.self_conditioning else 1  # z_t, and the first estimate
     ranks, micro_batch = config.parallel.tensor_parallel_size, config.training.micro_batch_size
-    hidden = compute_bytes(config) * length * micro_batch * width
+    hidden = compute_bytes(config) * length // config.parallel.context_parallel_size * micro_batch * width
     output = hidden / (ranks if config.parallel.sequence_parallel else 1) + masks * length**2  # one byte a pair
     return Part(
         "plaid.input",
@@ -71,7 +71,8 @@ def _head(config: PlaidConfig, head: Part) -> Part:
     """With the output prior and the mean embedding: two products of the vocabulary with the embeddings."""
     vocabulary, channels = config.model.vocab_size, config.model.diffusion.embedding_dim
     length, width = config.data.sequence_length, config.model.transformer.hidden_size
-    tokens, e = length * config.training.micro_batch_size, compute_bytes(config)
+    tokens = length // config.parallel.context_parallel_size * config.training.micro_batch_size
+    e = compute_bytes(config)
     ranks, sequence = config.parallel.tensor_parallel_size, config.parallel.sequence_parallel
     chunk = config.training.loss_chunk_tokens
     at_once = min(chunk, tokens) if chunk else tokens

@@ -20,6 +20,7 @@ from cola_megatron.families.texts import Continuation, given_and_end
 from cola_megatron.inference.noise import generator_of
 from cola_megatron.models.steps import Step
 from cola_megatron.models.transformer_steps import as_head, block_steps
+from cola_megatron.parallel.sequence_parts import whole_sequence
 
 STEPS, SCORE_TEMPERATURE, NOISE_SEED = 64, 0.9, 66
 STRIP_STEPS = (0, 16, 32, 48, STEPS)
@@ -31,8 +32,7 @@ def write_texts(model: Plaid, texts_KL: np.ndarray, on_pass: Callable[[], None])
     groups, channels = model.groups, model.config.model.diffusion.embedding_dim
     texts, length = texts_KL.shape
     given, size = given_and_end(length)
-    if groups.sequence_parallel:  # which cuts what its ranks divide; all positions see each other, so none is a filler
-        size -= size % groups.tensor_parallel_size
+    size -= size % groups.sequence_parts  # ranks cut what they divide; all see each other, so none is a filler
     tokens_KS = torch.from_numpy(texts_KL[:, :size].astype(np.int64)).to(groups.device)
     network = _Network(model, size, on_pass)
     generators = [generator_of(NOISE_SEED, text, 0, formula="hashed") for text in range(texts)]
@@ -72,7 +72,7 @@ class _Network:
             chosen_SB = denoiser.whole(logits_SBV).argmax(-1)
             nobody_B = torch.zeros(z_SBC.shape[1], device=z_SBC.device)
             found = predict(logits_SBV, embeddings_VC, chosen_SB, nobody_B, model.groups)
-            return torch.cat((found.estimate_SBC, chosen_SB[..., None].float()), dim=-1)
+            return whole_sequence(torch.cat((found.estimate_SBC, chosen_SB[..., None].float()), dim=-1), model.groups)
 
         embeddings, schedule = (step for step in model.noise_steps() if step.modules)
         network = [
