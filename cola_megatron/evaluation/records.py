@@ -16,7 +16,12 @@ from cola_megatron.records.json_files import as_lines, write_json
 
 Record = dict[str, Any]
 SETTINGS = "settings.json"
-ADDED = {"model.precision": "fp32", "model.noise": "published", "decoding.until_end_of_text": False}
+ADDED = {
+    "model.precision": "fp32",
+    "model.noise": "published",
+    "model.settle_every": 0,
+    "decoding.until_end_of_text": False,
+}
 """Settings that evaluations of older versions did not name, with what they computed."""
 
 
