@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cola_megatron.config import ConfigError, RunConfig, dump_config, load_config
-from cola_megatron.planning.plan import plan
+from cola_megatron.planning.plan import layout_of, plan
 from cola_megatron.studies.expansion import expand
 from cola_megatron.studies.folder import StudyFolder
 from cola_megatron.studies.layouts import cluster_of, laid_out
@@ -73,6 +73,9 @@ def test_a_layout_that_cannot_be_used_is_said_with_its_reason(tmp_path):
         "each of 4 replicas"
     ]
     assert [share.as_json()["submitted"] for share in shares] == [None, None]
+    cut = study(tmp_path, overrides={**over["overrides"], "parallel.tensor_parallel_size": 2})
+    with pytest.raises(ConfigError, match=r"3 GPUs are not divisible by parallel\.tensor_parallel_size=2"):
+        layout_of(expand(cut, tmp_path).runs["ar-20-s1"].config, cluster_of("h100", 3, 3))
 
 
 def test_what_the_file_sets_itself_is_kept(tmp_path):

@@ -182,13 +182,12 @@ def layout_of(config: RunConfig, cluster: Cluster) -> Layout:
     Raises:
         ConfigError: the numbers do not divide.
     """
-    replica = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
+    replica = config.parallel.ranks_of_a_replica
     replicas = cluster.gpus // replica
     if cluster.gpus % replica:
-        raise ConfigError(
-            f"{cluster.gpus} GPUs are not divisible by {TENSOR}={config.parallel.tensor_parallel_size} times "
-            f"{PIPELINE}={config.parallel.pipeline_parallel_size}"
-        )
+        shared = {key: _get(config, key) for key in (TENSOR, CONTEXT, PIPELINE)}
+        sizes = " times ".join(f"{key}={size}" for key, size in shared.items() if size > 1)
+        raise ConfigError(f"{cluster.gpus} GPUs are not divisible by {sizes}")
     if config.training.global_batch_size % replicas:
         raise _indivisible(config, replicas, cluster)
     if config.training.global_batch_size // replicas % config.training.micro_batch_size:

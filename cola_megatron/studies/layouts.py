@@ -10,7 +10,7 @@ from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.families import family_of
 from cola_megatron.planning.compute import compute_of
 from cola_megatron.planning.hardware import GPUS
-from cola_megatron.planning.plan import CHOICES, RECOMPUTE, Cluster, Layout, choices_of, layout_of
+from cola_megatron.planning.plan import CHOICES, CONTEXT, RECOMPUTE, Cluster, Layout, choices_of, layout_of
 from cola_megatron.planning.plan import plan as rank
 from cola_megatron.studies.expansion import expand
 from cola_megatron.studies.study_file import StudyConfig
@@ -57,7 +57,7 @@ class LayoutPlanner:
         """Of the layouts that fit; raises ConfigError, PlanError."""
         training, family = config.training, family_of(config)
         period = family.period(config)  # what is trained in it differs with the VAE's update
-        held = {name: value for name, value in choices_of(config).items() if name in self.held}
+        held = {name: value for name, value in choices_of(config).items() if name in {*self.held, CONTEXT}}
         key = (
             f"{family.describe(config)} {config.model!r} {training.global_batch_size} {training.precision} "
             f"{config.data.sequence_length} {compute_of(config, period)['model'] / period} {held}"
