@@ -121,7 +121,8 @@ def submissions() -> list[Shown]:
     """Whole commands that submit training, of fenced blocks and of numbered steps."""
     found = [shown for page in PAGES for shown in shown_on(page)]
     training = [shown for shown in found if shown.words[:2] == ["cola", "submit"] and "--again" not in shown.words]
-    training += [shown for shown in found if shown.words[:3] == ["cola", "sweep", "submit"]]
+    studies = [shown for shown in found if shown.words[:3] == ["cola", "sweep", "submit"]]
+    training += [shown for shown in studies if "--output" in shown.words]  # the others stand in a sentence
     return [shown for shown in training if "--nodes" in shown.words]
 
 
