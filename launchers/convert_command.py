@@ -1,4 +1,4 @@
-"""`cola convert`: to and from the published inference layout, into other files, and whether nothing was lost."""
+"""`cola convert`: to and from the layouts of other programs, into other files, and whether nothing was lost."""
 
 import re
 from enum import StrEnum
@@ -13,7 +13,8 @@ from launchers.output import fail, print_json, print_table
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 app = typer.Typer(
-    help="Checkpoints to and from the published inference layout; checkpoints in other files.",
+    help="Checkpoints to and from the layout of other programs, which the model's family says: Cola DLM's published "
+    "inference layout, Hugging Face LLaMA, LLaDA; checkpoints in other files.",
     epilog="Example: cola convert export runs/my-run exports/my-model",
     no_args_is_help=True,
 )
@@ -30,7 +31,9 @@ class Precision(StrEnum):
 @app.command("export")
 def export(
     run: Path = typer.Argument(..., help="Run folder (its newest checkpoint) or a checkpoint folder."),
-    output: Path = typer.Argument(..., help="Folder to write: cola_dit/, cola_vae/, tokenizer.json."),
+    output: Path = typer.Argument(
+        ..., help="Folder to write: weights, config.json and tokenizer.json; of Cola DLM cola_dit/ and cola_vae/."
+    ),
     precision: Precision = typer.Option(
         Precision.auto, help="Type of the written weights; auto: as an imported checkpoint was read, else fp32."
     ),
@@ -39,7 +42,7 @@ def export(
     ),
     ema: bool = EMA,
 ) -> None:
-    """Write a checkpoint in the published layout.
+    """Write a checkpoint in the layout of its family: published Cola DLM, Hugging Face LLaMA, LLaDA; Plaid has none.
 
     Example: `cola convert export runs/second exports/second`
 
@@ -58,9 +61,11 @@ def export(
 
 @app.command("import")
 def import_(
-    published: Path = typer.Argument(..., help="Folder in the published layout."),
+    published: Path = typer.Argument(..., help="Folder in one of these layouts; which one is found out."),
     output: Path = typer.Argument(..., help="Checkpoint folder to write: readable like a run folder."),
-    source: str = typer.Option("paper-2b", "--config", help="Preset or YAML file for all but the model section."),
+    source: str = typer.Option(
+        None, "--config", help="Preset or YAML file for all but the model section; by default `paper-2b` of the family."
+    ),
     overrides: list[str] = typer.Argument(None, help="section.key=value for that config."),
 ) -> None:
     """Turn published weights into a checkpoint that `cola generate`, `cola eval` and stage 2 read, under any layout.

@@ -23,7 +23,7 @@ def launch(
     Batch scripts of `cola submit` start it once on every node. It ends with the exit code of the process that says
     most of why they ended, and hands signals to the processes.
 
-    Example: `cola launch --nproc 2 train tiny stage=1 name=first data.path=data/corpus`
+    Example: `cola launch --nproc 2 train tiny stage=1 name=first data.path=data/corpus training.micro_batch_size=16`
     """
     with _quietly():
         import torch  # noqa: F401

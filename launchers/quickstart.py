@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cola_megatron.config import RunConfig, load_config
+from cola_megatron.errors import ExitCode, UserError
 from cola_megatron.reporting.continuations import Sampling, continue_held_out
 from cola_megatron.reporting.observed import ALL, Observed
 from cola_megatron.reporting.page import write_report
@@ -46,6 +47,12 @@ SUMMARISED = (
     "context_information_standard_error",
 )
 """What the summary takes over of the held-out measurement."""
+
+
+class Stopped(UserError):
+    """A signal ended a stage before its last step, and its state is saved."""
+
+    exit_code = ExitCode.STOPPED
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,13 @@ def _prepare(layout: Layout) -> None:
 def _train(config: RunConfig) -> "Summary":
     from cola_megatron.training.loop import train
 
-    return train(config)
+    summary = train(config)
+    if summary.stopped_by_signal:
+        raise Stopped(
+            f"{summary.run_folder}: stopped by a signal after step {summary.step:,} of {config.training.steps:,}, "
+            "which is saved; the same command goes on from there"
+        )
+    return summary
 
 
 def _export(layout: Layout) -> "ColaDLM":

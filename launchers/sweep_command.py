@@ -8,9 +8,11 @@ import typer
 from launchers import submit_command, sweep_results
 from launchers.output import print_json, print_table
 from launchers.sweep_coordinates import coordinates
+from launchers.sweep_plan_command import BENCHMARKS, DATA, SCALE, SOURCE, plan
 
 if TYPE_CHECKING:
     from cola_megatron.studies.folder import StudyFolder
+    from cola_megatron.studies.study_file import StudyConfig
     from launchers.sweep_run import Outcome
 
 app = typer.Typer(
@@ -19,69 +21,14 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
+app.command("plan")(plan)
 app.command("coordinates")(coordinates)
 
-SOURCE = typer.Argument(..., metavar="STUDY", help="A study file, or one that ships with the package: rq1, rq4, ...")
 FOLDER = typer.Argument(..., help="Folder of a study.")
-SCALE = typer.Option(None, help="One of the file's scales; by default the published setting.")
-DATA = typer.Option(None, help="Prepared data, in place of the file's.")
-BENCHMARKS = typer.Option(None, help="Folder of the tasks' items, in place of the file's.")
 AT_ONCE = typer.Option(None, min=1, help="Jobs at a time; by default one for each GPU or core that a run takes.")
 MEMORY = typer.Option(None, min=0.1, help="GiB of host memory for all of them; by default nine tenths of what is free.")
 PROCESSES = typer.Option(1, min=1, help="Processes of each run, each on a GPU of its own where there are any.")
 AS_JSON = typer.Option(False, "--json", help="As JSON.")
-
-
-@app.command("plan")
-def plan(
-    source: str = SOURCE,
-    scale: str = SCALE,
-    data: str = DATA,
-    benchmarks: Path = BENCHMARKS,
-    gpus: int = typer.Option(None, min=1, help="GPUs of each run: adds its layout and its GPU-hours."),
-    gpu: str = typer.Option("h100", help="A GPU of the table in docs/planning.md: a100, h100, h200, b200, ..."),
-    gpus_per_node: int = typer.Option(8, min=1, help="GPUs that share NVLink."),
-    runs: bool = typer.Option(False, "--runs", help="A line for each run as well."),
-    as_json: bool = AS_JSON,
-) -> None:
-    """What a study will take: runs, tokens, FLOPs by column, layouts and GPU-hours of each arm. Nothing is written.
-
-    Example: `cola sweep plan rq4 --gpus 64`
-    """
-    from cola_megatron.config import ConfigError
-    from cola_megatron.evaluation.results import format_table
-    from cola_megatron.planning.hardware import GPUS
-    from cola_megatron.planning.plan import Cluster
-    from cola_megatron.studies.expansion import expand
-    from cola_megatron.studies.study_file import load_study
-    from launchers.sweep_files import study_file
-    from launchers.sweep_jobs import check_settings
-    from launchers.sweep_plan import rows_of, shares_of, steps_done
-
-    study = load_study(study_file(source), scale, data, benchmarks)
-    if gpu not in GPUS:
-        raise ConfigError(f"--gpu {gpu}: not in the table of {', '.join(GPUS)}; docs/planning.md says how to add one")
-    cluster = None if gpus is None else Cluster(gpus, GPUS[gpu], GPUS[gpu].memory_bytes, gpus_per_node)
-    expanded = expand(study, Path("STUDY"))
-    check_settings(study, expanded)
-    shares = shares_of(study, expanded, cluster)
-    if as_json:
-        print_json({"study": study.name, "scale": study.scale, "arms": [share.as_json() for share in shares]})
-        return
-    print(f"{study.title or study.name}, scale {study.scale}: {study.question}")
-    print(f"{len(expanded.runs)} runs, {len(expanded.points)} points")
-    if runs:
-        table = [["run", "role", "steps", "starts from"]]
-        table += [[run.name, run.role, f"{steps_done(run):,}", *(run.needs or ("",))] for run in expanded.runs.values()]
-        print(format_table(table))
-    for line in expanded.decisions:
-        print(line)
-    print(format_table(list(rows_of(shares, None if cluster is None else cluster.gpu.name))))
-    if cluster is not None:
-        print(
-            "Layouts are the fastest that fit, and the hours are theirs: runs train under their config's own parallel "
-            "and training.micro_batch_size, so put these (--json has them as keys) into the overrides of the arms"
-        )
 
 
 @app.command("run")
@@ -104,11 +51,15 @@ def run(
     Example: `cola sweep run rq4 --scale tiny --output studies/rq4`
     """
     from cola_megatron.studies.folder import StudyFolder
+    from cola_megatron.studies.layouts import laid_out
     from cola_megatron.studies.study_file import load_study
     from launchers.sweep_files import study_file
+    from launchers.sweep_machine import visible_gpus
 
     study = load_study(study_file(source), scale, data, benchmarks)
+    _require_gpus(study, bool(visible_gpus()), "this machine")
     _refuse_second(output)
+    study = laid_out(study, processes, processes)
     _go_on(StudyFolder.begin(output, study), [], at_once, memory, processes, as_json)
 
 
@@ -137,6 +88,7 @@ def submit(
     Example: `cola sweep submit rq4 --output /shared/rq4 --nodes 8 --site our-cluster.yaml --data /shared/olmo2_512`
     """
     from cola_megatron.studies.folder import StudyFolder
+    from cola_megatron.studies.layouts import laid_out
     from cola_megatron.studies.study_file import load_study
     from launchers.slurm.submission import shape_of
     from launchers.sweep_files import study_file
@@ -145,6 +97,8 @@ def submit(
     study = load_study(study_file(source), scale, data, benchmarks)
     chosen = submit_command.chosen_site(site, settings, partition, account, time)
     shape = shape_of(chosen, nodes, processes)
+    _require_gpus(study, bool(chosen.gpus_per_node), "this site")
+    study = laid_out(study, shape.world_size, shape.processes)
     if dry_run:
         print(StudyOnSlurm(StudyFolder(output, study), chosen, shape, concurrency).dry_run(), end="")
         return
@@ -162,7 +116,10 @@ def measure(
     points: Path = typer.Argument(..., help="File of the names of points, one per line."),
     number: int = typer.Argument(..., min=0, help="Line of the point, from 0."),
 ) -> None:
-    """Measure one point of a study; what `cola sweep submit` runs on a node."""
+    """Measure one point of a study; what `cola sweep submit` runs on a node.
+
+    Example: `cola sweep measure studies/rq4 points.txt 7`
+    """
     from cola_megatron.config import ConfigError
     from cola_megatron.studies.folder import StudyFolder
     from launchers.sweep_jobs import measure_point
@@ -245,6 +202,14 @@ app.command("plot")(sweep_results.plot)
 app.command("report")(sweep_results.report)
 
 
+def _require_gpus(study: "StudyConfig", are_there: bool, where: str) -> None:
+    """Of a study whose layouts are planned."""
+    from cola_megatron.config import ConfigError
+
+    if study.layouts is not None and not are_there:
+        raise ConfigError(f"the study plans layouts of GPUs, and {where} has none: take layouts out of its file")
+
+
 def _refuse_second(folder: Path) -> None:
     """Before the index is written, which the other goes by."""
     from cola_megatron.errors import UserError
@@ -265,12 +230,18 @@ def _go_on(
     processes: int,
     as_json: bool,
 ) -> None:
+    from cola_megatron.config import ConfigError
     from cola_megatron.errors import ExitCode
     from cola_megatron.records.run_folder import lock_run_folder
     from launchers.sweep_jobs import jobs_of, with_needs
     from launchers.sweep_machine import machine
     from launchers.sweep_run import LocalScheduler
 
+    layouts = opened.study.layouts
+    if layouts is not None and layouts.gpus not in (None, processes):
+        raise ConfigError(
+            f"the layouts of this study are of {layouts.gpus} GPUs a run: give --processes {layouts.gpus}"
+        )
     here = machine(at_once, memory, processes)
     jobs = jobs_of(opened, processes, on_gpus=bool(here.gpus))
     if only:

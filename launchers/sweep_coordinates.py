@@ -135,6 +135,8 @@ def _number(slope: float | None) -> str:
 def _verdict(slope: "Slope") -> str:
     from cola_megatron.scaling.coordinates import RANDOM_PART
 
+    if slope.is_still:
+        return "does not change"
     if slope.change is None or slope.rms is None:
         return "no slope"
     if slope.holds:

@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cola_megatron.config import RunConfig
-from cola_megatron.families import family_of
+from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.planning.compute import COLUMNS, compute_of, tokens_of
+from cola_megatron.planning.hardware import GIB
 from cola_megatron.planning.plan import Cluster, Layout
-from cola_megatron.planning.plan import plan as rank
+from cola_megatron.studies.layouts import LayoutPlanner
 from cola_megatron.studies.runs import Expanded, StudyRun
 from cola_megatron.studies.study_file import StudyConfig
+from cola_megatron.studies.words import listed
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What runs take on GPUs."""
+
+    layout: Layout
+    """Of the first of them."""
+    gpu_hours: float
+
+    def as_json(self) -> dict[str, Any]:
+        """For scripts."""
+        layout = self.layout
+        seconds, mfu = layout.step_seconds, layout.mfu
+        return {"layout": layout.overrides, "step_seconds": seconds, "mfu": mfu, "gpu_hours": self.gpu_hours}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of the runs of a share."""
+
+    submitted: Cost | None
+    """As they will be trained; None: they cannot be."""
+    why: str
+    fastest: Cost | None
+    """Under the fastest layouts that fit; None: the study plans its layouts, so that these are those submitted."""
 
 
 @dataclass(frozen=True)
@@ -27,24 +54,18 @@ class Share:
     tokens: int
     compute: dict[str, float]
     """Of what is done, a trunk once."""
-    layout: Layout | None
-    """The fastest that fits, of the first of them; None: no GPUs are asked about."""
-    gpu_hours: float | None
+    costs: Costs | None
+    """None: no GPUs are asked about."""
 
     def as_json(self) -> dict[str, Any]:
         """For scripts."""
-        return {
-            "arm": self.arm,
-            "role": self.role,
-            "runs": self.runs,
-            "steps": self.steps,
-            "tokens": self.tokens,
-            "compute": self.compute,
-            "layout": None if self.layout is None else self.layout.overrides,
-            "step_seconds": None if self.layout is None else self.layout.step_seconds,
-            "mfu": None if self.layout is None else self.layout.mfu,
-            "gpu_hours": self.gpu_hours,
-        }
+        found: dict[str, Any] = {"arm": self.arm, "role": self.role, "runs": self.runs, "steps": self.steps}
+        found |= {"tokens": self.tokens, "compute": self.compute}
+        if self.costs is not None:
+            for name, cost in (("submitted", self.costs.submitted), ("fastest", self.costs.fastest)):
+                found[name] = None if cost is None else cost.as_json()
+            found["why"] = self.costs.why
+        return found
 
 
 def shares_of(study: StudyConfig, expanded: Expanded, cluster: Cluster | None) -> list[Share]:
@@ -56,7 +77,7 @@ def shares_of(study: StudyConfig, expanded: Expanded, cluster: Cluster | None) -
     Raises:
         ConfigError, PlanError: the GPUs cannot be shared so, or nothing fits.
     """
-    layouts: dict[str, Layout] = {}
+    planner = None if cluster is None else LayoutPlanner(study, cluster)
     points = reversed(expanded.points)  # a run that several arms share counts for the first
     arm_of = {run: point.arm for point in points for run in (point.run, point.trunk, point.stage_one) if run}
     runs = [run for run in expanded.runs.values() if run.name in arm_of]
@@ -64,11 +85,6 @@ def shares_of(study: StudyConfig, expanded: Expanded, cluster: Cluster | None) -
     found = []
     for (arm, role), group in itertools.groupby(runs, key=lambda run: (arm_of[run.name], run.role)):
         members = list(group)
-        hours, layout = None, None
-        if cluster is not None:
-            planned = [_layout(run.config, cluster, layouts) for run in members]
-            seconds = sum(each.step_seconds * steps_done(run) for each, run in zip(planned, members, strict=True))
-            hours, layout = seconds * cluster.gpus / 3600, planned[0]
         found.append(
             Share(
                 arm,
@@ -77,8 +93,7 @@ def shares_of(study: StudyConfig, expanded: Expanded, cluster: Cluster | None) -
                 sum(map(steps_done, members)),
                 sum(tokens_of(run.config, steps_done(run)) for run in members),
                 {column: sum(_done(run)[column] for run in members) for column in COLUMNS},
-                layout,
-                hours,
+                None if planner is None else _costs(study, members, planner),
             )
         )
     return found
@@ -94,34 +109,64 @@ def _done(run: StudyRun) -> dict[str, float]:
     return {column: whole[column] - before[column] for column in COLUMNS}
 
 
-def _layout(config: RunConfig, cluster: Cluster, known: dict[str, Layout]) -> Layout:
-    """Runs that differ in seed, length, rate or data alone have one layout."""
-    training, family = config.training, family_of(config)
-    period = family.period(config)  # what is trained in it differs with the VAE's update
-    key = (
-        f"{family.describe(config)} {config.model!r} {training.global_batch_size} {training.precision} "
-        f"{config.data.sequence_length} {compute_of(config, period)['model'] / period}"
-    )
-    if key not in known:
-        known[key] = rank(config, cluster)[0][0]
-    return known[key]
+def _costs(study: StudyConfig, runs: Sequence[StudyRun], planner: LayoutPlanner) -> Costs:
+    fastest = None if study.layouts is not None else _cost(runs, planner.fastest, planner.cluster)[0]
+    try:
+        submitted, fullest = _cost(runs, planner.own, planner.cluster)
+    except ConfigError as error:
+        return Costs(None, str(error), fastest)
+    if not fullest.fits:
+        needed, usable = fullest.peak / GIB, planner.cluster.usable_memory / GIB
+        return Costs(None, f"needs {needed:.0f} GiB of a GPU, and {usable:.0f} GiB may be used", fastest)
+    return Costs(submitted, "", fastest)
+
+
+def _cost(runs: Sequence[StudyRun], layout_of: Callable[[RunConfig], Layout], cluster: Cluster) -> tuple[Cost, Layout]:
+    """And the layout that takes most memory."""
+    layouts = [layout_of(run.config) for run in runs]
+    seconds = sum(each.step_seconds * steps_done(run) for each, run in zip(layouts, runs, strict=True))
+    return Cost(layouts[0], seconds * cluster.gpus / 3600), max(layouts, key=lambda layout: layout.peak)
 
 
 def rows_of(shares: list[Share], gpu: str | None) -> Iterator[list[str]]:
     """A table, headings first, with its total."""
-    hours = [f"{gpu} hours", "layout"] if gpu is not None else []
-    yield ["arm", "runs", "steps", "tokens", *(f"{column} EFLOPs" for column in COLUMNS), *hours]
+    plans = any(share.costs is not None and share.costs.fastest is not None for share in shares)
+    columns = [] if gpu is None else [f"{gpu} hours", "layout"]
+    columns += ["hours of the fastest", "fastest layout"] if plans else []
+    yield ["arm", "runs", "steps", "tokens", *(f"{column} EFLOPs" for column in COLUMNS), *columns]
     for share in shares:
-        name = share.arm if share.role == "run" else f"{share.arm}, {share.role.replace('_', ' ')}"
-        more = []
-        if share.layout is not None and share.gpu_hours is not None:
-            more = [_hours(share.gpu_hours), " ".join(_short(share.layout))]
-        yield [name, str(share.runs), f"{share.steps:,}", f"{share.tokens:.3g}", *_eflops(share.compute), *more]
+        more = _of_gpus([share], plans)
+        yield [_name(share), str(share.runs), f"{share.steps:,}", f"{share.tokens:.3g}", *_eflops(share.compute), *more]
     total = {column: sum(share.compute[column] for share in shares) for column in COLUMNS}
     steps, tokens = sum(share.steps for share in shares), sum(share.tokens for share in shares)
-    more = [_hours(sum(share.gpu_hours or 0.0 for share in shares)), ""] if gpu is not None else []
     runs = sum(share.runs for share in shares)
-    yield ["total", str(runs), f"{steps:,}", f"{tokens:.3g}", *_eflops(total), *more]
+    yield ["total", str(runs), f"{steps:,}", f"{tokens:.3g}", *_eflops(total), *_of_gpus(shares, plans)]
+
+
+def _of_gpus(shares: Sequence[Share], plans: bool) -> list[str]:
+    """Hours and, of a single share, layouts; hours of several only where all of them have some."""
+    costs = [share.costs for share in shares if share.costs is not None]
+    kinds = [[each.submitted for each in costs], *([[each.fastest for each in costs]] if plans else [])]
+    found = []
+    for kind in kinds if costs else []:
+        known = [cost for cost in kind if cost is not None]
+        layouts = [" ".join(_short(cost.layout)) for cost in known] if len(shares) == 1 else []
+        found += [_hours(sum(cost.gpu_hours for cost in known)) if len(known) == len(kind) else "-", *(layouts or [""])]
+    return found
+
+
+def reasons(shares: Sequence[Share]) -> Iterator[str]:
+    """Why runs cannot be trained as they are, a line each."""
+    of: dict[str, list[str]] = {}
+    for share in shares:
+        if share.costs is not None and share.costs.submitted is None:
+            of.setdefault(share.costs.why, []).append(_name(share))
+    for why, names in of.items():
+        yield f"the own layout of {listed(names)} cannot be used: {why}"
+
+
+def _name(share: Share) -> str:
+    return share.arm if share.role == "run" else f"{share.arm} ({share.role.replace('_', ' ')})"
 
 
 def _eflops(compute: dict[str, float]) -> list[str]:

@@ -1,7 +1,8 @@
-"""A study on Slurm: its data, arrays of runs, an array of measurements, and the report.
+"""A study on Slurm: its data, arrays of runs, an array of measurements for each of them, and the report.
 
 Runs that come after the same kinds of runs are one array, which begins when the arrays that it starts from have ended,
 whatever became of their elements: a run whose stage 1 or trunk failed says so and fails at once, the others train.
+What is measured of an array's runs waits for that array alone.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class StudyOnSlurm:
         for name, each in self._arrays.items():
             configs = [run.config for run in each.runs]
             texts.append(array.dry_script(self._titled(name), configs, self.site, self.shape, self.concurrency))
-        texts += [self._script(MEASURE, folder)] if self._points_left else []
+        texts += [self._script(MEASURE, folder, len(points)) for points in self._points_left.values()]
         return "\n".join([*texts, self._script(REPORT, folder)])
 
     def submit(self) -> list[Part]:
@@ -80,8 +81,8 @@ class StudyOnSlurm:
         for each in self._arrays.values():
             for run in each.runs:
                 check_layout(run.config, self.shape)
-        sizes = [len(self._points_left), *(len(each.runs) for each in self._arrays.values())]
-        commands.check_array_size(max(sizes), MAX_ARRAY_CURE)
+        sizes = [*map(len, self._points_left.values()), *(len(each.runs) for each in self._arrays.values())]
+        commands.check_array_size(max(sizes, default=1), MAX_ARRAY_CURE)
         folder = next_folder(self.opened.folder)
         parts: dict[str, Part] = {}
         try:
@@ -92,10 +93,12 @@ class StudyOnSlurm:
                 before = [parts[other].job for other in each.after]
                 parts[name] = self._submit_runs(name, each.runs, data, before)
             before = [part.job for name, part in parts.items() if name != DATA]
-            if self._points_left:
-                parts[MEASURE] = self._submit_command(MEASURE, folder, data, before)
-                before = [parts[MEASURE].job]
-            parts[REPORT] = self._submit_command(REPORT, folder, [], before)
+            for name, points in self._points_left.items():
+                after = [parts[name].job] if name else []
+                part = self._submit_measurements(name, points, data, after)
+                parts[part.name] = part
+                before.append(part.job)
+            parts[REPORT] = self._submit_command(REPORT, folder, before)
         except (UserError, OSError):
             commands.cancel([part.job for part in parts.values()])
             raise
@@ -116,10 +119,17 @@ class StudyOnSlurm:
         return found
 
     @cached_property
-    def _points_left(self) -> list[str]:
-        """Names of the points that are not measured in full, those that share their measurements once."""
-        points = self.opened.expanded.measured_once()
-        return [point.name for point in points if self.opened.missing_measures(point)]
+    def _points_left(self) -> dict[str, list[str]]:
+        """Names of the points that are not measured in full, those that share their measurements once.
+
+        By the array of their runs; "": these are finished.
+        """
+        array_of = {run.name: name for name, each in self._arrays.items() for run in each.runs}
+        found: dict[str, list[str]] = {}
+        for point in self.opened.expanded.measured_once():
+            if self.opened.missing_measures(point):
+                found.setdefault(array_of.get(point.run, ""), []).append(point.name)
+        return found
 
     @cached_property
     def _data_left(self) -> Job | None:
@@ -141,20 +151,25 @@ class StudyOnSlurm:
         job = written.submit(data, before)
         return Part(name, len(runs), job, str(written.folder / f"slurm-{job}_*.log"))
 
-    def _submit_command(
-        self, name: str, folder: Path, after: Sequence[str] = (), after_any: Sequence[str] = ()
-    ) -> Part:
-        path = folder / f"{name}.sbatch"
-        if name == MEASURE:  # by name: the study may have more points when they are measured
-            write(folder / POINTS, "".join(f"{point}\n" for point in self._points_left))
-        write(path, self._script(name, folder))
-        commands.test_only(str(path))
-        job = commands.submit(path, folder / JOB, after, after_any=after_any)
-        if name == MEASURE:
-            return Part(name, len(self._points_left), job, str(folder / f"{name}-{job}_*.log"))
+    def _submit_measurements(self, after: str, points: Sequence[str], data: list[str], before: list[str]) -> Part:
+        """In a folder of its own, whose job ids are those of the points beside them."""
+        folder, name = next_folder(self.opened.folder), f"{MEASURE}-{after}" if after else MEASURE
+        # By name: the study may have more points when they are measured.
+        write(folder / POINTS, "".join(f"{point}\n" for point in points))
+        job = self._submit_script(MEASURE, folder, self._script(MEASURE, folder, len(points)), data, before)
+        return Part(name, len(points), job, str(folder / f"{MEASURE}-{job}_*.log"))
+
+    def _submit_command(self, name: str, folder: Path, after_any: Sequence[str] = ()) -> Part:
+        job = self._submit_script(name, folder, self._script(name, folder), [], after_any)
         return Part(name, 1, job, str(folder / f"{name}-{job}.log"))
 
-    def _script(self, name: str, folder: Path) -> str:
+    def _submit_script(self, name: str, folder: Path, text: str, after: Sequence[str], after_any: Sequence[str]) -> str:
+        path = folder / f"{name}.sbatch"
+        write(path, text)
+        commands.test_only(str(path))
+        return commands.submit(path, folder / JOB, after, after_any=after_any)
+
+    def _script(self, name: str, folder: Path, elements: int = 1) -> str:
         site = self.site if name == MEASURE else site_without_gpus(self.site)
         return render(
             "command.sbatch.j2",
@@ -162,7 +177,7 @@ class StudyOnSlurm:
             site=site,
             name=self._titled(name),
             log=str(folder / (f"{name}-%A_%a.log" if name == MEASURE else f"{name}-%j.log")),
-            resources=[f"--chdir={Path.cwd()}", "--nodes=1", "--ntasks=1", *self._resources(name)],
+            resources=[f"--chdir={Path.cwd()}", "--nodes=1", "--ntasks=1", *self._resources(name, elements)],
             commands=self._commands(name, site, folder),
         )
 
@@ -175,7 +190,7 @@ class StudyOnSlurm:
         assert self._data_left is not None, "asked only where data are to be prepared"
         return [container_command(site, list(words)) for words in self._data_left.words()]
 
-    def _resources(self, name: str) -> list[str]:
+    def _resources(self, name: str, elements: int) -> list[str]:
         """The data take the cores of a node, a measurement those of one process and a GPU where there are any."""
         cores = self.site.cpus_per_node
         if name == DATA:
@@ -183,6 +198,6 @@ class StudyOnSlurm:
         if name == REPORT:
             return []
         limit = f"%{self.concurrency}" if self.concurrency else ""
-        found = [f"--array=0-{len(self._points_left) - 1}{limit}"]
+        found = [f"--array=0-{elements - 1}{limit}"]
         found += [f"--cpus-per-task={max(1, cores // self.shape.processes)}"] if cores else []
         return [*found, *gpu_directives(self.site, min(1, self.site.gpus_per_node))]

@@ -61,6 +61,12 @@ class StudyStates:
             return read_queue()
         return None
 
+    @property
+    def data_job(self) -> QueuedJob | None:
+        """The job in the queue that prepares the data."""
+        found = [] if self.queue is None else self.queue.below(self.opened.folder)
+        return next((job for job in found if job.script.name == f"{DATA}.sbatch"), None)
+
     def _measures(self, name: str) -> QueuedJob | None:
         """The job in the queue that measures this point."""
         if not self._elements.get(name) or self.queue is None:
@@ -83,17 +89,19 @@ def status_rows(opened: StudyFolder) -> list[dict[str, Any]]:
     """Of each run its state, step and last error; of each point what was measured; before them data that miss yet."""
     states = StudyStates(opened)
     runs = [_of_run(opened, states, run) for run in opened.expanded.runs.values()]
-    return [*_of_data(opened), *runs, *_of_points(opened, states)]
+    return [*_of_data(opened, states), *runs, *_of_points(opened, states)]
 
 
-def _of_data(opened: StudyFolder) -> Iterator[dict[str, Any]]:
+def _of_data(opened: StudyFolder, states: StudyStates) -> Iterator[dict[str, Any]]:
     """Nothing where the data are there, or the study does not prepare them itself."""
     if opened.study.data.source is None or preparation(opened).is_done():
         return
     logs = [*opened.folder.glob(f"{DATA}.log"), *opened.folder.glob(f"{SUBMISSIONS}/*/{DATA}-*.log")]
     newest = max(logs, key=lambda path: path.stat().st_mtime, default=None)
     note = f"{last_line(newest)}; see {newest}" if newest is not None else ""
-    state = "not begun" if newest is None else "in part"
+    state, job = "not begun" if newest is None else "in part", states.data_job
+    if job is not None:
+        state, note = job.state.lower(), job.reason if job.state == "PENDING" else note
     yield {"name": DATA, "role": DATA, "state": state, "progress": "", "note": note}
 
 

@@ -81,12 +81,19 @@ def prepared(output: Path, inputs: list[Path], sequence_length: int = 32, vocab_
     return prepare(from_options([str(path) for path in inputs], output, **sections), progress=False)
 
 
-def random_batch(config: RunConfig, samples: range, step: int = 0) -> dict[str, torch.Tensor]:
-    """Random tokens with the draws that training would use for these global sample indices."""
-    rows = []
+def random_batch(config: RunConfig, samples: range, step: int = 0, documents: bool = False) -> dict[str, torch.Tensor]:
+    """Random tokens with the draws that training would use for these global sample indices.
+
+    Args:
+        documents: a sample has several, of every length, and up to three tokens of padding.
+    """
+    rows, (padding, end) = [], (2, 1) if documents else (-1, -1)
     for index in samples:
         tokens = np.random.default_rng(index).integers(0, config.model.vocab_size, config.data.sequence_length)
-        rows.append(training_sample(config, tokens, -1, -1, index, step))
+        if documents:
+            tokens[tokens % 8 == 0] = end
+            tokens[len(tokens) - index % 4 :] = padding
+        rows.append(training_sample(config, tokens, padding, end, index, step))
     return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
 
 

@@ -23,6 +23,7 @@ from cola_megatron.parallel import initialize_parallel, load_full_state_dict
 from cola_megatron.records.metrics import read_metrics
 from cola_megatron.training.batches import MicroBatches
 from cola_megatron.training.loop import train
+from tests.commands import cola
 from tests.llama_folders import CASES, PROMPT, write_folder
 from tests.ranks import run_ranks
 from tests.test_layouts import FP32_CURVE, FP32_GRADIENT, steps_under_layout
@@ -196,6 +197,32 @@ def test_a_run_is_loaded_and_exported_for_other_programs(small, tmp_path):
     written = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert written["max_position_embeddings"] == 32
     assert written["eos_token_id"] == model.tokenizer.token_to_id("<|endoftext|>")
+
+
+def test_perplexity_is_that_of_transformers(small, tmp_path):
+    """Of `cola eval likelihood` on an export; there from a mean cross-entropy behind the token that ends documents."""
+    pytest.importorskip("transformers")
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    config = small("training.steps=4")
+    run(config)
+    folder, file = tmp_path / "llama", tmp_path / "texts.jsonl"
+    export_checkpoint(config.run_folder, folder, progress=False)
+    texts = ["the prior writes latent blocks of noise", "meaning", "words flow back: 7 of 12"]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    shown = cola("eval", "likelihood", folder, "--file", file, "--json")
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    theirs, tokenizer = LlamaForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    nats, tokens = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([[theirs.config.eos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]])
+        with torch.no_grad():
+            nats += theirs(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+        tokens += ids.shape[1] - 1
+    assert found["tokens"] == tokens and found["nats_per_token"]["kind"] == "exact"
+    assert found["nats_per_token"]["value"] == pytest.approx(nats / tokens, rel=1e-6)
+    assert found["perplexity"]["value"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
 
 
 def test_an_import_is_exported_as_it_was(tmp_path):

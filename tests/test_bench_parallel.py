@@ -15,7 +15,7 @@ from cola_megatron.planning.communication import context_traffic
 from tests.ranks import run_ranks
 from tests.support import TINY
 from tests.test_layouts import BF16_LAYOUTS, LAYOUTS
-from tools import bench_layouts, bench_parallel, parallelism_figure, pipeline_facts
+from tools import bench_context, bench_layouts, bench_parallel, parallelism_figure, pipeline_facts
 from tools.bench_layouts import Layout
 from tools.bench_ranks import RankResult, measure
 from tools.communication_counter import CommunicationCounter
@@ -35,6 +35,17 @@ def counted(result: RankResult, kind: str, operation: str, dtype: str = "float32
     found = [each for each in result.sent if (each.kind, each.operation, each.dtype) == (kind, operation, dtype)]
     assert len(found) == 1, result.sent
     return found[0].payload, found[0].wire
+
+
+def test_cost_against_length_is_a_table_beside_one_rank_and_a_picture(tmp_path):
+    points = [
+        bench_context.Point(length, ranks, length / 500, length / 512 / ranks, 2**20 * length / ranks, 2**20, 1e6, 1e9)
+        for length in (512, 1024)
+        for ranks in (1, 2)
+    ]
+    assert list(bench_context.rows(points))[3] == "| 512 | 2 | 0.50 | 0.50 | 0.25 | 0.50 | 1.0 |"
+    bench_context.draw(points).savefig(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 # ---- the counter ----------------------------------------------------------------------------------------------------

@@ -11,10 +11,12 @@ from typer.testing import CliRunner
 from cola_megatron import ColaDLM
 from cola_megatron.checkpoint.find import newest_checkpoint
 from cola_megatron.checkpoint.load import read_weights
-from cola_megatron.config import ConfigError
-from cola_megatron.errors import UserError
+from cola_megatron.config import ConfigError, RunConfig
+from cola_megatron.errors import ExitCode, UserError
+from cola_megatron.records.run_folder import Summary
 from cola_megatron.training.loop import train
 from launchers.cli import app, main
+from launchers.quickstart import run_quickstart
 from tests.support import TINY
 
 
@@ -203,6 +205,17 @@ def test_every_command_has_help_with_an_example(command):
     shown = cola(*command, "--help")
     if command:
         assert "Example" in shown
+
+
+def test_a_signal_ends_the_quickstart_in_one_line(tmp_path, monkeypatch):
+    def stopped(config: RunConfig) -> Summary:
+        return Summary(str(config.run_folder), 7, False, 0, 0.0, 0.0, {}, stopped_by_signal=True)
+
+    monkeypatch.setattr("cola_megatron.training.loop.train", stopped)
+    monkeypatch.setattr("launchers.quickstart._prepare", lambda layout: None)
+    with pytest.raises(UserError, match=r"stage1: stopped by a signal after step 7 of 400.*same command goes") as ended:
+        run_quickstart(tmp_path)
+    assert ended.value.exit_code == ExitCode.STOPPED and "\n" not in str(ended.value)
 
 
 @pytest.mark.slow

@@ -70,8 +70,14 @@ def test_layers_are_whole_graphs_that_compute_the_same(tiny, options):
     assert compare_with_plain(config) == GRAPHS
 
 
-def test_on_tensor_parallel_ranks_what_communicates_is_left_out(tiny):
-    layout = ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"]
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"],
+        pytest.param(["parallel.context_parallel_size=2"], marks=pytest.mark.slow),
+    ],
+)
+def test_on_ranks_that_share_layers_what_communicates_is_left_out(tiny, layout):
     config = tiny(2, "training.vae_update.from_scratch=false", "training.vae_update.mode=interval", *layout)
     first, second = run_ranks(compare_with_plain, 2, config, False)
     assert first == second > GRAPHS

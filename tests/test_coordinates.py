@@ -90,6 +90,12 @@ def test_a_change_may_fall_with_its_random_part_and_not_grow(change, rms, wanted
     assert Slope("logits", "depth", change, rms, wanted, 0.25).holds is holds
 
 
+def test_what_was_not_trained_does_not_hold():
+    found = check("autoregressive", "completep", widths=(32, 64), depths=(4,), learning_rate=0.0)
+    assert found.slopes and all(slope.is_still and slope.change is None for slope in found.slopes)
+    assert not found.passes and not any(slope.holds for slope in found.slopes)
+
+
 def test_a_size_that_the_family_cannot_have_is_refused_before_training():
     seen = []
     with pytest.raises(ConfigError, match=r"width 40: model\.transformer has 2 heads at hidden_size=32"):

@@ -83,6 +83,15 @@ def test_records_and_result(tmp_path):
     assert read_results(tmp_path) == {"squad": result}
 
 
+def test_a_record_says_how_long_its_prompt_was_where_the_model_counts(tmp_path):
+    class Counting(Echo):
+        def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+            return [len(prompt.split()) for prompt in prompts]
+
+    result = evaluate(Counting(), some_items(3), tmp_path)
+    assert [record["prompt_tokens"] for record in result.items] == [1, 2, 3]
+
+
 def test_an_evaluation_goes_on_where_it_was_stopped(tmp_path):
     items = some_items()
     with pytest.raises(RuntimeError, match="killed"):

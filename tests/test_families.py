@@ -234,6 +234,8 @@ def test_what_a_family_has_not_is_refused_with_the_cure(runs, tmp_path):
     export_checkpoint(runs["autoregressive"], tmp_path / "llama", progress=False)
     with pytest.raises(ConfigError, match=r"model\.family=plaid; give one of autoregressive"):
         import_weights(tmp_path / "llama", tmp_path / "import", "tiny-plaid", [], progress=False)
+    import_weights(tmp_path / "llama", tmp_path / "import", None, [], progress=False)  # with its own paper-2b
+    assert load_config(tmp_path / "import" / "config.yaml").training.global_batch_size == 1408
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         load_model(tmp_path)
 

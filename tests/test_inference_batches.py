@@ -37,6 +37,7 @@ SETTINGS = {
     "partial repaint": {"first_block": "partial_repaint", "repaint_until": 0.3, "repaint_rounds": 2},
     "left pad": {"first_block": "left_pad"},
     "right pad": {"first_block": "right_pad"},
+    "adaptive steps": {"steps": 12, "settle_every": 1},
 }
 
 

@@ -18,6 +18,7 @@ def run(capsys, *options: str) -> dict:
 
 def test_both_forms_give_the_same_tokens_and_every_figure_is_there(capsys, monkeypatch):
     monkeypatch.setattr(bench_inference, "sweep", lambda options: [bench_inference.Case(2, 3, 32, 32)])
+    monkeypatch.setattr(bench_inference.Bench, "slots", lambda self: [])
     found = run(capsys, "--batch", "1", "3")
     assert [(ratio["case"]["batch"], ratio["same_tokens"]) for ratio in found["ratios"]] == [(1, True), (3, True)]
     assert all(ratio["largest_difference"] < 1e-4 for ratio in found["ratios"])
@@ -25,6 +26,15 @@ def test_both_forms_give_the_same_tokens_and_every_figure_is_there(capsys, monke
     for name in ("tokens_per_second", "block", "prior", "decoder", "prompts"):
         assert math.isfinite(latency[name]) and latency[name] > 0
     assert latency["prior"] + latency["decoder"] <= latency["block"]
+
+
+def test_places_that_are_given_on_take_fewer_passes_for_the_same_tokens(capsys):
+    short = ("--block-size", "4", "--new-tokens", "8", "--prompt-tokens", "8")
+    found = run(capsys, "--only", "slots", "--batch", "3", "--cpu-time", *short)
+    assert [each["family"] for each in found["slots"]] == ["cola", "autoregressive"]
+    for each in found["slots"]:
+        assert each["same_tokens"] and each["passes"] < each["passes_of_batches"]
+        assert each["work"]["places"] == 3 and each["seconds"] > 0
 
 
 def test_a_disagreement_is_a_failure(capsys, monkeypatch):

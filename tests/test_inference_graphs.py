@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cola_megatron.inference import cached_attention
+from cola_megatron.inference import cached_attention, graphs
 from cola_megatron.inference.generate import FlowGenerator
 from cola_megatron.inference.protocol import Request
 from cola_megatron.inference.settings import FlowSettings
@@ -74,3 +74,28 @@ def test_one_recording_serves_all_blocks_of_a_width(model):
     while session.running:
         list(session.advance())
     assert (tracer.recordings, tracer.replays) == (1, 32)
+
+
+@pytest.mark.parametrize("admitted", [0, 3])
+def test_recordings_outlive_samples_that_leave_and_come(model, monkeypatch, admitted):
+    """As many samples as before at the same widths: nothing is recorded anew, and the tokens are the same."""
+    monkeypatch.setattr(cached_attention, "WIDTH", 64)
+    requests = [Request(list(range(100, 100 + n)), n, 8) for n in (8, 12, 4, 9, 8)]
+    settings, tracer, found = FlowSettings(steps=3), Tracer(), []
+    for recorder in (None, tracer):
+        session = FlowGenerator(model.vae, model.dit, recorder).start(requests[:2], settings, 2)
+        tokens_of: dict[int, list[int]] = {}
+        waiting = requests[2 : 2 + admitted]
+        while session.running:
+            for block in session.advance():
+                tokens_of.setdefault(block.sample, []).extend(block.token_ids)
+            if waiting and len(session.running) < 2:
+                session.admit([waiting.pop(0) for _ in range(2 - len(session.running)) if waiting])
+        found.append(tokens_of)
+    assert found[0] == found[1] and len(found[0]) == 2 + admitted
+    assert tracer.recordings == (2 if admitted else 1)  # of two samples; the last one is alone
+
+
+@pytest.mark.slow  # compiles for half a minute
+def test_compiled_steps_give_the_same_tokens(model):
+    assert tokens(FlowGenerator(model.vae, model.dit, graphs.compiled())) == tokens(FlowGenerator(model.vae, model.dit))

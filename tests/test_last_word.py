@@ -170,6 +170,9 @@ def test_every_family_answers_the_same_items(runs, name, tmp_path, held_out):
     assert {key: value for key, value in document.items() if key != "items"} == shown
     asked = [(item["sequence"], item["context"], item["target"]) for item in document["items"]]
     assert asked == [(each.sequence, each.context, each.target) for each in last_word_task(held_out, RULE, 6).items]
+    tokenizer = read_tokenizer(held_out.tokenizer_path)
+    lengths = [len(tokenizer.encode(context, add_special_tokens=False).ids) for _, context, _ in asked]
+    assert [item["prompt_tokens"] for item in document["items"]] == lengths
     assert shown["n"] == 6 and shown["sequences"] == len({sequence for sequence, _, _ in asked})
     assert shown["correct"] == sum(item["correct"] for item in document["items"])
     assert shown["accuracy"]["value"] == shown["correct"] / 6

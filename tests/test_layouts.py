@@ -74,7 +74,7 @@ def train_steps(config: RunConfig, steps: int) -> dict[str, Any]:
         for index in range(engine.accumulation):
             start = step * config.training.global_batch_size
             start += (index * replicas + groups.data_parallel_rank) * size
-            yield random_batch(config, range(start, start + size), step)
+            yield random_batch(config, range(start, start + size), step, config.data.document_attention)
 
     for step in range(steps):
         metrics.append(engine.step(micro_batches(step), step))

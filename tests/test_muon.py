@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from cola_megatron.checkpoint.find import newest_checkpoint
 from cola_megatron.config import ConfigError, load_config
@@ -108,7 +109,7 @@ def test_it_updates_the_matrices_of_the_layers_and_the_plan_knows_them(preset):
         "ffn.output.weight",
     }
     parts = [part for part in family_of(config).parts(config) if part.label != "reference"]
-    assert sum(part.layer_matrices for part in parts) == sum(each.numel() for each in updated.values())
+    assert sum(part.layer_parameters for part in parts) == sum(each.numel() for each in updated.values())
 
 
 def test_the_plan_counts_one_moment_where_muon_updates():
@@ -116,20 +117,32 @@ def test_the_plan_counts_one_moment_where_muon_updates():
     adamw = load_config("tiny", ["stage=1", "training.precision=bf16"])
     parts = family_of(muon).parts(muon)
     saved = model_states(adamw, parts, 2).optimizer - model_states(muon, parts, 2).optimizer
-    assert saved == 4 * sum(part.layer_matrices for part in parts) / 2
+    assert saved == 4 * sum(part.layer_parameters for part in parts) / 2
+
+
+def test_the_flops_of_the_iteration_are_those_that_torch_runs():
+    config = load_config("tiny-autoregressive", ["training.optimizer.name=muon"])
+    with torch.device("meta"):
+        model = family_of(config).build(config, initialize_parallel())
+    with FlopCounterMode(display=False) as counter:
+        for parameter in model.parameters():
+            if (marks := marks_of(parameter)).role.muon_rate is not None:
+                matched_update(parameter.detach(), marks.fused_rows)
+    assert counter.get_total_flops() == sum(part.newton_schulz_flops for part in family_of(config).parts(config))
 
 
 # ---- layouts and resuming -------------------------------------------------------------------------------------------
 
 
 EVERY_DAY = ("DP 2, ZeRO 1", "TP 2")
+ALL_LAYOUTS = {**LAYOUTS, "CP 2 x DP 2": (4, ["parallel.context_parallel_size=2"])}
 
 
 @pytest.mark.parametrize(
-    "layout", [name if name in EVERY_DAY else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+    "layout", [name if name in EVERY_DAY else pytest.param(name, marks=pytest.mark.slow) for name in ALL_LAYOUTS]
 )
 def test_a_layout_follows_the_curve_of_one_process(layout):
-    ranks, overrides = LAYOUTS[layout]
+    ranks, overrides = ALL_LAYOUTS[layout]
     common = [*whole_loss(2), *MUON]
     expected = run_ranks(train_steps, 1, tiny_config(common), 4)[0]["metrics"]
     found = run_ranks(train_steps, ranks, tiny_config([*common, *overrides]), 4)[0]["metrics"]

@@ -243,7 +243,9 @@ def test_an_unknown_scale_is_refused_with_those_there_are(tmp_path):
 
 
 def test_an_unknown_study_is_refused_with_those_there_are():
-    with pytest.raises(ConfigError, match="rq9: neither a study file nor one of the studies ladder, rq1, rq2"):
+    with pytest.raises(
+        ConfigError, match="rq9: neither a study file nor one of the studies ladder, optimizer, rq1, rq2"
+    ):
         study_file("rq9")
 
 

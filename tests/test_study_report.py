@@ -171,7 +171,7 @@ def test_published_points_stand_on_their_own_column_where_they_are_near():
     found["study"]["published"].append({"arm": "cola", "column": "nominal", "compute": 5e13, "score": 0.2})
     results = results_of(found)
     near, far = published_near(results, "score", "nominal")
-    assert [each.compute for each in near] == [5e13] and len(far) == 3
+    assert [compute for compute, _ in near] == [5e13] and len(far) == 3
     assert published_near(results, "score", "model") == ([], [])
     figure = over_compute(results, fit_study(results, bootstrap=40), "score", "nominal")
     assert [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "*"] == [5e13]

@@ -91,7 +91,7 @@ def test_what_is_submitted_waits_in_order_is_refused_twice_and_cancelled(
 ) -> None:
     output = tmp_path / "out"
     dry = cola(slurm, *words(study, output, "--scale", "branches", "--dry-run"))
-    assert dry.count("#!/bin/bash") == 7 and not output.exists()
+    assert dry.count("#!/bin/bash") == 8 and not output.exists()
 
     blocker = in_the_way(slurm)
     parts = json.loads(cola(slurm, *words(study, output, "--scale", "branches", "--json")))
@@ -101,7 +101,8 @@ def test_what_is_submitted_waits_in_order_is_refused_twice_and_cancelled(
         "stage_one-trunk-run": 2,
         "trunk": 1,
         "trunk-run": 2,
-        "measure": 4,
+        "measure-stage_one-trunk-run": 2,
+        "measure-trunk-run": 2,
         "report": 1,
     }
     jobs = {name: part["job"] for name, part in parts.items()}
@@ -112,15 +113,15 @@ def test_what_is_submitted_waits_in_order_is_refused_twice_and_cancelled(
         for job, waits in (line.split("|") for line in lines)
         if job in name_of
     }
-    arrays = set(jobs) - {"measure", "report"}
     assert after == {
         "stage_one": set(),
         "stage_one-trunk": {"stage_one"},
         "stage_one-trunk-run": {"stage_one-trunk"},
         "trunk": set(),
         "trunk-run": {"trunk"},
-        "measure": arrays,
-        "report": {"measure"},
+        "measure-stage_one-trunk-run": {"stage_one-trunk-run"},
+        "measure-trunk-run": {"trunk-run"},
+        "report": set(jobs) - {"report"},
     }
     assert {row["state"] for row in states(slurm, output).values()} == {"pending"}
 
@@ -163,7 +164,7 @@ def test_a_failed_stage_holds_up_its_own_alone_and_is_made_good(
     assert {name: part["elements"] for name, part in parts.items()} == {
         "stage_one": 1,
         "stage_one-run": 1,
-        "measure": 1,
+        "measure-stage_one-run": 1,
         "report": 1,
     }
     wait_for_the_chain(slurm)
@@ -186,7 +187,7 @@ def test_data_that_a_study_prepares_come_first_and_must_end_well(study: Path, tm
     text = submission(study, tmp_path / "out", "embedded").dry_run()
     scripts = text.split("#!/bin/bash")[1:]
     assert f"prep run embedded --output {tmp_path}/out/data --sequence-length 32 --vocab-size 300" in scripts[0]
-    assert [script.count("sweep measure") for script in scripts] == [0, 0, 0, 0, 1, 0]
+    assert [script.count("sweep measure") for script in scripts] == [0, 0, 0, 0, 1, 1, 0]
     assert not (tmp_path / "out").exists()
 
     opened = StudyFolder.begin(tmp_path / "out", load_study(study, "embedded"))
@@ -206,9 +207,9 @@ def fake(folder: Path, **commands_of_slurm: str) -> None:
 def test_more_points_than_an_array_may_have_are_refused(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake(tmp_path / "bin", squeue="", scontrol="echo 'MaxArraySize = 3'")
+    fake(tmp_path / "bin", squeue="", scontrol="echo 'MaxArraySize = 1'")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    with pytest.raises(SlurmError, match=r"4 runs: this Slurm allows arrays of 3 \(MaxArraySize\); take seeds"):
+    with pytest.raises(SlurmError, match=r"2 runs: this Slurm allows arrays of 1 \(MaxArraySize\); take seeds"):
         submission(study, tmp_path / "out", "branches").submit()
     assert not (tmp_path / "out" / "submissions").exists()
 

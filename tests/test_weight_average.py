@@ -112,6 +112,27 @@ def test_every_layout_keeps_the_plain_average_of_its_weights(layout):
     assert any(not torch.equal(averages[name], value) for name, value in weights[-1].items())
 
 
+def updates_seen(config: RunConfig) -> list[int]:
+    """How many updates the average has seen after one that is refused, and after one that is not."""
+    groups = initialize_run(config)
+    model = build_model(config, groups)
+    initialize_parameters(model, config.seed, groups)
+    engine, batch = Engine(model, config, groups), random_batch(config, range(config.training.micro_batch_size))
+    (flat, *_), found = engine.optimizer.flat_masters, []
+    for accepts in (lambda metrics: False, lambda metrics: True):
+        before = engine.ema.of(flat).clone()
+        engine.step(iter([batch] * engine.accumulation), 0, accepts)
+        found.append(engine.ema.updates)
+        assert torch.equal(engine.ema.of(flat), before) == (engine.ema.updates == 0)
+    return found
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_an_update_that_is_refused_does_not_count(zero_stage):
+    config = tiny_config([*whole_loss(1), f"training.ema_decay={DECAY}", f"parallel.zero_stage={zero_stage}"])
+    assert run_ranks(updates_seen, 1, config) == [[0, 1]]
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory):
     """`start(name, *overrides)`: a config of four steps of an autoregressive model on prepared text."""

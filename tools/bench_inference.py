@@ -1,7 +1,9 @@
 """Speed of generation: the engine against a plain loop, and its latency against batch, steps and length.
 
-    python -m tools.bench_inference                       both tables; minutes on two cores
+    python -m tools.bench_inference                       all tables; minutes on two cores
     python -m tools.bench_inference --only ratio --json   the comparison alone, for scripts
+    python -m tools.bench_inference --only slots          mixed lengths: places given on, against fixed batches
+    python -m tools.bench_inference --threads 1 --cpu-time     where others compute on the same machine
 
 Weights are random: speed does not depend on them. Before anything is timed both forms must give the same tokens.
 
@@ -25,13 +27,14 @@ from typing import Any
 
 import torch
 
-from cola_megatron.config import DiTConfig, VAEConfig
+from cola_megatron.families.autoregressive.session import AutoregressiveGenerator
+from cola_megatron.families.autoregressive.settings import AutoregressiveSettings
 from cola_megatron.inference.generate import FlowGenerator, FlowSession
 from cola_megatron.inference.protocol import Request, TokenBlock
 from cola_megatron.inference.settings import FlowSettings
-from cola_megatron.models.dit import DiT
-from cola_megatron.models.text_vae import TextVAE
-from cola_megatron.parallel import ProcessGroups, initialize_parallel, initialize_parameters
+from cola_megatron.parallel import ProcessGroups, initialize_parallel
+from tools.bench_networks import networks, transformer
+from tools.bench_slots import COLUMNS, Slots, Work, as_row, compare
 from tools.plain_generation import generate_plainly
 
 
@@ -90,7 +93,9 @@ class Bench:
     """The networks in both forms, with the same weights."""
 
     def __init__(self, options: argparse.Namespace, groups: ProcessGroups):
+        self.options, self.groups = options, groups
         self.device, self.vocab_size = groups.device, options.vocab_size
+        self.clock = time.process_time if options.cpu_time else time.perf_counter
         dtype = getattr(torch, options.dtype)
         self.plain_vae, self.plain_dit = networks(options, groups, dtype)
         self.vae, dit = networks(options, groups, dtype)
@@ -195,42 +200,18 @@ class Bench:
         """Seconds on a clock, when the device has done what it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+        return self.clock()
 
-
-def networks(options: argparse.Namespace, groups: ProcessGroups, dtype: torch.dtype) -> tuple[TextVAE, DiT]:
-    """VAE and prior with random weights, moved away from their start: there AdaLN's gates are zero."""
-    width = options.width
-    vae = TextVAE(
-        options.vocab_size,
-        VAEConfig(
-            encoder_layers=2,
-            decoder_layers=2,
-            hidden_size=width,
-            ffn_hidden_size=4 * width,
-            num_attention_heads=width // 64,
-        ),
-        groups,
-    )
-    dit = DiT(
-        DiTConfig(
-            num_layers=options.layers,
-            hidden_size=width,
-            num_attention_heads=width // 64,
-            head_dim=64,
-            rotary_dim=48,
-            block_size=options.block_size,
-        ),
-        groups,
-    )
-    for network in (vae, dit):
-        initialize_parameters(network, 0, groups)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
-        network.to(groups.device, dtype).eval().requires_grad_(False)
-    return vae, dit
+    def slots(self) -> Iterator[Slots]:
+        """Requests of mixed lengths, by flow and by tokens."""
+        options, places = self.options, max(self.options.batch)
+        work = Work(places, 4 * places, 2 * options.prompt_tokens, 4 * options.new_tokens, self.vocab_size)
+        flow = FlowSettings(steps=options.steps, guidance_scale=7.0)
+        by_token = AutoregressiveGenerator(transformer(options, self.groups))
+        arguments = (work, options.repeats, self.now)
+        yield compare("cola", lambda batch: self.generator.start(batch, flow, 0), flow, *arguments)
+        one = AutoregressiveSettings()
+        yield compare("autoregressive", lambda batch: by_token.start(batch, one, 0), one, *arguments)
 
 
 def sweep(options: argparse.Namespace) -> Iterator[Case]:
@@ -251,7 +232,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: torch's own choice")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--prepare-plain", action="store_true", help="give the plain loop the engine's products too")
-    parser.add_argument("--only", choices=("ratio", "latency"))
+    parser.add_argument("--only", choices=("ratio", "latency", "slots"))
+    parser.add_argument("--cpu-time", action="store_true", help="time of this process's cores, not of the clock")
     parser.add_argument("--json", action="store_true", help="a JSON document on stdout; the tables go to stderr")
     return parser.parse_args(arguments)
 
@@ -263,15 +245,15 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     bench = Bench(options, initialize_parallel())
     file = sys.stderr if options.json else sys.stdout
-    ratios, latencies = [], []
-    if options.only != "latency":
+    ratios, latencies, slots = [], [], []
+    if options.only in (None, "ratio"):
         print(f"{'batch':>6}{'engine tokens/s':>17}{'plain tokens/s':>16}{'ratio':>7}  same tokens", file=file)
         for batch in options.batch:
             case = Case(batch, options.steps, options.prompt_tokens, options.new_tokens)
             ratios.append(found := bench.compare(case, options.repeats))
             figures = f"{batch:>6}{found.engine:>17.1f}{found.plain:>16.1f}{found.ratio:>7.2f}"
             print(f"{figures}  {found.same_tokens}", file=file, flush=True)
-    if options.only != "ratio":
+    if options.only in (None, "latency"):
         columns = ("batch", "steps", "prompt", "tokens/s", "ms/block", "prior", "decoder", "prompts")
         print("".join(f"{name:>10}" for name in columns), file=file)
         for case in sweep(options):
@@ -279,11 +261,21 @@ def main(arguments: list[str] | None = None) -> int:
             times = (took.tokens_per_second, took.block, took.prior, took.decoder, took.prompts)
             cells = f"{case.batch:>10}{case.steps:>10}{case.prompt_tokens:>10}"
             print(cells + "".join(f"{figure:>10.1f}" for figure in times), file=file, flush=True)
+    if options.only in (None, "slots"):
+        print(COLUMNS, file=file)
+        for given_on in bench.slots():
+            slots.append(given_on)
+            print(as_row(given_on), file=file, flush=True)
     if options.json:
         about = {"options": vars(options), "torch": torch.__version__, "threads": torch.get_num_threads()}
-        records = {"ratios": [asdict(found) for found in ratios], "latencies": [asdict(found) for found in latencies]}
+        records = {
+            "ratios": [asdict(found) for found in ratios],
+            "latencies": [asdict(found) for found in latencies],
+            "slots": [asdict(found) for found in slots],
+        }
         print(json.dumps(about | records, indent=1))
-    return 0 if all(found.same_tokens for found in ratios) else 1
+    agree = [found.same_tokens for found in ratios] + [found.same_tokens for found in slots]
+    return 0 if all(agree) else 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Step time and bytes sent for each layout: the same model and global batch, in real processes on this machine.
 
     python -m tools.bench_parallel                                     the layouts of docs/parallelism.md
-    python -m tools.bench_parallel --layouts one tp2-sp pp4-dp2        others: tpN, sp, ppN, dpN, zeroN
+    python -m tools.bench_parallel --layouts one tp2-sp pp4-dp2        others: tpN, sp, cpN, ppN, dpN, zeroN
     python -m tools.bench_parallel --preset base --rounds 3 training.global_batch_size=64
     python -m tools.bench_parallel --bubble                            two stages over 1, 2, 4 and 8 micro-batches
 
@@ -25,7 +25,7 @@ import torch
 from cola_megatron.config import ConfigError, load_config
 from cola_megatron.records.provenance import versions
 from tools.bench_layouts import Layout, run_bubble, run_layouts
-from tools.communication_counter import DATA, PIPELINE, TENSOR
+from tools.communication_counter import CONTEXT, DATA, PIPELINE, TENSOR
 
 LAYOUTS = (
     *("one", "tp2", "tp2-sp", "pp2", "pp4"),
@@ -70,7 +70,7 @@ def byte_table(found: dict[str, Any]) -> Iterator[str]:
     yield "| layout | group | handed over, MB | on the wire, MB | predicted, MB | measured / predicted |"
     yield "|---|---|---|---|---|---|"
     for name, figures in found.items():
-        for kind in (TENSOR, PIPELINE, DATA):
+        for kind in (TENSOR, CONTEXT, PIPELINE, DATA):
             rank = max(figures.get("ranks", ()), key=lambda rank: rank["wire"].get(kind, 0.0), default=None)
             if rank is None or not rank["wire"].get(kind):
                 continue

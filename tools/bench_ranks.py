@@ -61,6 +61,9 @@ class RankResult:
     """In one step of its own, which is not timed."""
     loss: float
     """Of the first step, over the global batch."""
+    peak_bytes: float = 0.0
+    """What the steps added to the memory that the rank had before them, at its largest: on a CPU of the process, on
+    CUDA of what torch allocated."""
 
 
 class RandomSamples:
@@ -115,6 +118,7 @@ def measure(config: RunConfig, warm_up: int, steps: int) -> RankResult:
     engine = Engine(model.to(groups.device), config, groups)
     samples = MicroBatches(config, RandomSamples(config), groups.data_parallel_rank, groups.data_parallel_size)
     losses, seconds, processor_seconds, counter = [], [], [], CommunicationCounter(groups)
+    peak = _PeakMemory(groups.device)
     for step in range(warm_up + 1 + steps):
         first = step * samples.per_step
         batches = [_on_device(samples[first + index].tensors, groups.device) for index in range(samples.per_step)]
@@ -128,7 +132,33 @@ def measure(config: RunConfig, warm_up: int, steps: int) -> RankResult:
             seconds.append(time.perf_counter() - began)
             processor_seconds.append(time.process_time() - processor_began)
     sent = [Sent(*transfer, **asdict(amount)) for transfer, amount in sorted(counter.sent.items())]
-    return RankResult(groups.rank, groups.pipeline_parallel_rank, seconds, processor_seconds, sent, losses[0])
+    return RankResult(
+        groups.rank, groups.pipeline_parallel_rank, seconds, processor_seconds, sent, losses[0], peak.bytes()
+    )
+
+
+class _PeakMemory:
+    """The largest memory since it was made, beyond what there was then."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = float(torch.cuda.memory_allocated(device))
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak begins anew (man 5 proc)
+            self.before = _status("VmRSS")
+
+    def bytes(self) -> float:
+        """So far."""
+        now = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _status("VmHWM")
+        return now - self.before
+
+
+def _status(name: str) -> float:
+    """A size in bytes that Linux keeps for this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def _on_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -42,6 +42,9 @@ def all_checks(quick: bool = False) -> dict[str, Check]:
     for switch, overrides in gpu_step.SWITCHES.items():
         name = f"step.paper-2b.{switch}"
         checks[name] = partial(gpu_step.check_step, name=name, overrides=overrides)
+    for family in gpu_step.OTHER_FAMILIES[:1] if quick else gpu_step.OTHER_FAMILIES:
+        name = f"step.paper-2b-{family}"
+        checks[name] = partial(gpu_step.check_step, name=name, family=family)
     checks["ceilings.attention"] = gpu_ceilings.check_attention
     checks["attention.documents"] = gpu_documents.check_documents
     for batch in GENERATED_BATCHES:

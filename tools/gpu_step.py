@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 from cola_megatron.config import RunConfig
+from cola_megatron.families import family_of
 from cola_megatron.planning.flops import training_flops_per_sample
 from cola_megatron.planning.memory import rank_memory
 from cola_megatron.planning.split import pipeline_split
@@ -25,8 +26,12 @@ SWITCHES: Mapping[str, tuple[str, ...]] = {
     "without_compile": ("training.compile_blocks=never",),
     "without_loss_chunks": ("training.loss_chunk_tokens=0",),
     "attention_in_chunks": ("training.attention_chunk=256",),
+    "muon": ("training.optimizer.name=muon",),
 }
 """Name -> overrides that turn one thing off, or on that has not been measured on a GPU."""
+
+OTHER_FAMILIES = ("autoregressive", "masked-diffusion", "plaid")
+"""As the names of their presets end."""
 
 SIZES = (8, 16)
 """Micro-batches; the preset's own first, for a run that is cut off should have had it."""
@@ -40,17 +45,23 @@ def check_step(
     overrides: tuple[str, ...] = (),
     sweep: bool = False,
     accumulation: int = ACCUMULATION,
+    family: str = "",
 ) -> Iterator[Record]:
-    """Stage 2 under ZeRO 1 in bfloat16; `sweep` measures all sizes on one engine, otherwise the first alone."""
+    """A step under ZeRO 1 in bfloat16; `sweep` measures all sizes on one engine, otherwise the first alone.
+
+    Args:
+        family: one of `OTHER_FAMILIES`; empty: stage 2 of Cola DLM.
+    """
+    preset = f"{setting.large_preset}-{family}" if family else setting.large_preset
     all_sizes = SIZES if setting.on_gpu else SIZES_ON_A_CPU
     sizes = all_sizes if sweep else all_sizes[:1]
     accumulation = accumulation if setting.on_gpu else ACCUMULATION
     began = time.perf_counter()
-    with fresh_engine(step_config(setting, sizes[0], overrides, accumulation), setting.groups) as engine:
+    with fresh_engine(step_config(setting, preset, sizes[0], overrides, accumulation), setting.groups) as engine:
         synchronize(setting)
         start = time.perf_counter() - began
         for size in sizes:
-            config = step_config(setting, size, overrides, accumulation)
+            config = step_config(setting, preset, size, overrides, accumulation)
             needed = planned_peak(config)
             if not setting.fits(needed):
                 detail = f"left out: by the plan it needs {needed / 2**30:.1f} GiB"
@@ -83,11 +94,13 @@ def measured(setting: Setting, name: str, engine: Engine, config: RunConfig, sta
             parameter.grad = None
 
     one = seconds_of(setting, forward_and_backward, repeats)
+    engine.deepspeed.optimizer.zero_grad()  # fused weight gradients went into the sums of the next step
     ok = all(map(math.isfinite, losses)) and losses[-1] < losses[0]
     flops, peak = size * training_flops_per_sample(config), setting.peak_flops
     tokens = size * config.data.sequence_length
     detail = (
-        f"{setting.large_preset}, stage 2, bf16, ZeRO 1, {size} sequences of {config.data.sequence_length} tokens; "
+        f"{config.name}, {family_of(config).describe(config)}, bf16, ZeRO 1, {size} sequences of "
+        f"{config.data.sequence_length} tokens; "
         f"engine there after {start:.1f} s, first step {first:.1f} s; loss {losses[0]:.4f} -> {losses[-1]:.4f}"
     )
     yield Record(f"{name}.forward_backward", ok, one * 1e3, "ms", detail)
@@ -105,15 +118,16 @@ def measured(setting: Setting, name: str, engine: Engine, config: RunConfig, sta
     yield Record(f"{name}.memory_of_plan", ok, ratio, "of the plan", f"`cola plan` says {planned:.2f} GiB")
 
 
-def step_config(setting: Setting, micro_batch: int, overrides: tuple[str, ...], accumulation: int) -> RunConfig:
-    """The published model with a batch of so many micro-batches."""
+def step_config(
+    setting: Setting, preset: str, micro_batch: int, overrides: tuple[str, ...], accumulation: int
+) -> RunConfig:
+    """The preset with a batch of so many micro-batches."""
     sizes = (
         f"training.micro_batch_size={micro_batch}",
         f"training.global_batch_size={accumulation * micro_batch}",
-        "stage=2",
         "parallel.zero_stage=1",
     )
-    return setting.config(setting.large_preset, *sizes, *overrides)
+    return setting.config(preset, *sizes, *overrides)
 
 
 def planned_peak(config: RunConfig) -> float:

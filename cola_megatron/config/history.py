@@ -52,4 +52,5 @@ CHANGES: tuple[Change, ...] = (
     Added("training.optimizer.name", "adamw"),  # schema 17
     Added("training.optimizer.momentum", 0.95),  # schema 18
     Added("training.ema_decay", None),  # schema 19
+    Added("training.fused_weight_gradients", "never"),  # schema 20
 )

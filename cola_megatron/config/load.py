@@ -17,15 +17,20 @@ from cola_megatron.config.yaml_files import read_value
 _SIZES = ("tiny", "small", "base", "paper-2b")
 
 
-def preset_names() -> list[str]:
-    """Names of the presets that ship with the package: Cola DLM first, of a family the smallest first."""
+def preset_names(family: str | None = None) -> list[str]:
+    """Names of the presets that ship with the package: Cola DLM first, of a family the smallest first.
+
+    Args:
+        family: only those of `model.family`; None: all.
+    """
     shipped = [entry.name.removesuffix(".yaml") for entry in _presets().iterdir() if entry.name.endswith(".yaml")]
 
     def family_and_size(name: str) -> tuple[str, int]:
         size = next((index for index, each in enumerate(_SIZES) if name.startswith(each)), len(_SIZES))
         return name.removeprefix(_SIZES[size]) if size < len(_SIZES) else name, size
 
-    return sorted(shipped, key=family_and_size)
+    names = sorted(shipped, key=family_and_size)
+    return [name for name in names if family is None or load_config(name).model.family == family]
 
 
 def load_config(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:

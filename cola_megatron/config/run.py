@@ -133,6 +133,12 @@ class RunConfig(Section):
         raise NotImplementedError
 
     @property
+    def can_fuse_weight_gradients(self) -> bool:
+        """Whether there are float32 sums to which a layer can add: in ZeRO 1 with bf16, on the device."""
+        parallel = self.parallel
+        return self.training.precision == "bf16" and parallel.zero_stage == 1 and not parallel.offload_optimizer
+
+    @property
     def has_two_copies(self) -> bool:
         """Whether training lays a clean copy beside the noisy one."""
         return False
@@ -162,6 +168,11 @@ class RunConfig(Section):
             raise ValueError(
                 "training.compile_blocks=always with parallel.zero_stage=3: a compiled layer would not run the hooks "
                 "that gather its parameters; use zero_stage=2, or compile_blocks=never"
+            )
+        if self.training.fused_weight_gradients == "always" and not self.can_fuse_weight_gradients:
+            raise ValueError(
+                "training.fused_weight_gradients=always adds to float32 sums of the gradients, which there are with "
+                "training.precision=bf16 and parallel.zero_stage=1 on the device alone; use these, or auto"
             )
         if self.parallel.offload_optimizer and self.parallel.zero_stage == 0:
             raise ValueError("parallel.offload_optimizer=true needs parallel.zero_stage of 1 or more")

@@ -156,6 +156,10 @@ class TrainingConfig(Section):
     """Compile the transformer layers with torch.compile: fewer passes over the memory, and no work of the host between
     them. auto: on CUDA, below ZeRO 3. Under tensor parallelism layers that communicate stay as they are. It rounds
     elsewhere than the plain layers do, so a run that is resumed with another value goes on, but not bit for bit."""
+    fused_weight_gradients: Annotated[Literal["auto", "never", "always"], OURS, FREE] = "auto"
+    """Linear layers add the gradients of their weights straight to the float32 sums, with the kernel of NVIDIA apex: no
+    bfloat16 gradient is written, and none rounded. auto: on CUDA under ZeRO 1 in bf16, where apex is installed (`cola
+    doctor` says so). A run that is resumed with another value goes on, but not bit for bit."""
     attention_chunk: Annotated[NonNegativeInt | None, OURS, FREE] = None
     """Queries of one attention product over a clean and a noisy copy (Cola DLM's prior, masked diffusion by blocks),
     rounded up to whole blocks: smaller products leave out pairs that the mask hides. 0: one product; null: what was

@@ -11,7 +11,7 @@ from cola_megatron.checkpoint.pieces import WEIGHTS
 from cola_megatron.checkpoint.sharded_tensors import Piece, write_index, write_pieces
 from cola_megatron.checkpoint.state_file import TENSORS, write_state
 from cola_megatron.checkpoint.tokenizer import store_tokenizer
-from cola_megatron.config import RunConfig, dump_config, load_config, resolve_config, stored_tree
+from cola_megatron.config import RunConfig, dump_config, load_config, preset_names, resolve_config, stored_tree
 from cola_megatron.conversion.open_model import format_of
 from cola_megatron.errors import UserError
 from cola_megatron.families import FAMILIES
@@ -23,13 +23,16 @@ from cola_megatron.records.run_folder import CONFIG
 
 
 def import_weights(
-    published: Path, output: Path, source: str, overrides: list[str], progress: bool = True
+    published: Path, output: Path, source: str | None, overrides: list[str], progress: bool = True
 ) -> ModelSource:
     """Writes a checkpoint folder without optimiser state, with the tokenizer and a config.yaml to train on with.
 
     Stage 2 starts from it (`training.stage_one`) under any layout; a run does not resume from it. The model section
     comes from the published folder, the others from `source`; without a prior, it is the checkpoint of a stage 1. Needs
     memory for one file of the checkpoint and one tensor.
+
+    Args:
+        source: preset or file for all but the model section; None: `paper-2b` of the family.
 
     Returns:
         what was read.
@@ -43,6 +46,8 @@ def import_weights(
     if layout is None:
         raise PublishedError(f"{published} is in no layout that a family reads")
     model = layout.open(published)
+    if source is None:
+        source = next(name for name in preset_names(model.config.family) if name.startswith("paper-2b"))
     config = _config(model, load_config(source, overrides).model_dump(mode="json"), output)
     unfinished = output.with_name(f".importing_{output.name}")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -75,8 +75,9 @@ class Part:
     """Its backward pass runs the forward pass again, whatever `training.activation_checkpointing` says."""
     computed_pairs: float = 1.0
     """Attention pairs that the kernel computes over those that the mask keeps: with a mask tensor it skips none."""
-    layer_matrices: int = 0
-    """Parameters in the matrices that Muon updates where it is chosen; of the whole model, all of them cut."""
+    layer_matrices: tuple[tuple[int, int], ...] = ()
+    """Shapes of the matrices that Muon updates where it is chosen, fused projections apart; tensor parallelism cuts all
+    of them."""
     largest_matrix: float = 0.0
     """Elements of its largest matrix on one rank."""
     gathered_input: float = 0.0
@@ -91,6 +92,17 @@ class Part:
     def network(self) -> str:
         """The network that it belongs to, whose optimiser groups are its own: the first word of its label."""
         return self.label.split(".")[0]
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters in `layer_matrices`."""
+        return sum(rows * columns for rows, columns in self.layer_matrices)
+
+    @property
+    def newton_schulz_flops(self) -> float:
+        """FLOPs of Muon's iteration over `layer_matrices`: x x^T, its square, and a product with x, five times."""
+        sides = [sorted(shape) for shape in self.layer_matrices]
+        return sum(5 * (4.0 * short**2 * long + 2.0 * short**3) for short, long in sides)
 
     @property
     def is_block(self) -> bool:

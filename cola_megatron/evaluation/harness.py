@@ -102,10 +102,12 @@ def answers(
         batch_size: items under way at once.
     """
     ordered = sorted(items, key=lambda item: -len(item.prompt))
-    ids = [sample_id(item.id) for item in ordered]
-    for place, text in model.generate([item.prompt for item in ordered], ids, decoding, batch_size):
+    prompts, ids = [item.prompt for item in ordered], [sample_id(item.id) for item in ordered]
+    count = getattr(model, "prompt_tokens", None)
+    lengths = [None] * len(prompts) if count is None else count(prompts)
+    for place, text in model.generate(prompts, ids, decoding, batch_size):
         item, text = ordered[place], cut_at(text, decoding.stop)
-        yield make_record(item, text, score(rule, text, item.truths, item.options))
+        yield make_record(item, text, score(rule, text, item.truths, item.options), lengths[place])
 
 
 def batches_by_length(values: Sequence[T], lengths: Sequence[int], size: int) -> Iterator[list[T]]:

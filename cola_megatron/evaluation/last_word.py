@@ -13,80 +13,15 @@ from cola_megatron.evaluation.decoding import Decoding
 from cola_megatron.evaluation.errors import EvaluationError
 from cola_megatron.evaluation.harness import answers
 from cola_megatron.evaluation.items import Item
+from cola_megatron.evaluation.last_word_results import LastWords
 from cola_megatron.evaluation.likelihood import from_all_replicas, own_part, progress_bar
 from cola_megatron.evaluation.model import GeneratorModel
 from cola_megatron.evaluation.passages import NEW_TOKENS, Passage, PassageRule, Piece, passages, pieces
 from cola_megatron.evaluation.records import as_stored
-from cola_megatron.evaluation.results import percentages
 from cola_megatron.evaluation.scoring import match_first_word, normalize
-from cola_megatron.evaluation.statistics import Figure, clustered_interval, clustered_standard_error
 from cola_megatron.evaluation.token_counts import beginning
 from cola_megatron.evaluation.word_guesses import Counts, count, guesses
 from cola_megatron.parallel import ProcessGroups
-
-GUESSERS = {
-    "most_frequent_word": "the most frequent word of the training text",
-    "most_frequent_of_context": "the most frequent word of the passage",
-    "bigram": "the most frequent word after the one before",
-}
-"""In words, for tables."""
-
-
-@dataclass(frozen=True)
-class LastWords:
-    """What a model made of the passages, and what guesses by counting would have made of them."""
-
-    model: str
-    data: str
-    settings: dict[str, Any]
-    records: list[dict[str, Any]]
-    """By item: `id`, `sequence`, `context`, `target`, `generation`, `answer`, `correct`, and `guesses` by their names:
-    the `answer` of each and whether it is `correct`."""
-
-    @property
-    def accuracy(self) -> Figure:
-        """Share of the items that the model got right, 0 .. 1; error and interval are over sequences."""
-        return self._share([record["correct"] for record in self.records])
-
-    @property
-    def baselines(self) -> dict[str, Figure]:
-        """The same of every guesser, by its name."""
-        names = [name for name in GUESSERS if name in self.records[0]["guesses"]]
-        return {name: self._share([each["guesses"][name]["correct"] for each in self.records]) for name in names}
-
-    @property
-    def sequences(self) -> int:
-        """How many held-out sequences the items come from."""
-        return len({record["sequence"] for record in self.records})
-
-    def as_json(self) -> dict[str, Any]:
-        """The figures, without the items."""
-        return {
-            "task": "last_word",
-            "model": self.model,
-            "data": self.data,
-            "settings": self.settings,
-            "n": len(self.records),
-            "correct": sum(record["correct"] for record in self.records),
-            "sequences": self.sequences,
-            "accuracy": self.accuracy.as_json(),
-            "baselines": {name: figure.as_json() for name, figure in self.baselines.items()},
-        }
-
-    def rows(self) -> list[list[str]]:
-        """A table in percent, headings first."""
-        figures = {"the model": self.accuracy} | {GUESSERS[name]: each for name, each in self.baselines.items()}
-        return [
-            ["last word", "accuracy", "95% interval"],
-            *([words, *percentages(figure.interval)] for words, figure in figures.items()),
-        ]
-
-    def _share(self, correct: list[bool]) -> Figure:
-        by_sequence: dict[int, list[bool]] = {}
-        for record, right in zip(self.records, correct, strict=True):
-            by_sequence.setdefault(record["sequence"], []).append(right)
-        right_ones, sizes = [sum(each) for each in by_sequence.values()], [len(each) for each in by_sequence.values()]
-        return Figure(clustered_interval(right_ones, sizes), clustered_standard_error(right_ones, sizes))
 
 
 @dataclass(frozen=True)
@@ -178,6 +113,6 @@ def _record(passage: Passage, answer: dict[str, Any], task: LastWordTask) -> dic
     return {
         "id": answer["id"],
         **asdict(passage),
-        **{name: answer[name] for name in ("generation", "answer", "correct")},
+        **{name: answer[name] for name in ("prompt_tokens", "generation", "answer", "correct") if name in answer},
         "guesses": {name: {"answer": guess, "correct": guess == wanted} for name, guess in guessed.items()},
     }

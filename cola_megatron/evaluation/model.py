@@ -21,7 +21,10 @@ FIRST_GREEDY_TOKENS, MOST_GREEDY_TOKENS = 16, 4096
 
 
 class EvaluationModel(Protocol):
-    """A model of any family, as the harness sees it. `loglikelihood` and `is_greedy` may be left out together."""
+    """A model of any family, as the harness sees it.
+
+    `loglikelihood` and `is_greedy` may be left out together, and `prompt_tokens` by what has no tokens.
+    """
 
     name: str
     """What results call it; two names of the same weights make no difference."""
@@ -36,6 +39,9 @@ class EvaluationModel(Protocol):
 
         A text depends on its prompt and sample id, not on its neighbours.
         """
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """How long each prompt is to the model, in tokens."""
 
     def loglikelihood(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """log p(continuation | context) of each pair, in nats. It does not depend on the others of the batch."""
@@ -103,6 +109,13 @@ class GeneratorModel:
                 yield index, generation.text
         except ValueError as error:
             raise UserError(f"{self.name}: {error}") from error
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """See `EvaluationModel`; raises UserError where the model came without a tokenizer."""
+        tokenizer = getattr(self.generator, "tokenizer", None)
+        if tokenizer is None:
+            raise UserError(f"{self.name} has no tokenizer.json, and prompts are texts: put it beside the weights")
+        return [len(tokenizer.encode(prompt, add_special_tokens=False).ids) for prompt in prompts]
 
     def loglikelihood(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[float]:
         """See `EvaluationModel`. Pairs with one context share their noise: they differ by their continuations alone.

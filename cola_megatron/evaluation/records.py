@@ -1,6 +1,7 @@
 """The records of a running evaluation: one JSONL file per rank, appended to batch by batch.
 
-A record is {"id", "prompt_hash", "generation", "answer", "ground_truth", "choices" (where there are any), "correct"}.
+A record is {"id", "prompt_hash", "prompt_tokens" (where the model counts them), "generation", "answer", "ground_truth",
+"choices" (where there are any), "correct"}.
 """
 
 import json
@@ -15,15 +16,21 @@ from cola_megatron.records.json_files import as_lines, write_json
 
 Record = dict[str, Any]
 SETTINGS = "settings.json"
-ADDED = {"model.precision": "fp32", "model.noise": "published", "decoding.until_end_of_text": False}
+ADDED = {
+    "model.precision": "fp32",
+    "model.noise": "published",
+    "model.settle_every": 0,
+    "decoding.until_end_of_text": False,
+}
 """Settings that evaluations of older versions did not name, with what they computed."""
 
 
-def make_record(item: Item, generation: str, verdict: Verdict) -> Record:
+def make_record(item: Item, generation: str, verdict: Verdict, prompt_tokens: int | None = None) -> Record:
     """What is kept of one item."""
     return {
         "id": item.id,
         "prompt_hash": item.prompt_hash,
+        **({} if prompt_tokens is None else {"prompt_tokens": prompt_tokens}),
         "generation": generation,
         "answer": verdict.answer,
         "ground_truth": item.truths[0] if len(item.truths) == 1 else list(item.truths),

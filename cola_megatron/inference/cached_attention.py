@@ -94,6 +94,9 @@ class _Group(NamedTuple):
     """Neighbouring samples of one length."""
 
     rows: slice
+    """Of the pass."""
+    cached: slice
+    """The same samples' rows of the cache."""
     length: int
     visible_SK: torch.Tensor | None
 
@@ -106,21 +109,34 @@ class NewBlocks:
     Args:
         size: positions of the block, S.
         block_size: of the stack's block-causal mask.
+        samples: rows of the cache, ascending, that the pass has; None: all of them.
     """
 
-    def __init__(self, cache: KeyValueCache, size: int, block_size: int, device: torch.device):
+    def __init__(
+        self,
+        cache: KeyValueCache,
+        size: int,
+        block_size: int,
+        device: torch.device,
+        samples: Sequence[int] | None = None,
+    ):
         self.cache, self.size = cache, size
-        starts = torch.tensor(cache.lengths, dtype=torch.long)
+        samples = range(len(cache.lengths)) if samples is None else samples
+        self.batch = len(samples)
+        starts = torch.tensor([cache.lengths[sample] for sample in samples], dtype=torch.long)
         self.positions_SB = (starts + torch.arange(size)[:, None]).to(device)
         self.groups = []
+        # Neighbours in the pass that are neighbours in the cache: there the difference of their places is the same.
+        kinds = [(sample - place, cache.lengths[sample]) for place, sample in enumerate(samples)]
         row = 0
-        for length, members in groupby(cache.lengths):
+        for (apart, length), members in groupby(kinds):
             count = len(list(members))
             visible_SK = block_causal_visibility(
                 torch.arange(length, length + size), torch.arange(length + size), block_size
             )
             seen_SK = None if visible_SK.all() else visible_SK.to(device)
-            self.groups.append(_Group(slice(row, row + count), length, seen_SK))
+            rows, cached = slice(row, row + count), slice(row + apart, row + apart + count)
+            self.groups.append(_Group(rows, cached, length, seen_SK))
             row += count
 
     def attend(
@@ -129,15 +145,16 @@ class NewBlocks:
         """(S, R, A, D) -> (S, R, A * D). Rows beyond the samples see their own block alone."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q_SRAD, k_SRGD, v_SRGD))
         keys, values = self.cache.of_layer(layer, k)
-        seen_SRAD, batch = torch.empty(q_SRAD.shape, dtype=q.dtype, device=q.device), len(self.cache.lengths)
+        seen_SRAD = torch.empty(q_SRAD.shape, dtype=q.dtype, device=q.device)
         seen_RASD = seen_SRAD.permute(1, 2, 0, 3)
-        for rows, length, visible_SK in self.groups:
+        for rows, cached, length, visible_SK in self.groups:
             end = length + self.size
-            keys[rows, :, length:end] = k[rows]
-            values[rows, :, length:end] = v[rows]
-            seen_RASD[rows] = product(q[rows], keys[rows, :, :end], values[rows, :, :end], visible_SK)
-        if len(q) > batch:
-            seen_RASD[batch:] = product(q[batch:], k[batch:], v[batch:])
+            keys[cached, :, length:end] = k[rows]
+            values[cached, :, length:end] = v[rows]
+            seen_RASD[rows] = product(q[rows], keys[cached, :, :end], values[cached, :, :end], visible_SK)
+        if len(q) > self.batch:
+            alone = slice(self.batch, None)
+            seen_RASD[alone] = product(q[alone], k[alone], v[alone])
         return seen_SRAD.flatten(2)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cola_megatron.inference.cached_attention import PackedPrompts, blocks_for, packs
+from cola_megatron.inference.cached_attention import MaskedBlocks, NewBlocks, PackedPrompts, blocks_for, packs
 from cola_megatron.inference.kv_cache import KeyValueCache
 from cola_megatron.layers.masks import AttentionMask
 from cola_megatron.models.text_vae import TextVAE
@@ -63,11 +63,19 @@ class BlockDecoder:
             commit: the block becomes part of what later ones see; False: it was only an estimate.
         """
         attention = blocks_for(self.device)(self.cache, self.block_size, self.decoder.config.block_size, self.device)
-        logits_TBV = self.decoder.logits(self._hidden(z_SBC, attention.positions_SB, attention))
-        logits_TBV = gather_from_tensor_model_parallel_region(logits_TBV, group=self.decoder.groups.tensor_group)
+        logits_BTV = self._logits(z_SBC, attention)
         if commit:
             self.cache.advance([self.block_size] * z_SBC.shape[1])
-        return logits_TBV[..., : self.vocab_size].transpose(0, 1).float()
+        return logits_BTV
+
+    def look(self, z_SNC: torch.Tensor, samples: Sequence[int]) -> torch.Tensor:
+        """Logits (N, S * P, V) of estimates of the next block of some samples; nothing is committed."""
+        size, decoder = self.block_size, self.decoder
+        if blocks_for(self.device) is not NewBlocks:
+            z_SBC = z_SNC.new_zeros(len(z_SNC), len(self.cache.lengths), z_SNC.shape[-1])
+            z_SBC[:, list(samples)] = z_SNC
+            return self.decode(z_SBC, commit=False)[list(samples)]
+        return self._logits(z_SNC, NewBlocks(self.cache, size, decoder.config.block_size, self.device, samples))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drops every sample but these."""
@@ -76,6 +84,11 @@ class BlockDecoder:
     def arrange(self, rows: Sequence[int]) -> None:
         """Puts the samples into this order."""
         self.cache.arrange(rows)
+
+    def _logits(self, z_SBC: torch.Tensor, attention: NewBlocks | MaskedBlocks) -> torch.Tensor:
+        logits_TBV = self.decoder.logits(self._hidden(z_SBC, attention.positions_SB, attention))
+        logits_TBV = gather_from_tensor_model_parallel_region(logits_TBV, group=self.decoder.groups.tensor_group)
+        return logits_TBV[..., : self.vocab_size].transpose(0, 1).float()
 
     def _hidden(self, z_SBC: torch.Tensor, positions: torch.Tensor, attention) -> torch.Tensor:
         decoder = self.decoder

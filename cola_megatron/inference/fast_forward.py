@@ -63,17 +63,21 @@ class Product:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(..., input) -> (..., output), in the weight's type."""
+        if torch.compiler.is_compiling():
+            return self._general(x)  # the compiler knows no packed matrices
         state = (self.weight.data_ptr(), self.weight._version)
         if self._packed_from != state:  # at the first use, and again should somebody change or move the weight
             self._packed, self._packed_from = _packed(self.weight), state
-        if x.dtype != self.weight.dtype:
-            x = x.to(self.weight.dtype)
         if self._packed is None:
-            y = F.linear(x, self.weight, self.bias)
-            return F.gelu(y, approximate="tanh") if self.gelu else y
+            return self._general(x)
+        x = x.to(self.weight.dtype)
         if x.numel() == x.shape[-1]:
             return self._multiply(x.reshape(1, -1).expand(2, -1))[:1].view(*x.shape[:-1], -1)
         return self._multiply(x)
+
+    def _general(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return F.gelu(y, approximate="tanh") if self.gelu else y
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         kind, form = ("gelu", "tanh") if self.gelu else ("none", "")

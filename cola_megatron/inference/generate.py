@@ -19,6 +19,8 @@ from cola_megatron.inference.prior import BlockPrior, TimeGrid
 from cola_megatron.inference.protocol import Request, TokenBlock, TokenPreview
 from cola_megatron.inference.sampling import choose_tokens, penalize_repetition
 from cola_megatron.inference.settings import FlowSettings
+from cola_megatron.inference.settling import Settling
+from cola_megatron.inference.solvers import Evaluation
 from cola_megatron.models.dit import DiT
 from cola_megatron.models.text_vae import TextVAE
 
@@ -148,24 +150,30 @@ class FlowSession:
         self._remember()
         noise_SBC = self._noise()
         first = self._first_block(noise_SBC)
-        drawing = self.prior.draw(noise_SBC, first)
-        while True:
+        drawing, z_SBC = self.prior.draw(noise_SBC, first), None
+        settling = Settling(self.settings.settle_every, self.settings.steps, len(self._samples))
+        while settling.left:
             try:
                 evaluation = next(drawing)
             except StopIteration as end:
                 z_SBC = end.value
                 break
+            if not (settling.due(evaluation.step) or evaluation.step in preview_steps):
+                continue
+            clean_SBC = evaluation.clean if first is None else first.hold(evaluation.clean, 0.0)
             if evaluation.step in preview_steps:
-                clean_SBC = evaluation.clean if first is None else first.hold(evaluation.clean, 0.0)
-                ids_BT = self._tokens(self.decoder.decode(clean_SBC, commit=False))
-                for sample, ids in zip(list(self._samples), ids_BT.tolist(), strict=True):
-                    yield TokenPreview(sample.index, evaluation.step, evaluation.time, ids, sample.repeated)
+                yield from self._previews(evaluation, clean_SBC, settling.left)
+            if settling.due(evaluation.step):
+                self._look(evaluation.step, clean_SBC, settling)
+        z_SBC = settling.block(z_SBC)
         ids_BT = self._tokens(self.decoder.decode(z_SBC))
         if self._seen_BV is not None:
             self._seen_BV.scatter_(1, ids_BT, True)
         blocks = []
-        for sample, ids, z_SC in zip(self._samples, ids_BT.tolist(), z_SBC.cpu().unbind(1), strict=True):
-            blocks.append(TokenBlock(sample.index, ids, sample.repeated, sample.done + 1 == sample.blocks, z_SC))
+        of_samples = zip(self._samples, ids_BT.tolist(), z_SBC.cpu().unbind(1), settling.taken, strict=True)
+        for sample, ids, z_SC, steps in of_samples:
+            last = sample.done + 1 == sample.blocks
+            blocks.append(TokenBlock(sample.index, ids, sample.repeated, last, z_SC, steps))
             sample.done += 1
         # The prior reads it when the next block begins: by then finished samples are gone.
         self._unremembered_SBC = z_SBC
@@ -181,6 +189,21 @@ class FlowSession:
         self.prior.keep(rows)
         self.decoder.keep(rows)
         self._take(rows)
+
+    def _previews(self, evaluation: Evaluation, clean_SBC: torch.Tensor, rows: Sequence[int]) -> Iterator[TokenPreview]:
+        for row, ids in zip(rows, self._estimated(clean_SBC, rows), strict=True):
+            sample = self._samples[row]
+            yield TokenPreview(sample.index, evaluation.step, evaluation.time, ids, sample.repeated)
+
+    def _look(self, step: int, clean_SBC: torch.Tensor, settling: Settling) -> None:
+        rows = settling.left
+        if settling.look(step, self._estimated(clean_SBC, rows), clean_SBC[:, rows]) and settling.left:
+            self.prior.go_on_with(settling.left)
+
+    def _estimated(self, clean_SBC: torch.Tensor, rows: Sequence[int]) -> list[list[int]]:
+        """Tokens of some samples, if the block were this."""
+        ids: list[list[int]] = self._tokens(self.decoder.look(clean_SBC[:, rows], rows), rows).tolist()
+        return ids
 
     def _arrange(self) -> None:
         """In order of their contexts: neighbours of one length share their attention."""
@@ -229,13 +252,17 @@ class FlowSession:
             settings.repaint_rounds,
         )
 
-    def _tokens(self, logits_BTV: torch.Tensor) -> torch.Tensor:
-        settings = self.settings
+    def _tokens(self, logits_NTV: torch.Tensor, rows: Sequence[int] | None = None) -> torch.Tensor:
+        """Ids (N, T) of some samples; None: of all."""
+        settings, generators = self.settings, None
+        rows = range(len(self._samples)) if rows is None else rows
         if self._seen_BV is not None:
-            logits_BTV = penalize_repetition(logits_BTV, self._seen_BV, settings.repetition_penalty)
-        generators = self._generators(TOKEN_DRAWS) if settings.temperature else None
-        return choose_tokens(logits_BTV, settings.temperature, generators, settings.top_k, settings.top_p)
+            logits_NTV = penalize_repetition(logits_NTV, self._seen_BV[list(rows)], settings.repetition_penalty)
+        if settings.temperature:
+            generators = self._generators(TOKEN_DRAWS, rows)
+        return choose_tokens(logits_NTV, settings.temperature, generators, settings.top_k, settings.top_p)
 
-    def _generators(self, draws: int) -> list[torch.Generator]:
+    def _generators(self, draws: int, rows: Sequence[int] | None = None) -> list[torch.Generator]:
         seed, formula = self.settings.noise_seed, self.settings.noise
-        return [generator_of(seed, each.sample_id, each.done, draws, formula) for each in self._samples]
+        samples = self._samples if rows is None else [self._samples[row] for row in rows]
+        return [generator_of(seed, each.sample_id, each.done, draws, formula) for each in samples]

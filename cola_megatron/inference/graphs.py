@@ -38,6 +38,28 @@ def record_on_cuda(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], object
     return graph.replay, output
 
 
+def compiled(record: "Recorder | None" = None) -> "Recorder":
+    """A recorder of `torch.compile`d evaluations: the operations between two products become few kernels.
+
+    Compiling takes half a minute to minutes, once for each number of rows and width of the cache. On a CPU it gains
+    nothing, because compiled steps are without packed matrices (`fast_forward.py`).
+
+    Args:
+        record: records what was compiled, such as `record_on_cuda`; None: it is called anew every time.
+    """
+
+    def record_compiled(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        # Every recording has tensors of its own: none may be turned away for being one too many.
+        with torch._dynamo.config.patch(recompile_limit=64):
+            fast = torch.compile(run, dynamic=False)
+            output = fast().clone()
+        if record is not None:
+            return record(fast)
+        return lambda: output.copy_(fast()), output
+
+    return record_compiled
+
+
 class RecordedVelocity:
     """The velocity at the next block of every sample, for one number of rows and one width.
 

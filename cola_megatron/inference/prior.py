@@ -79,6 +79,7 @@ class BlockPrior:
         self.recorder = recorder
         self._recorded: dict[tuple[int, int, int, int], RecordedVelocity] = {}
         self._next: _Blocks | None = None
+        self._left: tuple[torch.Tensor, _Blocks] | None = None
 
     def admit(self, prompts: Sequence[torch.Tensor], capacity: int) -> None:
         """Further samples: their clean prompt latents (n, C), at t = 0 from position 0 on.
@@ -119,28 +120,20 @@ class BlockPrior:
         Args:
             first: where prompts end inside this block: the latents that belong to them.
         """
-        blocks, settings, grid = self._next_blocks(), self.settings, self.grid
-        batch = noise_SBC.shape[1]
+        grid = self.grid
+        self._left = None
 
         def velocity(z_SBC: torch.Tensor, step: int) -> torch.Tensor:
             index_SB = None
             if first is not None:
                 z_SBC = first.hold(z_SBC, grid.times[step])  # also inside a step, where a solver evaluates there
                 index_SB = first.time_rows(step, grid.clean_row)
-            if not (blocks.unconditional and settings.guided(grid.times[step])):
-                return self._evaluate(z_SBC, step, blocks.attention, blocks.context, index_SB)
-            v_SRC = self._evaluate(
-                _with_copies(z_SBC, blocks.with_context),
-                step,
-                blocks.attention,
-                blocks.guided,
-                None if index_SB is None else _with_copies(index_SB, blocks.with_context),
-            )
-            in_context, alone = v_SRC[:, :batch], v_SRC[:, batch:]
-            if blocks.with_context is None:
-                return alone + settings.guidance_scale * (in_context - alone)
-            apart = in_context[:, blocks.with_context] - alone
-            return in_context.index_copy(1, blocks.with_context, alone + settings.guidance_scale * apart)
+            if self._left is None:
+                return self._guided(z_SBC, step, self._next_blocks(), index_SB)
+            rows_N, blocks = self._left
+            index_SN = None if index_SB is None else index_SB[:, rows_N]
+            of_left_SNC = self._guided(z_SBC[:, rows_N], step, blocks, index_SN)
+            return torch.zeros_like(z_SBC, dtype=of_left_SNC.dtype).index_copy(1, rows_N, of_left_SNC)
 
         holding: dict[str, Callable[..., Any]] = {}
         if first is not None:
@@ -151,19 +144,47 @@ class BlockPrior:
                     later_SBC, before_SBC, grid.times[step + 1], grid.times[step]
                 ),
             }
-        return (yield from integrate(RULES[settings.solver], velocity, noise_SBC, grid.times, **holding))
+        return (yield from integrate(RULES[self.settings.solver], velocity, noise_SBC, grid.times, **holding))
+
+    def go_on_with(self, samples: Sequence[int]) -> None:
+        """Only these rows of the block that is drawn are still asked for; a GPU goes on with all of them."""
+        if blocks_for(self.device) is NewBlocks and self.recorder is None:
+            self._left = torch.tensor(samples, dtype=torch.long, device=self.device), self._blocks(samples)
+
+    def _guided(self, z_SBC: torch.Tensor, step: int, blocks: _Blocks, index_SB: torch.Tensor | None) -> torch.Tensor:
+        settings, batch = self.settings, z_SBC.shape[1]
+        if not (blocks.unconditional and settings.guided(self.grid.times[step])):
+            return self._evaluate(z_SBC, step, blocks.attention, blocks.context, index_SB)
+        v_SRC = self._evaluate(
+            _with_copies(z_SBC, blocks.with_context),
+            step,
+            blocks.attention,
+            blocks.guided,
+            None if index_SB is None else _with_copies(index_SB, blocks.with_context),
+        )
+        in_context, alone = v_SRC[:, :batch], v_SRC[:, batch:]
+        if blocks.with_context is None:
+            return alone + settings.guidance_scale * (in_context - alone)
+        apart = in_context[:, blocks.with_context] - alone
+        return in_context.index_copy(1, blocks.with_context, alone + settings.guidance_scale * apart)
 
     def _next_blocks(self) -> _Blocks:
         if self._next is None:
             self._next = self._blocks()
         return self._next
 
-    def _blocks(self) -> _Blocks:
-        size = self.block_size
-        form = blocks_for(self.device) if self.recorder is None else MaskedBlocks
-        attention = form(self.cache, size, size, self.device)
-        rows = [row for row, length in enumerate(self.cache.lengths) if length]
-        positions_SB, every = attention.positions_SB, len(rows) == len(self.cache.lengths)
+    def _blocks(self, samples: Sequence[int] | None = None) -> _Blocks:
+        """Of some rows of the batch; None: of all."""
+        size, lengths = self.block_size, self.cache.lengths
+        attention: NewBlocks | MaskedBlocks
+        if samples is not None:
+            attention = NewBlocks(self.cache, size, size, self.device, samples)
+            lengths = [lengths[sample] for sample in samples]
+        else:
+            form = blocks_for(self.device) if self.recorder is None else MaskedBlocks
+            attention = form(self.cache, size, size, self.device)
+        rows = [row for row, length in enumerate(lengths) if length]
+        positions_SB, every = attention.positions_SB, len(rows) == len(lengths)
         with_context = None if every else torch.tensor(rows, dtype=torch.long, device=self.device)
         return _Blocks(
             attention,

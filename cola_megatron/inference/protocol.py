@@ -37,6 +37,8 @@ class TokenBlock:
     """The sample has its length; the session has dropped it."""
     latents: torch.Tensor | None = None
     """(block_size, C), float32 on the CPU, for a family that has them."""
+    steps: int | None = None
+    """Of the solver, that it took; None for a family without one."""
 
 
 @dataclass(frozen=True)

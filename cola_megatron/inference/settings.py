@@ -83,6 +83,9 @@ class FlowSettings(CommonSettings):
     half of a guided evaluation."""
     solver: str = "euler"
     """`euler` (order 1), `heun` or `adams_bashforth` (order 2); see `solvers.py`."""
+    settle_every: int = 0
+    """Adaptive steps: after every so many steps the block is decoded from its estimate z - t v, and a sample whose
+    tokens are those of the look before takes the estimate for its block. 0: all steps are done."""
     noise: str = "published"
     """The formula of a sample's draws. By the published one sample 10,000 has the noise of sample 0 a block later;
     `hashed` has no such pairs. See `noise.py`."""
@@ -99,6 +102,8 @@ class FlowSettings(CommonSettings):
         for name in ("steps", "repaint_rounds"):
             _require_integer(name, getattr(self, name))
             _require_at_least(name, getattr(self, name), 1)
+        _require_integer("settle_every", self.settle_every)
+        _require_at_least("settle_every", self.settle_every, 0)
         for name in ("guidance_scale", "repaint_until"):
             require_finite(name, getattr(self, name))
         interval = _pair("guidance_interval", self.guidance_interval)

@@ -1,12 +1,16 @@
 """megatron-core's parallel linears in the form the layers use: one output, input in the weight's type, own start.
 
+Their weight gradients may go straight into sums (`add_weight_gradients_to`; see `parallel/weight_gradients.py`).
+
 Fused projections (q, k, v; value and gate) store their output rows as (groups, parts, channels), so that a
 contiguous cut over tensor-parallel ranks gives every rank all parts of its own groups.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from cola_megatron.layers import initializers
@@ -14,8 +18,10 @@ from cola_megatron.layers.calls import OnTensor
 from cola_megatron.parallel import ProcessGroups, mark_parameter
 from cola_megatron.parallel.megatron import ColumnParallelLinear, RowParallelLinear
 from cola_megatron.parallel.parameters import Initializer, Role
+from cola_megatron.parallel.weight_gradients import WeightGradientIntoSum
 
-_ROW: Any = RowParallelLinear  # whose private method no stub knows
+_COLUMN: Any = ColumnParallelLinear  # whose private methods no stub knows
+_ROW: Any = RowParallelLinear
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -60,6 +66,17 @@ class ColumnLinear(ColumnParallelLinear):
         if self.bias is not None:
             mark_parameter(self.bias, initializers.zeros, role.bias, partition_dim=0, full_size=full_output_size)
         _keep_extra_state_out_of_the_state_dict(self)
+        self.weight_sum: torch.Tensor | None = None
+
+    def add_weight_gradients_to(self, total_OI: torch.Tensor) -> None:
+        """From now on backward passes add the weight's gradient there, in float32, and leave none on the weight."""
+        _add_to(self, total_OI)
+
+    def _forward_impl(self, **options: Any) -> torch.Tensor:
+        if self.weight_sum is not None and torch.is_grad_enabled():
+            return _into_sum(self.weight_sum, **options)
+        output: torch.Tensor = _COLUMN._forward_impl(self, **options)
+        return output
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """(S, B, input) -> (S, B, output / ranks), or the whole output when gathered."""
@@ -108,17 +125,38 @@ class RowLinear(RowParallelLinear):
                 partial_gradient=input_is_parallel and groups.sequence_parallel,
             )
         _keep_extra_state_out_of_the_state_dict(self)
+        self.weight_sum: torch.Tensor | None = None
 
-    def _forward_impl(self, *arguments: Any, **options: Any) -> torch.Tensor:
+    def add_weight_gradients_to(self, total_OI: torch.Tensor) -> None:
+        """From now on backward passes add the weight's gradient there, in float32, and leave none on the weight."""
+        _add_to(self, total_OI)
+
+    def _forward_impl(self, **options: Any) -> torch.Tensor:
+        if self.weight_sum is not None and torch.is_grad_enabled():
+            return _into_sum(self.weight_sum, **options)
         # megatron-core leaves the group out here and warns of it in every forward pass, which also cuts the graph of a
         # compiled layer in two.
-        output: torch.Tensor = _ROW._forward_impl(self, *arguments, **{**options, "tp_group": self.tp_group})
+        output: torch.Tensor = _ROW._forward_impl(self, **{**options, "tp_group": self.tp_group})
         return output
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """(S, B, input on this rank) -> (S, B, output)."""
         output: torch.Tensor = super().forward(x_SBH.to(self.weight.dtype))[0]
         return output
+
+
+def _add_to(linear: Any, total_OI: torch.Tensor) -> None:
+    if dist.get_world_size(linear.tp_group) == 1:
+        linear.weight_sum = total_OI
+    else:
+        linear.weight.main_grad, linear.gradient_accumulation_fusion = total_OI, True
+
+
+def _into_sum(
+    total_OI: torch.Tensor, *, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **options: Any
+) -> torch.Tensor:
+    apply: Callable[..., torch.Tensor] = WeightGradientIntoSum.apply
+    return apply(input, weight, bias, total_OI)
 
 
 def _keep_extra_state_out_of_the_state_dict(module: nn.Module) -> None:

@@ -1,9 +1,9 @@
 """Whole matrices out of the ranges and cuts that ZeRO and tensor parallelism leave on each rank, and back.
 
-ZeRO gives each data-parallel rank a range of a flattened parameter. One of them, the rank with most of it, gets what
-the others hold, computes, and sends their ranges back: under ZeRO 1 and 2 most matrices lie whole on one rank, and are
-not sent at all. Ranks that all hold the whole compute it each for itself. Under tensor parallelism the ranks of a
-tensor group, which hold cuts of one matrix, gather it and compute the same.
+ZeRO gives each rank of `same_weights_group` a range of a flattened parameter. One of them, the rank with most of it,
+gets what the others hold, computes, and sends their ranges back: under ZeRO 1 and 2 most matrices lie whole on one
+rank, and are not sent at all. Ranks that all hold the whole compute it each for itself. Under tensor parallelism the
+ranks of a tensor group, which hold cuts of one matrix, gather it and compute the same.
 """
 
 import math
@@ -35,18 +35,21 @@ class HeldMatrix(NamedTuple):
 
 
 class MatrixExchange:
-    """The matrices of one flat tensor, the same ones in the same order on every rank of its data-parallel group.
+    """The matrices of one flat tensor, the same ones in the same order on every rank of its `same_weights_group`.
 
-    The constructor is a collective of that group.
+    The constructor is a collective of that group, unless `everywhere`.
+
+    Args:
+        everywhere: every rank of the group holds whole matrices.
     """
 
-    def __init__(self, matrices: Sequence[HeldMatrix], groups: ProcessGroups):
+    def __init__(self, matrices: Sequence[HeldMatrix], groups: ProcessGroups, everywhere: bool = False):
         self.groups = groups
-        self._me, ranks = groups.data_parallel_rank, groups.data_parallel_size
+        self._me, ranks = groups.same_weights_rank, groups.same_weights_size
         ranges = [[(matrix.start, matrix.length) for matrix in matrices]]
-        if ranks > 1:
-            ranges *= ranks
-            dist.all_gather_object(ranges, ranges[0], group=groups.data_group)
+        ranges *= ranks
+        if ranks > 1 and not everywhere:
+            dist.all_gather_object(ranges, ranges[0], group=groups.same_weights_group)
         shared = [_Shared(matrix, tuple(of_rank[index] for of_rank in ranges)) for index, matrix in enumerate(matrices)]
         self._everywhere = [each for each in shared if each.is_everywhere]
         self._rounds = _rounds([each for each in shared if not each.is_everywhere], ranks)
@@ -74,7 +77,7 @@ class MatrixExchange:
             if mine is not None:
                 yield mine.held.flat_start, self._computed(mine, mine.own(flat_N).to(dtype), function)
             return
-        ranks = range(self.groups.data_parallel_size)
+        ranks = range(self.groups.same_weights_size)
         here = [matrices[rank].held.length if rank in matrices else 0 for rank in ranks]
         there = [mine.ranges[rank][1] if mine is not None else 0 for rank in ranks]
         sent = torch.cat([matrices[rank].own(flat_N) for rank in ranks if rank in matrices])
@@ -110,7 +113,7 @@ class MatrixExchange:
             values_N.contiguous().view(torch.uint8),
             [size * count for count in receive],
             [size * count for count in send],
-            group=self.groups.data_group,
+            group=self.groups.same_weights_group,
         )
         return received
 
@@ -118,7 +121,7 @@ class MatrixExchange:
 class _Shared(NamedTuple):
     held: HeldMatrix
     ranges: tuple[tuple[int, int], ...]
-    """(start, length) on each data-parallel rank."""
+    """(start, length) on each rank of `same_weights_group`."""
 
     @property
     def size(self) -> int:

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-from cola_megatron.parallel.matrix_exchange import MatrixExchange
+from cola_megatron.parallel.groups import ProcessGroups
+from cola_megatron.parallel.matrix_exchange import HeldMatrix, MatrixExchange
+from cola_megatron.parallel.parameters import marks_of
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic x <- a x + b x^3 + c x^5, steepest at 0."""
@@ -63,7 +65,7 @@ def matched_update(matrix_NM: torch.Tensor, fused_rows: Sequence[int] | None) ->
 class MuonAdamW(torch.optim.AdamW):
     """AdamW that leaves the groups marked `"muon": True` to Muon.
 
-    `share` must have been called before the first step.
+    `share` or `share_whole` must have been called before the first step.
 
     Args:
         momentum: mu.
@@ -78,6 +80,16 @@ class MuonAdamW(torch.optim.AdamW):
     def share(self, exchanges: Mapping[int, MatrixExchange]) -> None:
         """Of each tensor of a Muon group, by its id, the matrices of which it holds ranges."""
         self._exchange_of = dict(exchanges)
+
+    def share_whole(self, groups: ProcessGroups) -> None:
+        """Where the optimiser's tensors are the parameters themselves: without ZeRO."""
+        parameters = [each for group in self.param_groups if group["muon"] for each in group["params"]]
+        exchanges = {}
+        for each in parameters:
+            marks = marks_of(each)
+            held = HeldMatrix(tuple(each.shape), marks.partition_dim, marks.fused_rows, 0, each.numel(), 0)
+            exchanges[id(each)] = MatrixExchange([held], groups, everywhere=True)
+        self.share(exchanges)
 
     def moments(self, flat: torch.Tensor) -> tuple[str, ...]:
         """Names of the state that belongs to one of the optimiser's tensors, each of its size."""

@@ -7,7 +7,7 @@ is listed in `PRIVATE_PARTS`; `tests/test_zero_optimizer.py` fails for a version
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,12 +74,15 @@ class ZeroOptimizer:
         self._squares_N: torch.Tensor | None = None
         self._norms_of_flat: list[torch.Tensor] = []
         self._sums: GradientSums | None = None
+        self._added_elsewhere: set[int] = set()
         self._may_update: Callable[[float], bool] | None = None
         if stage > 0:
             self._ask_before_updates()
         if hasattr(self._optimizer, "update_hp_grads"):
             self._replace("update_hp_grads", self._add_gradients)
-        if isinstance(self.adam, MuonAdamW):
+        if isinstance(self.adam, MuonAdamW) and stage == 0:
+            self.adam.share_whole(groups)
+        elif isinstance(self.adam, MuonAdamW):
             self.adam.share(self._matrices())
 
     @property
@@ -93,6 +96,19 @@ class ZeroOptimizer:
         if self.stage == 3:  # which shows them to AdamW one by one, during a step
             return self._optimizer.fp32_partitioned_groups_flat
         return [flat for group in self.adam.param_groups for flat in group["params"]]
+
+    def sums_of_gradients(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
+        """The float32 sums of trained parameters' gradients, to which the caller adds (ZeRO 1 in bfloat16 alone).
+
+        What is left on the parameters is added too.
+        """
+        zero = self._optimizer
+        groups = zip(zero.bf16_groups, zero.fp32_groups_gradients, strict=True)
+        sums = {id(each): total for group, of_group in groups for each, total in zip(group, of_group, strict=True)}
+        self._added_elsewhere |= {id(parameter) for parameter in parameters}
+        # `.data` counts its changes by itself. All sums are views of a few flat tensors and would share one count, and
+        # autograd would refuse one that a pass in flight has saved for a change of another.
+        return [sums[id(parameter)].data.view(parameter.shape) for parameter in parameters]
 
     def moments(self, flat: torch.Tensor) -> tuple[str, ...]:
         """Names of the optimiser's state of one of `flat_masters`, each a tensor of its size."""
@@ -241,11 +257,8 @@ class ZeroOptimizer:
     def _matrices(self) -> dict[int, MatrixExchange]:
         """For Muon: of each flat tensor of its groups, by id, the matrices of which it holds ranges."""
         zero = self._optimizer
-        if self.stage == 0:
-            flats = [([each], each) for group in zero.param_groups if group["muon"] for each in group["params"]]
-        else:
-            names = {1: "bf16_groups" if self._holds_whole else "bit16_groups", 2: "bit16_groups", 3: "fp16_groups"}
-            flats = list(zip(getattr(zero, names[self.stage]), self.flat_masters, strict=True))
+        names = {1: "bf16_groups" if self._holds_whole else "bit16_groups", 2: "bit16_groups", 3: "fp16_groups"}
+        flats = zip(getattr(zero, names[self.stage]), self.flat_masters, strict=True)
         return {
             id(flat): MatrixExchange([self._held_matrix(each) for each in parameters], self.groups)
             for parameters, flat in flats
@@ -297,7 +310,7 @@ class ZeroOptimizer:
             zero.bf16_groups, zero.fp32_groups_gradients, zero.fp32_groups_has_gradients, strict=True
         ):
             for index, parameter in enumerate(group):
-                if parameter.grad is not None:
+                if parameter.grad is not None or id(parameter) in self._added_elsewhere:
                     parameter._hp_grad, parameter.grad, has_sum[index] = sums[index], None, True
 
     def _replace(self, method: str, by: Callable[..., Any]) -> None:

@@ -208,7 +208,7 @@ def _second_moments(config: RunConfig, parts: Sequence[Part]) -> float:
     """Trained parameters on a rank that AdamW updates."""
     if config.training.optimizer.name == "adamw":
         return sum(_trained(part, config) for part in parts)
-    matrices = sum(part.layer_matrices for part in parts if part.backward)
+    matrices = sum(part.layer_parameters for part in parts if part.backward)
     return sum(_trained(part, config) for part in parts) - matrices / config.parallel.tensor_parallel_size
 
 

@@ -5,7 +5,7 @@ replicas. What is possible is what the config's own checks accept.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -125,13 +125,17 @@ class Layout:
         return held
 
     @property
-    def overrides(self) -> list[str]:
-        """What makes this layout out of any config of the model."""
-        values = {key: _get(self.config, key) for key in CHOICES}
+    def choices(self) -> dict[str, Any]:
+        """The keys that make this layout out of any config of the model, and their values."""
+        values = choices_of(self.config)
         values[SPLIT] = list(self.split) if len(self.split) > 1 else None
         values[CONTEXT] = values[CONTEXT] if values[CONTEXT] > 1 else None  # which is the default everywhere
-        # YAML's spelling, without spaces, so that a shell takes each as one word.
-        return [f"{key}={str(value).lower().replace(' ', '')}" for key, value in values.items() if value is not None]
+        return {key: value for key, value in values.items() if value is not None}
+
+    @property
+    def overrides(self) -> list[str]:
+        """The same as words of a command: YAML's spelling, without spaces, so that a shell takes each as one."""
+        return [f"{key}={str(value).lower().replace(' ', '')}" for key, value in self.choices.items()]
 
     def _step_time(self, mode: Mode) -> StepTime:
         cluster = self.cluster
@@ -167,6 +171,33 @@ def plan(config: RunConfig, cluster: Cluster, held: Iterable[str] = ()) -> tuple
     return list(best.values()), len(layouts) - len(fitting)
 
 
+def choices_of(config: RunConfig) -> dict[str, Any]:
+    """What a config says of its layout, by key."""
+    return {key: _get(config, key) for key in CHOICES}
+
+
+def layout_of(config: RunConfig, cluster: Cluster) -> Layout:
+    """The layout that a config has on a cluster, whether it fits or not.
+
+    Raises:
+        ConfigError: the numbers do not divide.
+    """
+    replica = config.parallel.ranks_of_a_replica
+    replicas = cluster.gpus // replica
+    if cluster.gpus % replica:
+        shared = {key: _get(config, key) for key in (TENSOR, CONTEXT, PIPELINE)}
+        sizes = " times ".join(f"{key}={size}" for key, size in shared.items() if size > 1)
+        raise ConfigError(f"{cluster.gpus} GPUs are not divisible by {sizes}")
+    if config.training.global_batch_size % replicas:
+        raise _indivisible(config, replicas, cluster)
+    if config.training.global_batch_size // replicas % config.training.micro_batch_size:
+        raise ConfigError(
+            f"{MICRO_BATCH}={config.training.micro_batch_size} does not divide the "
+            f"{config.training.global_batch_size // replicas} sequences of each of {replicas} replicas"
+        )
+    return Layout(config, replicas, pipeline_split(config, replicas), cluster)
+
+
 def layouts_of(config: RunConfig, cluster: Cluster, held: set[str]) -> Iterator[Layout]:
     """Every possible layout, whether it fits or not.
 
@@ -188,9 +219,9 @@ def layouts_of(config: RunConfig, cluster: Cluster, held: set[str]) -> Iterator[
             continue
         for parallel in _products(config, _parallel_options(config, tensor, pipeline, replicas), held):
             try:
-                checked = resolve_config(_with(config, {MICRO_BATCH: 1, **parallel}).model_dump())
+                checked = resolve_config(with_choices(config, {MICRO_BATCH: 1, **parallel}).model_dump())
                 for training in _products(config, _training_options(config, replicas), held):
-                    chosen, place = _with(checked, training), (replicas, pipeline, training[MICRO_BATCH])
+                    chosen, place = with_choices(checked, training), (replicas, pipeline, training[MICRO_BATCH])
                     if place not in splits:
                         splits[place] = pipeline_split(chosen, replicas)
                     found = True
@@ -239,8 +270,8 @@ def _rank(layout: Layout) -> tuple:
     return (float(f"{layout.step_seconds:.2e}"), *simplicity, training.activation_checkpointing, layout.peak)
 
 
-def _with(config: RunConfig, values: dict[str, Any]) -> RunConfig:
-    """The config with other values, unchecked."""
+def with_choices(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The config with other values of keys such as `CHOICES`, unchecked."""
     sections: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         section, name = key.split(".")

@@ -157,21 +157,28 @@ def optimizer_seconds(
 
     Bytes for each parameter; AdamW: 28 (read weight, gradient, two moments, write all but the gradient) and 6 to write
     the compute copy; an average of the weights: 12; norm and clip: 12. Under bf16 a gradient is added to its float32
-    sum in every micro-batch (12 with the clearing), and the reduction goes through a bf16 copy (12).
+    sum in every micro-batch (12 with the clearing), and the reduction goes through a bf16 copy (12). Of what Muon
+    updates 20 and 6, and the products of its iteration, which replicas share out and tensor-parallel ranks do not.
     """
     parallel, count = config.parallel, micro_batches(config, replicas)
     trained = sum(part.parameters_on_rank(parallel.tensor_parallel_size) for part in parts if part.backward)
     bf16 = config.training.precision == "bf16"
     partition = trained / (replicas * parallel.context_parallel_size)
     averaging = 0 if config.training.ema_decay is None else 12
-    update = (34 + averaging) * partition
+    muon = config.training.optimizer.name == "muon"
+    matrices = sum(part.layer_parameters for part in parts if part.backward and muon) / parallel.tensor_parallel_size
+    update = (34 + averaging) * partition - 8 * matrices / replicas
     if parallel.zero_stage == 0:
-        moved = (28 + averaging + 12) * trained
+        moved = (28 + averaging + 12) * trained - 8 * matrices
     elif parallel.zero_stage == 1:
         moved = update + (12 + 4) * trained + ((12 * count + 12) if bf16 else 8 * count) * trained
     else:
         moved = update + 12 * partition + count * (8 * trained + 10 * partition)
     seconds = moved / (gpu.memory_bandwidth * efficiency.memory)
+    if muon:
+        peak = gpu.bf16_flops if bf16 else gpu.fp32_flops
+        flops = sum(part.newton_schulz_flops for part in parts if part.backward)
+        seconds += flops / (replicas if parallel.zero_stage else 1) / (peak * efficiency.matrix)
     if parallel.offload_optimizer:
         e = 2 if bf16 else 4
         seconds += update / efficiency.host_bandwidth

@@ -17,7 +17,7 @@ INSTALLED_ALONE = ("mosaicml-streaming==0.13.0",)
 # Package, a module that only the real one has, what it does here.
 ACCELERATORS = (
     ("flash-attn", "flash_attn", "flash_attn.flash_attn_interface", "attention inside documents, and of prompts"),
-    ("NVIDIA apex", "apex", "apex.optimizers", "the models here do not use it yet"),
+    ("NVIDIA apex", "apex", "apex.optimizers", "weight gradients go straight into their sums under ZeRO 1"),
     ("transformer-engine", "transformer_engine", "transformer_engine.pytorch", "the models here do not use it"),
 )
 
@@ -62,7 +62,17 @@ def _accelerator(known: tuple[str, str, str, str]) -> Check:
     if not there:
         cure = "that package is not NVIDIA's; `pip uninstall apex`" if top == "apex" else "install it again"
         return Check(name, Status.WARNING, f"installed, but it has no {real}", cure)
+    if top == "apex":
+        return _apex(name, use)
     return Check(name, Status.NOTE, f"{_version(top) or 'installed'}: {use}")
+
+
+def _apex(name: str, use: str) -> Check:
+    version, extension = _version("apex") or "installed", "fused_weight_gradient_mlp_cuda"
+    if find_spec(extension) is None:
+        cure = "training.fused_weight_gradients=auto stays off; build apex with its CUDA extensions (docs/install.md)"
+        return Check(name, Status.WARNING, f"{version}, without {extension}", cure)
+    return Check(name, Status.OK, f"{version}: {use} in bf16")
 
 
 def _version(name: str) -> str | None:

@@ -12,7 +12,8 @@ from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from cola_megatron.families.sizes import Coordinate
 from cola_megatron.reporting.compare_figures import COLOURS, LINE_STYLES, MARKERS
 from cola_megatron.reporting.figure_style import WIDTH_INCHES, NothingToPlot, styled
-from cola_megatron.scaling.coordinates import BOUND, RANDOM_PART, Axis, CoordinateCheck, Trace
+from cola_megatron.scaling.coordinate_trace import Axis, Trace
+from cola_megatron.scaling.coordinates import BOUND, RANDOM_PART, CoordinateCheck
 
 BAND = "#E9E9E9"
 MARKS_OF_CHANGE = (0.01, 0.1, 0.25, 0.5, 0.7, 1, 1.4, 2, 4, 10, 100, 1000, 10_000)

@@ -13,10 +13,8 @@ beside what learning adds to all of them alike. So a slope may be lower by more 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -24,14 +22,7 @@ from cola_megatron.config import ConfigError, RunConfig
 from cola_megatron.config.resolve import resolve_config
 from cola_megatron.families import family_of
 from cola_megatron.families.sizes import Coordinate
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from cola_megatron.parallel import ProcessGroups
-
-Axis = Literal["width", "depth"]
+from cola_megatron.scaling.coordinate_trace import Axis, Trace, trace
 
 BOUND = 0.25
 """By how much a slope may be above the one that is wanted; under `standard` it is above by 0.5 to 3."""
@@ -39,31 +30,6 @@ RANDOM_PART = 0.5
 """By how much it may be below."""
 RATE_SHARE = 0.1
 """Of the peak learning rate, which the check takes from the first step on, without a warm-up."""
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What was seen at one size: for each coordinate by name one number for every step, from before the first."""
-
-    width: int
-    depth: int
-    rms: dict[str, list[float]]
-    change: dict[str, list[float]]
-    """Root mean square of the difference from step 0; 0 there."""
-    losses: list[float]
-    blocks: dict[str, int]
-    """For each coordinate the depth of its own network."""
-
-    def size_along(self, axis: Axis, coordinate: Coordinate) -> int:
-        """Width of the main network, or depth of the coordinate's own."""
-        return self.width if axis == "width" else self.blocks[coordinate.name]
-
-    def last_change(self, coordinate: Coordinate) -> float:
-        """Of the last step, relative to the start where only a norm reads it; 0 where this size has none of it."""
-        if coordinate.name not in self.change:
-            return 0.0
-        start = self.rms[coordinate.name][0] if coordinate.before_norm else 1.0
-        return self.change[coordinate.name][-1] / start
 
 
 @dataclass(frozen=True)
@@ -75,13 +41,20 @@ class Slope:
     change: float | None
     """Of the change since step 0; None: it did not change, or fewer than two sizes have it."""
     rms: float | None
-    """Of the size itself; None likewise."""
+    """Of the size itself; None: fewer than two sizes have it."""
     wanted: float
     bound: float
+    is_still: bool = False
+    """It did not change at any size: nothing was trained that it depends on."""
 
     @property
     def holds(self) -> bool:
-        """Whether the change neither grows nor vanishes with the size of the network, and the size does not grow."""
+        """Whether the change neither grows nor vanishes with the size of the network, and the size does not grow.
+
+        One that fewer than two sizes have says nothing against it; one that did not change shows nothing for it.
+        """
+        if self.is_still:
+            return False
         if self.change is None or self.rms is None:
             return True
         return -RANDOM_PART <= self.change - self.wanted <= self.bound and self.rms - self.wanted <= self.bound
@@ -143,7 +116,7 @@ def check_coordinates(
     seen: dict[tuple[int, int], Trace] = {}
     for size, of_size in configs.items():
         on_run(*size)
-        runs = [_trace(of_size, coordinates, *size, config.seed + number, steps, rate) for number in range(seeds)]
+        runs = [trace(of_size, coordinates, *size, config.seed + number, steps, rate) for number in range(seeds)]
         seen[size] = _mean(runs)
     traces = {axis: [seen[size] for size in of_axis] for axis, of_axis in sizes.items()}
     slopes = [
@@ -179,10 +152,9 @@ def _mean(runs: Sequence[Trace]) -> Trace:
                 name: np.exp(np.mean([np.log(each[name]) for each in of_runs], axis=0)).tolist() for name in of_runs[0]
             }
 
-    losses = np.mean([run.losses for run in runs], axis=0).tolist()
     first = runs[0]
     rms, change = mean([run.rms for run in runs]), mean([run.change for run in runs])
-    return Trace(first.width, first.depth, rms, change, losses, first.blocks)
+    return Trace(first.width, first.depth, rms, change, first.blocks)
 
 
 def _slope(coordinate: Coordinate, axis: Axis, traces: Sequence[Trace], bound: float) -> Slope:
@@ -198,135 +170,6 @@ def _slope(coordinate: Coordinate, axis: Axis, traces: Sequence[Trace], bound: f
             return math.inf
         return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
-    change, rms = (
-        slope([trace.last_change(coordinate) for trace in traces]),
-        slope([trace.rms[name][-1] for trace in traces]),
-    )
-    return Slope(name, axis, change, rms, wanted, bound)
-
-
-def _trace(
-    config: RunConfig,
-    coordinates: Collection[Coordinate],
-    width: int,
-    depth: int,
-    seed: int,
-    steps: int,
-    learning_rate: float,
-) -> Trace:
-    """Trains one model, and looks at it before the first step and after each."""
-    import torch
-
-    from cola_megatron.parallel import initialize_parallel, initialize_parameters
-    from cola_megatron.training.optimizer import build_optimizer, set_learning_rates
-
-    groups, family = initialize_parallel(), family_of(config)
-    model = family.build(config, groups)
-    initialize_parameters(model, seed, groups)
-    model.to(groups.device)
-    optimizer = build_optimizer(model, config, groups)
-    set_learning_rates(optimizer.param_groups, learning_rate, idle=())
-    batches, mode = _batches(config, groups), family.mode_at(config, 0)
-    probe = batches(steps)
-    blocks = {each.name: len(list(model.get_submodule(f"{each.stack}.blocks").children())) for each in coordinates}
-    trace = Trace(width, depth, {}, {}, [], blocks)
-    first: dict[str, torch.Tensor] = {}
-    for step in range(steps + 1):
-        with torch.no_grad(), _observed(model, coordinates) as outputs:
-            model(probe, **mode)
-        for name, output in outputs.items():
-            start = first.setdefault(name, output)
-            trace.rms.setdefault(name, []).append(_rms(output))
-            trace.change.setdefault(name, []).append(_rms(output - start))
-        if step < steps:
-            loss = model(batches(step), **mode)["loss"]
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            trace.losses.append(loss.item())
-    return trace
-
-
-def _rms(tensor: torch.Tensor) -> float:
-    return math.sqrt(tensor.double().square().mean().item())
-
-
-@contextmanager
-def _observed(model: nn.Module, coordinates: Collection[Coordinate]) -> Iterator[dict[str, torch.Tensor]]:
-    """By coordinate what its modules give in the last forward pass inside, stacked over blocks."""
-    import torch
-
-    seen: dict[str, dict[int, torch.Tensor]] = {coordinate.name: {} for coordinate in coordinates}
-    outputs: dict[str, torch.Tensor] = {}
-
-    def keep(coordinate: Coordinate, index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-            seen[coordinate.name][index] = (output - inputs[0] if coordinate.is_update else output).float()
-
-        return hook
-
-    hooks = [
-        module.register_forward_hook(keep(coordinate, index))
-        for coordinate in coordinates
-        for index, module in enumerate(_modules(model, coordinate.modules))
-    ]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-    outputs |= {
-        name: torch.stack([blocks[index] for index in sorted(blocks)]) for name, blocks in seen.items() if blocks
-    }
-
-
-def _modules(model: nn.Module, name: str) -> list[nn.Module]:
-    """Those of a dotted name; `*` stands for every block, `1*` for those behind the first, -1 for the last."""
-    found = [model]
-    for part in name.split("."):
-        if part in ("*", "1*"):
-            found = [child for module in found for child in list(module.children())[part != "*" :]]
-        elif part == "-1":
-            found = [list(module.children())[-1] for module in found]
-        else:
-            found = [module.get_submodule(part) for module in found]
-    return found
-
-
-def _batches(config: RunConfig, groups: ProcessGroups) -> Callable[[int], dict[str, torch.Tensor]]:
-    """The batch of each step, the same for every size."""
-    from cola_megatron.training.batches import MicroBatches
-
-    samples: Any
-    if config.data.path is None:
-        samples = _Chain(config.model.vocab_size, config.data.sequence_length)
-    else:
-        from cola_megatron.data import training_samples
-        from cola_megatron.data.run_shards import open_shards
-
-        samples = training_samples(open_shards(config, config.data.path, ["train"], groups)[0], config.data.seed)
-    batches = MicroBatches(config, samples, replica=0, replicas=1)
-    return lambda step: {name: tensor.to(groups.device) for name, tensor in batches[step].tensors.items()}
-
-
-class _Chain:
-    """Tokens of a random chain, of which there is something to learn: three in four follow from the one before."""
-
-    padding_id = end_of_text_id = -1
-
-    def __init__(self, vocab_size: int, length: int):
-        self.length, random = length, np.random.default_rng(0)
-        self.words = random.permutation(vocab_size)[:32]
-        self.follows = random.permutation(len(self.words))
-
-    def read(self, start: int, count: int) -> Iterator[Any]:
-        from cola_megatron.data.samples import Sample
-
-        for index in range(start, start + count):
-            random = np.random.default_rng(index)
-            ids = random.integers(0, len(self.words), self.length)
-            keeps = random.random(self.length) < 0.75
-            for place in range(1, self.length):
-                if keeps[place]:
-                    ids[place] = self.follows[ids[place - 1]]
-            yield Sample(self.words[ids], None)
+    changes = [trace.last_change(coordinate) for trace in traces]
+    change, rms = slope(changes), slope([trace.rms[name][-1] for trace in traces])
+    return Slope(name, axis, change, rms, wanted, bound, is_still=bool(changes) and not any(changes))

@@ -136,9 +136,9 @@ class _Row:
         """As docs/scaling.md describes it."""
         point, opened = self.point, self.opened
         run, unreadable = self.records(point.run)
-        measures = self._held_out(run)
+        measures = {} if point.items else self._held_out(run)
         try:
-            measures |= measures_in(opened.measurements_of(point))
+            measures |= measures_in(opened.measurements_of(point), point.items)
         except UserError as error:  # of this point alone
             unreadable = unreadable or str(error)
         state, why = self._state(unreadable)

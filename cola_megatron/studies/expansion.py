@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from cola_megatron.config import ConfigError
+from cola_megatron.config import ConfigError, resolve_config
+from cola_megatron.planning.plan import with_choices
 from cola_megatron.studies.line import OF_TRAINING, StudyLine, combinations
 from cola_megatron.studies.runs import Expanded, Point, StudyRun, identity_of
 from cola_megatron.studies.study_file import StudyConfig
@@ -51,26 +52,40 @@ def expand(study: StudyConfig, folder: Path) -> Expanded:
                     f"two points have the name {point.name}: labels must differ in their letters and digits, budgets "
                     "in their first four digits"
                 )
-    return Expanded(runs, list(points.values()), list(decisions))
+    return Expanded(_laid_out(runs, study), list(points.values()), list(decisions))
+
+
+def _laid_out(runs: dict[str, StudyRun], study: StudyConfig) -> dict[str, StudyRun]:
+    """The runs under the layouts that were planned for them."""
+    planned = {} if study.layouts is None else study.layouts.of_runs
+    found = {}
+    for name, run in runs.items():
+        config = with_choices(run.config, planned.get(name, {}))
+        found[name] = replace(run, config=resolve_config(config.model_dump())) if name in planned else run
+    return found
 
 
 def _measured_apart(point: Point, study: StudyConfig, measured: dict[str, Point]) -> Point:
     """The point, in a folder of its own where another of its run is measured in another way.
 
-    One that is measured in the same way is a row of another arm's axis, such as the setting that two axes have in
-    common, and has the folder of the first. Raises ConfigError where it is the same row.
+    One that is measured in the same way counts other items, or is a row of another arm's axis, such as the setting that
+    two axes have in common, and has the folder of the first. Raises ConfigError where it is the same row.
+
+    Args:
+        measured: the first point of each way of measuring, and of each part of its items; they are added to.
     """
     way = json.dumps([point.run, point.step, point.generation, study.arms[point.arm].likelihood], sort_keys=True)
-    other = measured.get(way)
-    if other is None:
-        taken = {(each.run, each.measured_as) for each in measured.values()}
-        if (point.run, point.measured_as) in taken:
-            point = replace(point, measured_as=f"{point.measured_as}-{point.arm}")
-        measured[way] = point
-        return point
-    if point.arm == other.arm or not (point.settings or other.settings):
+    row = f"{way} {json.dumps(point.items, sort_keys=True)}"
+    first, other = measured.get(way), measured.get(row)
+    if other is not None and (point.arm == other.arm or not (point.settings or other.settings)):
         raise ConfigError(f"{point.name} and {other.name} are two equal runs: leave out an arm, size or setting")
-    return replace(point, measured_as=other.measured_as)
+    if first is not None:
+        point = replace(point, measured_as=first.measured_as)
+    elif any((point.run, point.measured_as) == (each.run, each.measured_as) for each in measured.values()):
+        point = replace(point, measured_as=f"{point.measured_as}-{point.arm}")
+    measured.setdefault(way, point)
+    measured.setdefault(row, point)
+    return point
 
 
 def _identity(run: StudyRun) -> str:

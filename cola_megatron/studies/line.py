@@ -98,11 +98,16 @@ class StudyLine:
 
     def _keys(self, settings: Mapping[str, str]) -> Overrides:
         study, of_arm = self.study, self.study.arms[self.arm]
-        keys: Overrides = {**study.overrides, **of_arm.overrides, **of_arm.sizes.get(self.size, {})}
-        for axis, label in settings.items():
-            keys |= study.axes[axis].settings[label]
+        keys = {**study.overrides, **of_arm.overrides, **of_arm.sizes.get(self.size, {}), **self._set_by(settings)}
         data = study.data.path or str(self.folder / DATA)
         return {**keys, "seed": self.seed, "data.path": data, "training.log.wandb_group": study.name}
+
+    def _set_by(self, settings: Mapping[str, str]) -> Overrides:
+        """The keys of these labels of axes, in their order."""
+        keys: Overrides = {}
+        for axis, label in settings.items():
+            keys |= self.study.axes[axis].settings[label]
+        return keys
 
     def stage_one(self) -> StudyRun | None:
         """None: the arm has none, or this setting says itself what it starts from."""
@@ -201,20 +206,19 @@ class StudyLine:
     def _points(
         self, run: StudyRun, budget: float, steps: int, first: StudyRun | None, trunk: StudyRun | None = None
     ) -> list[Point]:
-        """One, or one for each way of generating."""
-        of_arm, axes = self.study.arms[self.arm], self.study.axes_of(self.arm, "generation")
+        """One, or one for each way of generating and each part of the items."""
+        of_arm, study = self.study.arms[self.arm], self.study
+        ways, parts = (combinations(study.axes_of(self.arm, kind)) for kind in ("generation", "items"))
         points = []
-        for labels in combinations(axes):
-            generation = dict(of_arm.generation)
-            for axis, label in labels.items():
-                generation |= axes[axis].settings[label]
-            measured_as = _as_name("-".join([f"step_{steps:08d}", *(f"{axis}{each}" for axis, each in labels.items())]))
+        for way, part in itertools.product(ways, parts):
+            measured_as = _as_name("-".join([f"step_{steps:08d}", *(f"{axis}{each}" for axis, each in way.items())]))
             point = Point(
-                name=self._of_budget(budget, labels),
+                name=self._of_budget(budget, {**way, **part}),
                 arm=self.arm,
                 size=self.size,
-                settings={**self.settings, **labels},
-                generation=generation,
+                settings={**self.settings, **way, **part},
+                generation={**of_arm.generation, **self._set_by(way)},
+                items=self._set_by(part),
                 measured_as=measured_as,
                 seed=self.seed,
                 budget=budget,

@@ -184,8 +184,8 @@ def _published(value: Any) -> Published:
     place = "study.published"
     numbers = {name: _number(_object(value, place), name, place) for name in ("compute", "score", "loss")}
     compute = numbers["compute"]
-    if compute is None or compute <= 0:
-        raise _Wrong(f"{place}: an entry has no compute")
+    if compute is not None and compute <= 0:
+        raise _Wrong(f"{place}: compute must be above 0, and is {compute!r}")
     settings = _object(value.get("settings") or {}, f"{place}: settings")
     return Published(
         _text(value, "arm", place),

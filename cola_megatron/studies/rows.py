@@ -110,7 +110,8 @@ class Published:
 
     arm: str
     column: str
-    compute: float
+    compute: float | None
+    """FLOPs; None: it was not said."""
     score: float | None = None
     loss: float | None = None
     settings: Mapping[str, str] = field(default_factory=dict)

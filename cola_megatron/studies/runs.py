@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cola_megatron.config import RunConfig, stored_tree
@@ -49,6 +49,8 @@ class Point:
     step: int
     stage_one: str | None
     trunk: str | None
+    items: Overrides = field(default_factory=dict)
+    """Which of the measured items count; none: all."""
 
 
 @dataclass(frozen=True)

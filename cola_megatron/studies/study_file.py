@@ -32,6 +32,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 Share = Annotated[float, Field(ge=0, lt=1), NOT_BOOL]
 Overrides = dict[str, Any]
 """Keys of a config, dotted, and their values."""
+PROMPT_LENGTH, PARITIES = "prompt_length", ("odd", "even")
+"""What items are chosen by (`varies: items`)."""
 PUBLISHED_SCALE = "published"
 """The file without any of its scales."""
 _SCALES = "scales"
@@ -66,9 +68,10 @@ class AxisConfig(Section):
     """The keys that each setting sets, by its label, in the order of figures: numbers ascend, others as they stand."""
     arms: Annotated[list[Name] | None, OURS] = None
     """The arms that it is varied in; null: all."""
-    varies: Annotated[Literal["training", "both_stages", "generation"], OURS] = "training"
-    """What the keys are of: training, with one stage 1 for all settings; both stages; or generation, where the settings
-    are of the measurement and share their runs."""
+    varies: Annotated[Literal["training", "both_stages", "generation", "items"], OURS] = "training"
+    """What the keys are of: training, with one stage 1 for all settings; both stages; generation, where the settings
+    are of the measurement and share their runs; or items, where they share the measurement too and each counts a part
+    of it: `prompt_length: odd` or `even`, the items of last word and tasks whose prompt has so many tokens."""
 
     @field_validator("settings")
     @classmethod
@@ -78,6 +81,13 @@ class AxisConfig(Section):
         with contextlib.suppress(ValueError):  # a scale adds its own behind those of the file
             return dict(sorted(settings.items(), key=lambda each: float(each[0])))
         return settings
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AxisConfig:
+        for label, keys in self.settings.items() if self.varies == "items" else ():
+            if [*keys] != [PROMPT_LENGTH] or keys[PROMPT_LENGTH] not in PARITIES:
+                raise ValueError(f"settings.{label}: items are chosen by {PROMPT_LENGTH}: {' or '.join(PARITIES)}")
+        return self
 
 
 class BudgetsConfig(Section):
@@ -130,6 +140,18 @@ class MeasuresConfig(Section):
     """Folder of the tasks' items."""
 
 
+class LayoutsConfig(Section):
+    """How runs lie on GPUs."""
+
+    gpu: Annotated[str, OURS] = "h100"
+    """A GPU of the table in docs/planning.md: each run has the fastest layout that fits on as many as it is given. What
+    the file sets itself of a layout is kept."""
+    gpus: Annotated[PositiveInt | None, OURS] = None
+    """Of each run; set by the command that plans."""
+    of_runs: Annotated[dict[str, Overrides], OURS] = Field(default_factory=dict)
+    """The keys of each run's layout, by its name; set by the command that plans."""
+
+
 class FitConfig(Section):
     """What is fitted against compute."""
 
@@ -148,8 +170,8 @@ class PublishedPoint(Section):
     settings: Annotated[dict[str, str], OURS] = Field(default_factory=dict)
     """Label of each axis."""
     column: Annotated[Literal["nominal", "model", "hardware"], OURS] = "nominal"
-    compute: Annotated[PositiveFloat, OURS]
-    """FLOPs in that column."""
+    compute: Annotated[PositiveFloat | None, OURS] = None
+    """FLOPs in that column; null: it was not said."""
     score: Annotated[Float | None, OURS] = None
     """In 0 .. 1, to stand beside the measure that is fitted as a score."""
     loss: Annotated[PositiveFloat | None, OURS] = None
@@ -158,7 +180,8 @@ class PublishedPoint(Section):
     @model_validator(mode="after")
     def _consistent(self) -> PublishedPoint:
         if self.score is None and self.loss is None:
-            raise ValueError(f"the point of {self.arm} at {self.compute:.3g} FLOPs has neither score nor loss")
+            at = "" if self.compute is None else f" at {self.compute:.3g} FLOPs"
+            raise ValueError(f"the point of {self.arm}{at} has neither score nor loss")
         return self
 
 
@@ -190,6 +213,8 @@ class StudyConfig(Section):
     seeds: Annotated[list[NonNegativeInt], Field(min_length=1), OURS] = Field(default_factory=lambda: [66])
     """`seed` of the runs; the order of the data is that of the config for all of them."""
     data: DataOfStudy = DataOfStudy()
+    layouts: Annotated[LayoutsConfig | None, OURS] = None
+    """Layouts are planned; null: those of the configs."""
     measures: MeasuresConfig = MeasuresConfig()
     fit: FitConfig = FitConfig()
     published: Annotated[list[PublishedPoint], OURS] = Field(default_factory=list)

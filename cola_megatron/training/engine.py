@@ -5,11 +5,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import nn
 
 from cola_megatron.checkpoint.pieces import frozen_weights
 from cola_megatron.config import RunConfig
 from cola_megatron.families import family_of
 from cola_megatron.layers.attention import allow_cudnn_in_training
+from cola_megatron.layers.linear import ColumnLinear, RowLinear
 from cola_megatron.models.compiled_blocks import compile_blocks, compiles, start_compilers
 from cola_megatron.models.pipelined import PipelinedModel
 from cola_megatron.models.steps import Stage
@@ -18,6 +20,7 @@ from cola_megatron.parallel.deepspeed_grid import DeepSpeedGrid
 from cola_megatron.parallel.deepspeed_output import quiet_deepspeed
 from cola_megatron.parallel.pipeline import Neighbours, SeedGradients, Tensors, one_forward_one_backward
 from cola_megatron.parallel.weight_average import WeightAverage
+from cola_megatron.parallel.weight_gradients import fuses_weight_gradients
 from cola_megatron.parallel.zero_optimizer import ZeroOptimizer
 from cola_megatron.training.batches import micro_batches_per_step
 from cola_megatron.training.optimizer import build_optimizer, learning_rate, set_learning_rates
@@ -60,6 +63,13 @@ class Engine:
             groups,
             model.trained_networks(),
         )
+        if fuses_weight_gradients(config, groups.device):
+            linears = [each for each in model.modules() if isinstance(each, ColumnLinear | RowLinear)]
+            # A stage of a pipeline has None in the place of parameters that are another's.
+            trained = [each for each in linears if isinstance(each.weight, nn.Parameter) and each.weight.requires_grad]
+            sums = self.optimizer.sums_of_gradients([each.weight for each in trained])
+            for linear, total in zip(trained, sums, strict=True):
+                linear.add_weight_gradients_to(total)
         decay = config.training.ema_decay
         self.ema = None if decay is None else WeightAverage(self.optimizer.flat_masters, decay)
 

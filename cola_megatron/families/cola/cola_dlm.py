@@ -13,7 +13,7 @@ from cola_megatron.families.cola.published import PublishedModel, write_publishe
 from cola_megatron.inference import likelihood, robustness
 from cola_megatron.inference.fast_forward import prepare
 from cola_megatron.inference.generate import FlowGenerator, FlowSession
-from cola_megatron.inference.graphs import record_on_cuda
+from cola_megatron.inference.graphs import Recorder, compiled, record_on_cuda
 from cola_megatron.inference.likelihood_terms import Likelihood, Progress
 from cola_megatron.inference.protocol import Request
 from cola_megatron.inference.requests import integers, read_settings
@@ -41,9 +41,10 @@ class ColaDLM(TextModel):
         tensor_parallel_size: processes that share each matrix. Under torchrun every one of them makes the same calls
             and gets the same answers.
         cuda_graphs: replay the solver's steps as CUDA graphs; see `inference/graphs.py` for what is known about it.
+        compile_steps: compile them; with both, the graphs are of what was compiled.
 
     Raises:
-        ValueError: CUDA graphs without a GPU or with tensor parallelism.
+        ValueError: CUDA graphs without a GPU; either with tensor parallelism.
     """
 
     config: ColaModelConfig
@@ -58,8 +59,9 @@ class ColaDLM(TextModel):
         dtype: torch.dtype = torch.float32,
         tensor_parallel_size: int = 1,
         cuda_graphs: bool = False,
+        compile_steps: bool = False,
     ):
-        self.cuda_graphs = cuda_graphs
+        self.cuda_graphs, self.compile_steps = cuda_graphs, compile_steps
         super().__init__(config, weights, tokenizer, device, dtype, tensor_parallel_size)
 
     def build(self, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
@@ -67,6 +69,8 @@ class ColaDLM(TextModel):
         config, groups = self.config, self.groups
         if self.cuda_graphs and (self.device.type != "cuda" or groups.tensor_parallel_size > 1):
             raise ValueError("cuda_graphs=True needs a GPU and tensor_parallel_size=1; leave it out")
+        if self.compile_steps and groups.tensor_parallel_size > 1:
+            raise ValueError("compile_steps=True needs tensor_parallel_size=1; leave it out")
         self.vae, self.dit = TextVAE(config.vocab_size, config.vae, groups), None
         load_full_state_dict(self.vae, _part(weights, "vae"), groups)
         if any(name.startswith("dit.") for name in weights):
@@ -75,7 +79,9 @@ class ColaDLM(TextModel):
         for network in (self.vae, self.dit):
             if network is not None:
                 prepare(network.to(self.device, dtype).eval().requires_grad_(False), groups)
-        recorder = record_on_cuda if self.cuda_graphs else None
+        recorder: Recorder | None = record_on_cuda if self.cuda_graphs else None
+        if self.compile_steps:
+            recorder = compiled(recorder)
         self._flow = FlowGenerator(self.vae, self.dit, recorder) if self.dit is not None else None
 
     @property

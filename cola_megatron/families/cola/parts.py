@@ -75,7 +75,7 @@ def _encoder(config: ColaConfig, views: int, backward: bool) -> tuple[Part, ...]
             0,
             views * latents * patch * width * width,
             backward=backward,
-            layer_matrices=patch * width * width,
+            layer_matrices=((width, patch * width),),
         ),
         *[block] * vae.encoder_layers,
         Part(
@@ -104,7 +104,7 @@ def _text_block(vae: VAEConfig, label: str, latents: int, views: int, runs: bool
         views * latents * feed_forward,
         forward=runs,
         backward=runs if backward is None else backward,
-        layer_matrices=matrices,
+        layer_matrices=(*[(width, width)] * 4, *[(inner // 2, width)] * 2, (width, inner // 2)),
     )
 
 
@@ -118,7 +118,7 @@ def _decoder_head(config: ColaConfig, views: int, runs: bool) -> Part:
         views * config.latent_length * (patch * width * width + patch * width * vocabulary),
         forward=runs,
         backward=runs,
-        layer_matrices=patch * width * width,
+        layer_matrices=((patch * width, width),),
     )
 
 
@@ -158,7 +158,7 @@ def _dit_block(dit: DiTConfig, positions: int, latents: int, times: int) -> Part
         2 * inner * two_copy_pairs(latents, dit.block_size),
         feed_forward_macs,
         modulation_macs,
-        layer_matrices=4 * width * inner + 2 * width * ffn,
+        layer_matrices=(*[(inner, width)] * 3, (width, inner), (ffn, width), (width, ffn)),
     )
 
 

@@ -25,8 +25,10 @@ def against_counting(results: Results, fits: StudyFits) -> Iterator[Conclusion]:
             continue
         what = "loss" if quantity == "loss" else name(chosen[0].measure)
         for counted, value in results.baselines(chosen[0].measure).items():
-            better = [fit.series.title for fit in chosen if _is_better(results, fit, value)]
-            others = [fit.series.title for fit in chosen if fit.series.title not in better]
+            # Of a part of the items nothing was counted.
+            alike = [fit for fit in chosen if all(f"{fit.measure}_{counted}" in row.measures for row in fit.rows)]
+            better = [fit.series.title for fit in alike if _is_better(results, fit, value)]
+            others = [fit.series.title for fit in alike if fit.series.title not in better]
             than = f"counting ({name(counted)}, {number(value)})"
             if better:
                 yield Conclusion(

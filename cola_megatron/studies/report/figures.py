@@ -80,20 +80,23 @@ def _baselines(axes: Axes, results: Results, measure: str) -> list[Line2D]:
     return handles
 
 
-def published_near(results: Results, quantity: Quantity, column: str) -> tuple[list[Published], list[Published]]:
-    """Published points of a picture, and those that lie too far from our runs for it."""
+def published_near(
+    results: Results, quantity: Quantity, column: str
+) -> tuple[list[tuple[float, Published]], list[tuple[float, Published]]]:
+    """Published points of a picture with their compute, where it was said, and those too far from our runs for it."""
     costs = [cost for row in results.finished() if (cost := row.charged(column))]
     points = [
-        each
+        (each.compute, each)
         for each in results.published
-        if each.column == column and (each.loss if quantity == "loss" else each.score) is not None
+        if each.compute is not None
+        and each.column == column
+        and (each.loss if quantity == "loss" else each.score) is not None
     ]
     if not costs:
         return [], points
     low, high = min(costs) / 10**NEAR_DECADES, max(costs) * 10**NEAR_DECADES
-    return [each for each in points if low <= each.compute <= high], [
-        each for each in points if not low <= each.compute <= high
-    ]
+    near = [low <= compute <= high for compute, _ in points]
+    return [*itertools.compress(points, near)], [*itertools.compress(points, (not each for each in near))]
 
 
 def _series(axes: Axes, place: int, fit: CurveFit) -> Line2D:
@@ -132,9 +135,9 @@ def _published(
 ) -> list[Line2D]:
     near, _ = published_near(results, quantity, column)
     colours = {fit.series.arm: look(place)[0] for place, fit in reversed(chosen)}
-    for each in near:
+    for compute, each in near:
         value = (each.loss if quantity == "loss" else each.score) or 0.0
-        axes.plot(each.compute, value, marker="*", markersize=11, color=colours.get(each.arm, "#444444"), linestyle="")
+        axes.plot(compute, value, marker="*", markersize=11, color=colours.get(each.arm, "#444444"), linestyle="")
     return [handle("published", "#444444", "", "*")] if near else []
 
 

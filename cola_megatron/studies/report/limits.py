@@ -152,7 +152,7 @@ def _reach(results: Results) -> Iterator[Conclusion]:
             f"The points span {number(decades, 2)} decades of {column} FLOPs: curves beyond them are guesses.", False
         )
     nominal = [cost for row in results.finished() if (cost := row.charged("nominal"))]
-    published = [each.compute for each in results.published if each.column == "nominal"]
+    published = [each.compute for each in results.published if each.column == "nominal" and each.compute is not None]
     if nominal and published and max(published) > 3 * max(nominal):
         beyond = math.log10(max(published) / max(nominal))
         yield Conclusion(

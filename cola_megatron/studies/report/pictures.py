@@ -171,8 +171,6 @@ def _compute_caption(results: Results, quantity: Quantity, column: str) -> str:
     if near:
         said.append("Stars are published.")
     if far:
-        where = sorted(each.compute for each in far)
-        said.append(
-            f"{len(far)} published points, from {flops(where[0])} on, lie beyond this picture and stand in a table."
-        )
+        first = flops(min(compute for compute, _ in far))
+        said.append(f"{len(far)} published points, from {first} on, lie beyond this picture and stand in a table.")
     return " ".join(said)

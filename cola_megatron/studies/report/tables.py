@@ -178,7 +178,7 @@ def _hours(results: Results) -> str:
 
 
 def published_table(results: Results) -> Grid:
-    """Published numbers beside ours of the same arm at the nearest compute."""
+    """Published numbers beside ours of the same arm at the nearest compute; at our largest where theirs is not said."""
     lines = []
     for each in results.published:
         kind, value = ("score", each.score) if each.score is not None else ("loss", each.loss)
@@ -193,12 +193,13 @@ def published_table(results: Results) -> Grid:
         ]
         ours = "none"
         if rows and measure:
-            nearest = min(rows, key=lambda row: abs(math.log((row.charged(each.column) or 1.0) / each.compute)))
-            cost = nearest.charged(each.column) or 0.0
+            costs = [row.charged(each.column) or 1.0 for row in rows]
+            wanted = each.compute or max(costs)
+            cost, nearest = min(zip(costs, rows, strict=True), key=lambda pair: abs(math.log(pair[0] / wanted)))
             ours = f"{number(nearest.measures[measure].value)} ({name(measure)}) at {flops(cost)}"
         arm = results.arms[each.arm].title if each.arm in results.arms else each.arm
         settings = ", ".join(f"{key} {label}" for key, label in each.settings.items())
-        at = f"{number(each.compute)} ({each.column})"
+        at = f"{number(each.compute)} ({each.column})" if each.compute is not None else "not said"
         lines.append((f"{arm}{f', {settings}' if settings else ''}", at, kind, number(value), ours))
     header = ("published", "at FLOPs", "of", "value", "ours at the nearest compute")
     return Grid(
