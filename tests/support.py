@@ -5,6 +5,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,6 +105,21 @@ def perturbed(module: torch.nn.Module, std: float = 0.05) -> torch.nn.Module:
         for parameter in module.parameters():
             parameter.add_(std * torch.randn(parameter.shape, generator=generator))
     return module
+
+
+@contextlib.contextmanager
+def package_in(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`folder` holds a package that is found before any other of that name, and forgotten afterwards."""
+
+    def forget() -> None:
+        for module in [each for each in sys.modules if each == name or each.startswith(f"{name}.")]:
+            del sys.modules[module]
+
+    forget()
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield
+    forget()
 
 
 @contextlib.contextmanager

@@ -82,7 +82,9 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "pipeline" else []) for name in LAYOUTS]
+)
 def test_what_is_written_late_is_the_state_of_its_step_and_resumes_bit_identically(tiny, name):
     ranks, overrides = LAYOUTS[name]
     overrides = [*EVERY_TWO, *overrides]

@@ -130,7 +130,7 @@ SKIP = ["training.divergence.not_finite=skip", "training.checkpoint.every=2"]
         (1, ["parallel.zero_stage=3", "training.precision=bf16"]),
         (2, ["parallel.zero_stage=1"]),
         (2, ["parallel.zero_stage=2", "training.precision=bf16"]),
-        (2, ["parallel.zero_stage=1", "parallel.tensor_parallel_size=2"]),
+        pytest.param(2, ["parallel.zero_stage=1", "parallel.tensor_parallel_size=2"], marks=pytest.mark.slow),
         (2, ["parallel.zero_stage=1", "parallel.pipeline_parallel_size=2"]),
     ],
 )

@@ -17,7 +17,7 @@ from cola_megatron.preflight.gpus import FIELDS, gpu_checks, problems_of, read_q
 from launchers.cli import app
 from tests.commands import cola
 from tests.ranks import run_ranks
-from tests.support import small_disk
+from tests.support import package_in, small_disk
 
 HEALTHY = {
     "index": "0",
@@ -65,8 +65,8 @@ def test_versions_out_of_range_fail_with_the_range(monkeypatch: pytest.MonkeyPat
 def test_the_unrelated_apex_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    found = {check.name: check for check in installation.installation_checks()}
+    with package_in(tmp_path, "apex", monkeypatch):
+        found = {check.name: check for check in installation.installation_checks()}
     assert found["NVIDIA apex"].status is Status.WARNING and "not NVIDIA's" in found["NVIDIA apex"].cure
 
 

@@ -21,7 +21,7 @@ from cola_megatron.preflight.check import Status
 from cola_megatron.training.build_model import build_model, initialize_run
 from cola_megatron.training.engine import Engine
 from tests.ranks import run_ranks
-from tests.support import TINY, random_batch
+from tests.support import TINY, package_in, random_batch
 from tests.test_compiled_blocks import BACKEND, GRAPHS, model_of
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -184,6 +184,6 @@ def test_the_doctor_says_whether_it_is_used(tmp_path, monkeypatch, built, status
         (tmp_path / folder / "__init__.py").write_text("")
     if built:
         (tmp_path / f"{EXTENSION}.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    (found,) = (check for check in installation.installation_checks() if check.name == "NVIDIA apex")
+    with package_in(tmp_path, "apex", monkeypatch):
+        (found,) = (check for check in installation.installation_checks() if check.name == "NVIDIA apex")
     assert (found.status is status and "fused" in f"{found.value}{found.cure}") or "sums" in found.value

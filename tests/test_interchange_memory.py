@@ -5,9 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import json, math, re, sys
 from pathlib import Path
+
+import pytest
 
 import torch
 
@@ -70,6 +74,7 @@ print(json.dumps(round_trip(model(512, 12), folder / "large", 32 * MEGABYTE)))
 """
 
 
+@pytest.mark.slow
 def test_no_more_than_a_file_and_a_few_tensors_are_held(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

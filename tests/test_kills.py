@@ -149,6 +149,7 @@ def test_damaged_shards_stop_a_run_before_its_first_step_with_one_line(tiny, cor
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_torchrun_trains_with_two_processes(tiny, tmp_path):
     config = tiny(2, "training.steps=2")
     file = tmp_path / "run.yaml"

@@ -63,6 +63,7 @@ def test_the_page_runs_from_top_to_bottom(of_the_page):
     assert (folder / "comparison" / "comparison.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(of_the_page, tmp_path):
     shutil.copytree(of_the_page[0] / "data", tmp_path / "data")  # by the same recipe
     blocks = ["".join(cell["source"]) for cell in cells("code")]
