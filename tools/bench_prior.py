@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from cola_megatron.costs.part import two_copy_pairs
 from cola_megatron.models.attention_chunks import attention_chunk
 from cola_megatron.models.dit import DiT
 from cola_megatron.parallel import ProcessGroups, initialize_parallel, initialize_parameters
+from tools.bench_ranks import PeakMemory
 from tools.plain_prior import plain_velocity
 
 SHAPES = ((4, 256), (2, 512), (1, 1024))
@@ -199,11 +199,12 @@ def peak_memory(form: str, batch: int, latents: int) -> float:
 
 
 def _peak_of_process(form: str, batch: int, latents: int) -> float:
-    step = stepper(form, batch, latents, initialize_parallel())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    groups = initialize_parallel()
+    step = stepper(form, batch, latents, groups)
+    peak = PeakMemory(groups.device)
     for _ in range(3):
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return peak.bytes() / 2**20
 
 
 def _wait(device: torch.device) -> None:

@@ -118,7 +118,7 @@ def measure(config: RunConfig, warm_up: int, steps: int) -> RankResult:
     engine = Engine(model.to(groups.device), config, groups)
     samples = MicroBatches(config, RandomSamples(config), groups.data_parallel_rank, groups.data_parallel_size)
     losses, seconds, processor_seconds, counter = [], [], [], CommunicationCounter(groups)
-    peak = _PeakMemory(groups.device)
+    peak = PeakMemory(groups.device)
     for step in range(warm_up + 1 + steps):
         first = step * samples.per_step
         batches = [_on_device(samples[first + index].tensors, groups.device) for index in range(samples.per_step)]
@@ -137,7 +137,7 @@ def measure(config: RunConfig, warm_up: int, steps: int) -> RankResult:
     )
 
 
-class _PeakMemory:
+class PeakMemory:
     """The largest memory since it was made, beyond what there was then."""
 
     def __init__(self, device: torch.device):
