@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cola_megatron.config import load_config
+from cola_megatron.models import document_kernel
 from cola_megatron.training.build_model import initialize_run
 from cola_megatron.training.engine import Engine
 from tools.bench_step import random_batches, with_micro_batches
@@ -78,15 +79,20 @@ def listed() -> Iterator[tuple[str, str, str]]:
 
 
 CASES = [
-    ("tiny", "fp32"),
-    *((preset, "bf16") for preset in ("tiny", "tiny-autoregressive", "tiny-masked-diffusion", "tiny-plaid")),
+    ("tiny", "fp32", False),
+    *((preset, "bf16", False) for preset in ("tiny", "tiny-autoregressive", "tiny-masked-diffusion", "tiny-plaid")),
+    ("tiny-autoregressive", "bf16", True),
 ]
 
 
-@pytest.mark.parametrize(("preset", "precision"), CASES)
-def test_a_step_waits_where_the_page_says_and_nowhere_else(preset, precision):
+@pytest.mark.parametrize(("preset", "precision", "kernel"), CASES)
+def test_a_step_waits_where_the_page_says_and_nowhere_else(preset, precision, kernel, monkeypatch):
+    """`kernel`: attention inside documents has one, as on a GPU; what it computes does not matter here."""
+    if kernel:
+        monkeypatch.setattr(document_kernel, "kernel_of_variable_lengths", lambda *device: lambda q, *others: q)
     options = ["data.sequence_length=32", "training.micro_batch_size=2", "parallel.zero_stage=1"]
-    config = load_config(preset, [*options, f"training.precision={precision}"])
+    options += [f"training.precision={precision}", f"data.document_attention={str(kernel).lower()}"]
+    config = load_config(preset, options)
     groups = initialize_run(config)
     config = with_micro_batches(config, MICRO_BATCHES, groups.data_parallel_size)
     with warnings.catch_warnings():
@@ -110,3 +116,4 @@ def test_a_step_waits_where_the_page_says_and_nowhere_else(preset, precision):
     }
     assert {place: count for place, count in waits.at.items() if count > allowed.get(place, 0)} == {}
     assert waits.at["cola_megatron.training.engine: step"] == 1, "the loss is read once"
+    assert waits.at["cola_megatron.layers.packed_documents: pack_documents"] == (MICRO_BATCHES if kernel else 0)
